@@ -1,0 +1,3 @@
+"""ctrsink: fine-tune decoder language models for click-through-rate prediction with sink tokens (arXiv 2508.03668)."""
+
+__version__ = "0.1.0"

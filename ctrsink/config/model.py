@@ -1,0 +1,92 @@
+"""Sections of the model: backbone, sinks, inter-sink bias, LoRA."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ctrsink.config.base import Section
+from ctrsink.config.data import Signal
+
+
+class BackboneSpec(Section):
+    """The decoder: exactly one of `path` (Hugging Face id or folder) and `config` (random weights from a seed)."""
+
+    path: str | None = None
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    config: dict[str, Any] | None = None
+    """Fields of a transformers configuration, `model_type` among them; the vocabulary size comes from the tokenizer."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "BackboneSpec":
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of path and config")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, for example llama")
+        return self
+
+
+class SinkSpec(Section):
+    """Sink tokens after each behaviour (CTR-Sink, section 3.2)."""
+
+    signals: tuple[Signal, ...] = ("previous_gap",)
+    """Signals whose embeddings are summed."""
+    buckets: int = Field(default=100, ge=2)
+    """Rows of each signal's embedding table."""
+    embedding_size: int = Field(default=256, ge=1)
+
+    @field_validator("signals")
+    @classmethod
+    def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name at least one signal, each once; for constant sinks use [none]")
+        return value
+
+
+class BiasSpec(Section):
+    """Inter-sink attention (CTR-Sink, section 3.4): a learned addition to the logits between sinks."""
+
+    layers: float = Field(default=0.5, gt=0, le=1)
+    """Share of the layers, from the first on, that carry it."""
+    gamma: float = 1.0
+    """Start of the learned scale of each layer."""
+    causal: bool = True
+    """False is the published form, in which every sink slot of the batch takes part; for parity only."""
+
+
+class LoraSpec(Section):
+    """Low-rank adapters on the backbone's linear layers (PEFT)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the layers; listed, because `all-linear` would wrap the sink and bias modules too."""
+
+
+class ModelSpec(Section):
+    """The CTR model."""
+
+    backbone: BackboneSpec
+    attention: str = "sdpa"
+    sinks: SinkSpec | None = SinkSpec()
+    """null is the plain language model (LM-CTR)."""
+    bias: BiasSpec | None = BiasSpec()
+    lora: LoraSpec | None = None
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+
+    @field_validator("attention")
+    @classmethod
+    def _keeps_bias(cls, value: str) -> str:
+        if value == "eager" or value.startswith("flash"):
+            raise ValueError(f"the {value} backend drops the inter-sink bias without a word; allowed: sdpa")
+        if value != "sdpa":
+            raise ValueError(f"unknown backend {value}; allowed: sdpa")
+        return value
+
+    @model_validator(mode="after")
+    def _bias_needs_sinks(self) -> "ModelSpec":
+        if self.bias is not None and self.sinks is None:
+            raise ValueError("bias acts between sinks: set bias to null where sinks is null")
+        return self

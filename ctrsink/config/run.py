@@ -1,0 +1,76 @@
+"""RunSpec: the whole configuration of one run, and the rules that span its sections."""
+
+from pydantic import Field, model_validator
+
+from ctrsink.config.base import Section
+from ctrsink.config.data import TARGET_DEPENDENT_SIGNALS, DataSpec, PrepareSpec
+from ctrsink.config.model import ModelSpec
+from ctrsink.config.stages import StageSpec
+from ctrsink.config.train import EvaluateSpec, RuntimeSpec, TrainSpec
+
+
+class RunSpec(Section):
+    """One run, from the raw log to the evaluated model."""
+
+    name: str = "run"
+    run_dir: str
+    """Folder of the run, local or s3://: configuration, metrics, checkpoints, evaluation."""
+    seed: int = 0
+    prepare: PrepareSpec | None = None
+    """Needed by `ctrsink data prepare` only."""
+    data: DataSpec
+    model: ModelSpec
+    stages: tuple[StageSpec, ...] = Field(min_length=1)
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    runtime: RuntimeSpec = RuntimeSpec()
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one worker per optimiser step."""
+        return self.train.batch_size // (self.runtime.workers * self.train.micro_batch_size)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunSpec":
+        self._check_batch()
+        self._check_signals()
+        self._check_stages()
+        return self
+
+    def _check_batch(self) -> None:
+        workers, micro, batch = self.runtime.workers, self.train.micro_batch_size, self.train.batch_size
+        if batch % workers:
+            raise ValueError(
+                f"train.batch_size {batch} is not divisible by runtime.workers {workers}: "
+                f"take {batch - batch % workers or workers} or {batch + workers - batch % workers}"
+            )
+        if batch % (workers * micro):
+            raise ValueError(
+                f"train.batch_size {batch} is not runtime.workers {workers} x train.micro_batch_size {micro} x a whole number: "
+                f"choose a micro_batch_size that divides {batch // workers}"
+            )
+
+    def _check_signals(self) -> None:
+        if self.model.sinks is None or self.data.examples == "per_target":
+            return
+        for signal in self.model.sinks.signals:
+            if signal in TARGET_DEPENDENT_SIGNALS:
+                raise ValueError(
+                    f"model.sinks.signals: {signal} depends on the target, which per_user sequences share a history of; "
+                    "use previous_gap, random or none, or data.examples per_target"
+                )
+
+    def _check_stages(self) -> None:
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError("stages: two stages have the same name")
+        owners = {"sink": self.model.sinks, "bias": self.model.bias, "lora": self.model.lora}
+        for stage in self.stages:
+            for group in stage.trainable:
+                if group in owners and owners[group] is None:
+                    key = "sinks" if group == "sink" else group
+                    raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because model.{key} is null")
+            if stage.readout.over == "sinks" and self.model.sinks is None:
+                raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")
+            if self.model.lora is not None and "backbone" in stage.trainable and "lora" in stage.trainable:
+                raise ValueError(f"stages.{stage.name}: lora and backbone together train the same weights twice; choose one")

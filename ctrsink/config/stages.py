@@ -1,0 +1,60 @@
+"""A training stage is data: what the prediction may read, what is trained, how fast and how long (METHOD section 6)."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ctrsink.config.base import Section
+
+Group = Literal["sink", "bias", "head", "lora", "norm", "backbone"]
+
+
+class ReadoutSpec(Section):
+    """What the click head reads of the history."""
+
+    over: Literal["sinks", "all"] = "all"
+    """`sinks`: the target may use of its history the sinks only."""
+    form: Literal["attend", "pool"] = "attend"
+    """`attend`: an attention mask, read at the target's last token. `pool`: the mean of hidden states, as published."""
+
+
+class ScheduleSpec(Section):
+    """Learning rate over a stage, as a factor of each group's rate."""
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the stage's steps that rise linearly from 0."""
+    final: float = Field(default=0.1, ge=0, le=1)
+    """Factor at the end of the stage."""
+
+
+class StageSpec(Section):
+    """One stage; exactly one of `epochs` and `steps` ends it."""
+
+    name: str
+    readout: ReadoutSpec = ReadoutSpec()
+    trainable: tuple[Group, ...]
+    lr: dict[Group, float]
+    """Learning rate per trainable group."""
+    schedule: ScheduleSpec = ScheduleSpec()
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+
+    @field_validator("lr")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        for group, rate in value.items():
+            if rate <= 0:
+                raise ValueError(f"the rate of {group} must be above 0, got {rate:g}; to freeze it leave it out of trainable")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> "StageSpec":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if not self.trainable or len(set(self.trainable)) != len(self.trainable):
+            raise ValueError("trainable names at least one group, each once")
+        missing = [g for g in self.trainable if g not in self.lr]
+        if missing:
+            raise ValueError(f"no learning rate for the trainable group {missing[0]}: add lr.{missing[0]}")
+        return self

@@ -1,0 +1,64 @@
+"""Sections of optimisation, evaluation and the place where a run happens."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ctrsink.config.base import Section
+
+
+class TrainSpec(Section):
+    """Optimiser, batch, DeepSpeed and checkpoints."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences per optimiser step over all workers; it does not depend on the number of workers."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Sequences per forward pass of one worker; the accumulation follows from it."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: frozen weights and matrix products in bfloat16, trainable parameters stay fp32."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Optimiser steps between checkpoints; a stage's end always makes one."""
+    log_every: int = Field(default=10, ge=1)
+
+
+class EvaluateSpec(Section):
+    """What is measured when training ends, and by `ctrsink evaluate`."""
+
+    splits: tuple[Literal["train", "valid", "test"], ...] = ("valid", "test")
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass of one worker."""
+    max_sequences: int | None = Field(default=None, ge=1)
+    """Evaluate a fixed random sample of this many sequences of a split instead of all."""
+
+
+class RuntimeSpec(Section):
+    """Where the workers run. `runtime: local` and `runtime: ray` are short for `kind`."""
+
+    kind: Literal["local", "ray"] = "local"
+    """`local`: one process, no Ray. `ray`: Ray Train workers, on this machine or the cluster at `address`."""
+    workers: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus_per_worker: int = Field(default=1, ge=1)
+    address: str | None = None
+    """Ray address; null starts a cluster in this process, or joins the one that a Ray job runs in."""
+    start_timeout_s: float = Field(default=600, gt=0)
+    """The workers must have been placed within this time."""
+    collective_timeout_s: float = Field(default=600, gt=0)
+    """A collective that hangs longer ends the run instead of blocking the machines."""
+    max_failures: int = Field(default=0, ge=0)
+    """Worker failures after which the group is started again from the last checkpoint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _local_is_one(self) -> "RuntimeSpec":
+        if self.kind == "local" and self.workers != 1:
+            raise ValueError(f"local runs one process, got workers {self.workers}; for more set kind to ray")
+        return self

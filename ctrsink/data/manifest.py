@@ -1,0 +1,124 @@
+"""The manifest: what is in a prepared data set, with the hash of every file; it is written last."""
+
+import json
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from ctrsink import storage
+from ctrsink.config.base import Section
+from ctrsink.config.data import TextSpec
+from ctrsink.errors import InputError
+
+MANIFEST_NAME = "manifest.json"
+
+# A row is one user's chronology; the lists run over its events, oldest first.
+SHARD_SCHEMA = pa.schema(
+    [
+        ("user", pa.string()),
+        ("item", pa.list_(pa.int32())),  # row of the item table
+        ("timestamp", pa.list_(pa.int64())),  # seconds since 1970
+        ("feedback", pa.list_(pa.float32())),  # as logged, null where there was none
+        ("feedback_id", pa.list_(pa.int16())),  # row of Manifest.feedback_tokens
+        ("label", pa.list_(pa.int8())),  # 0, 1, or null where the event is no impression
+        ("request", pa.list_(pa.string())),
+    ]
+)
+# The token sidecar of a shard: just the items that the shard mentions, by item.
+TOKENS_SCHEMA = pa.schema([("item", pa.int32()), ("tokens", pa.list_(pa.int32()))])
+# One row per user, in shard order: enough to know every sequence of an epoch without opening a shard.
+# Events and impressions (events with a label) are counted per split; a user's splits follow each other in time.
+INDEX_SCHEMA = pa.schema(
+    [("shard", pa.int32()), ("row", pa.int32())]
+    + [(f"{split}_{what}", pa.int32()) for what in ("events", "impressions") for split in ("train", "valid", "test")]
+)
+
+
+class FileEntry(Section):
+    """One file of the data set, by its path below the manifest's folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class ShardEntry(Section):
+    """A shard and its token sidecar."""
+
+    users: int
+    events: int
+    events_file: FileEntry
+    tokens_file: FileEntry
+
+
+class SplitTimes(Section):
+    """An event at `t` belongs to train if t < train_end, to valid if t < valid_end, else to test."""
+
+    train_end: int
+    valid_end: int
+
+
+class SplitCounts(Section):
+    """Impressions of a split and how many of them are positive."""
+
+    impressions: int
+    positives: int
+
+
+class Manifest(Section):
+    """Everything a reader must know of a data set before it opens a shard."""
+
+    format: Literal["ctrsink-dataset/1"]
+    shards: tuple[ShardEntry, ...]
+    index: FileEntry
+    items: FileEntry
+    """Parquet with a row per item: `id`, its text fields, and `text`, the rendered template."""
+    tokenizer: tuple[FileEntry, ...]
+    tokenizer_fingerprint: str
+    text: TextSpec
+    positive_from: float
+    prefix_tokens: tuple[int, ...]
+    feedback_tokens: tuple[tuple[int, ...], ...]
+    """Tokens after a behaviour's item text (feedback, then separator), by `feedback_id`."""
+    split_times: SplitTimes
+    splits: dict[Literal["train", "valid", "test"], SplitCounts]
+    users: int
+    events: int
+    item_count: int
+    skipped_rows: int
+
+
+def read_manifest(uri: str) -> Manifest:
+    """Read the manifest of the data set in the folder `uri`.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = storage.join(uri, MANIFEST_NAME)
+    try:
+        tree: Any = json.loads(storage.read_bytes(path))
+        return Manifest.model_validate(tree)
+    except FileNotFoundError:
+        raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
+    except (ValueError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is damaged ({reason}): prepare the data set again with `ctrsink data prepare`") from None
+
+
+def read_file(uri: str, entry: FileEntry) -> bytes:
+    """The content of one file of the data set, checked against its size and hash.
+
+    Raises:
+        InputError: the file is missing, truncated or altered.
+    """
+    path = storage.join(uri, entry.path)
+    try:
+        content = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing, but the manifest lists it: prepare the data set again") from None
+    if len(content) != entry.bytes:
+        raise InputError(f"{path} has {len(content)} bytes, the manifest says {entry.bytes}: it is truncated; prepare again")
+    if storage.sha256(content) != entry.sha256:
+        raise InputError(f"{path} does not match the sha256 in the manifest: it was altered; prepare the data set again")
+    return content
