@@ -1,0 +1,62 @@
+# `make demo` and `make test` need Python 3.11+ and nothing else; both make .venv themselves and reuse it.
+#
+# PyPI's torch for Linux brings CUDA along (some GB). On a machine without a GPU the small CPU build does:
+#   make demo PIP_TORCH='--index-url https://download.pytorch.org/whl/cpu torch>=2.9,<2.14'
+
+MODEL ?= tiny
+PIP_TORCH ?= torch>=2.9,<2.14
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help demo test test-slow test-gpu lint format clean
+
+help:
+	@echo 'make demo [MODEL=tiny|smollm2]  prepare MovieLens-100K, train, evaluate, export, score'
+	@echo 'make test                       every check that CI runs'
+	@echo 'make test-slow | test-gpu       the tests that take minutes | need CUDA'
+	@echo 'make lint | format | clean      static checks | rewrite the layout | remove .venv and caches'
+
+demo: .venv/installed
+	$(BIN)/python launchers/demo.py --model $(MODEL)
+
+test: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: .venv/installed-dev
+	$(BIN)/pytest -m slow
+
+test-gpu: .venv/installed-dev
+	$(BIN)/pytest -m gpu
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/created:
+	@test -n "$(PYTHON)" || { echo 'ctrsink needs Python 3.11 or newer: install it, or name one with make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# Torch has a line of its own, so that another index or a local build can be chosen for it alone.
+.venv/installed: .venv/created pyproject.toml
+	$(PIP) $(foreach word,$(PIP_TORCH),'$(word)')
+	$(PIP) -e '.[train,gguf]'
+	@touch $@
+
+.venv/installed-dev: .venv/installed pyproject.toml
+	$(PIP) -e '.[train,gguf,dev]'
+	@touch $@

@@ -1,0 +1,53 @@
+"""Batch: the plain tensors in which data and model meet."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+# What a position of the sequence is: `prefix  (text feedback sink) ... (text)`.
+PAD, PREFIX, TEXT, FEEDBACK, SINK = range(5)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of L positions, K sink slots and T readouts, padded on the right.
+
+    The last position of every row is padding: unused sink and readout slots point there, so that shapes are static and no
+    index is out of range.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [B, L]; the id at a sink is 0 and is replaced by the sink's embedding."""
+    kinds: torch.Tensor
+    """uint8 [B, L]; PAD, PREFIX, TEXT, FEEDBACK or SINK."""
+    event_ids: torch.Tensor
+    """int32 [B, L]; which event of the sequence a position belongs to, from 1; 0 for prefix and padding."""
+    aligned: torch.Tensor
+    """bool [B, L]; positions that, under `readout: sinks`, see other events through their sinks only."""
+    sink_positions: torch.Tensor
+    """int64 [B, K]."""
+    sink_valid: torch.Tensor
+    """bool [B, K]."""
+    signals: torch.Tensor
+    """int64 [B, K, S]; bucket of each of the S signals."""
+    readout_positions: torch.Tensor
+    """int64 [B, T]; last text position of each target."""
+    readout_valid: torch.Tensor
+    """bool [B, T]."""
+    labels: torch.Tensor
+    """float32 [B, T]; 0 where not valid."""
+    targets: torch.Tensor
+    """int64 [B, T, 2]; row of the user in the data set's index and number of the event in their chronology, -1 where not valid."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        return int((self.kinds != PAD).sum())
+
+    @property
+    def impressions(self) -> int:
+        return int(self.readout_valid.sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)})

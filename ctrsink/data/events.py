@@ -1,0 +1,211 @@
+"""The event log and its item table in memory, and the check that names the row and the column of what cannot be used."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from ctrsink.config.data import ColumnSpec
+from ctrsink.errors import InputError
+
+log = logging.getLogger("ctrsink.data")
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no type checker sees them
+
+OnBadRow = Literal["fail", "skip"]
+
+EVENTS_SCHEMA = pa.schema(
+    [
+        ("user", pa.string()),
+        ("item", pa.string()),
+        ("timestamp", pa.int64()),  # seconds since 1970
+        ("feedback", pa.float32()),  # null where there was none
+        ("label", pa.int8()),  # as logged: 0, 1 or null
+        ("request", pa.string()),
+    ]
+)
+
+_NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_LATEST = 10**11  # the year 5138; what lies beyond was counted in milliseconds
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """What a source gives.
+
+    `events` has EVENTS_SCHEMA, in the order of the log. `items` has `item`, unique, and any text fields, all strings
+    without nulls. Every event's item is in `items`.
+    """
+
+    events: pa.Table
+    items: pa.Table
+    skipped_rows: int
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """A table as it was read, before any cell was looked at."""
+
+    file: str
+    table: pa.Table
+    numbers: np.ndarray  # 1-based number of each row in the file, without the header
+    header_lines: int | None = None  # line = row number + this; None where lines are not rows
+    broken: list[tuple[int, str]] = field(default_factory=list)  # rows that could not be split into columns: (number, why)
+
+    def place(self, number: int) -> str:
+        """Where row `number` is, in words."""
+        line = "" if self.header_lines is None else f" (line {number + self.header_lines})"
+        return f"{self.file}, row {number}{line}"
+
+    def column(self, name: str) -> pa.Array:
+        """One column as a single array; raises InputError naming the columns there are."""
+        if name not in self.table.column_names:
+            raise InputError(f"{self.file} has no column {name!r}; it has {', '.join(self.table.column_names) or 'none'}")
+        return self.table.column(name).combine_chunks()
+
+
+def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None, on_bad_row: OnBadRow) -> tuple[pa.Table, int]:
+    """Turn raw rows into a table of EVENTS_SCHEMA and the number of rows that were skipped.
+
+    `items` holds the ids of the item table, or is None where every item is welcome.
+
+    Raises:
+        InputError: a column is missing, no row is left, or (`on_bad_row="fail"`) a row cannot be used.
+    """
+    checks = _Checks()
+    user, item = (checks.text(raw, name) for name in (columns.user, columns.item))
+    if items is not None:
+        known = pc.fill_null(pc.is_in(item, value_set=items), False)
+        checks.add(columns.item, ~_mask(known), item, "{value!r} is not in the item table")
+    timestamp = checks.timestamp(raw, columns.timestamp)
+    rows = len(user)
+    feedback = checks.number(raw, columns.feedback) if columns.feedback else np.full(rows, np.nan)
+    label = checks.label(raw, columns.label) if columns.label else np.full(rows, np.nan)
+    request = pc.cast(raw.column(columns.request), pa.string()) if columns.request else pa.nulls(rows, pa.string())
+
+    bad = checks.bad(rows)
+    skipped = int(bad.sum()) + len(raw.broken)
+    if skipped and on_bad_row == "fail":
+        raise InputError(_first_problem(raw, checks, bad) + "; correct it, or leave bad rows out with --on-bad-row skip")
+    if skipped:
+        log.warning("%s: skipped %d bad rows; the first: %s", raw.file, skipped, _first_problem(raw, checks, bad))
+    if skipped == rows + len(raw.broken):
+        reason = f"all {skipped} rows are bad" if skipped else "it has no row"
+        raise InputError(f"the event log {raw.file} holds no event: {reason}")
+    good = ~bad
+    arrays = [
+        user,
+        item,
+        pa.array(np.where(good, timestamp, 0).astype(np.int64)),
+        pa.array(feedback.astype(np.float32), mask=np.isnan(feedback)),
+        pa.array(np.nan_to_num(label).astype(np.int8), mask=np.isnan(label)),
+        request,
+    ]
+    table = pa.Table.from_arrays(arrays, schema=EVENTS_SCHEMA)
+    return (table.filter(pa.array(good)) if skipped else table), skipped
+
+
+def check_items(raw: RawRows, key: str = "item") -> pa.Table:
+    """Turn raw rows into an item table: `item` and the other columns as text, an empty text where there was none.
+
+    Raises:
+        InputError: there is no column `item` or no row, an id is missing or appears twice, a row is broken.
+    """
+    checks = _Checks()
+    ids = checks.text(raw, key)
+    counts = ids.value_counts()
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    checks.add(key, _mask(pc.is_in(ids, value_set=repeated)), ids, "{value!r} appears more than once")
+    bad = checks.bad(len(ids))
+    if bad.any() or raw.broken:
+        raise InputError(_first_problem(raw, checks, bad))
+    if not len(ids):
+        raise InputError(f"the item table {raw.file} is empty")
+    fields = {n: pc.fill_null(_as_text(raw.column(n)), "") for n in raw.table.column_names if n != key}
+    return pa.table({"item": ids, **fields})
+
+
+class _Checks:
+    """Collects, column by column, which rows are bad and what was found there."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[np.ndarray, Callable[[int], str]]] = []
+
+    def add(self, column: str, mask: np.ndarray, values: pa.Array, message: str) -> None:
+        def describe(index: int) -> str:
+            value: Any = values[index].as_py()
+            return f"column {column}: {message.format(value=value)}"
+
+        if mask.any():
+            self.found.append((mask, describe))
+
+    def bad(self, rows: int) -> np.ndarray:
+        out = np.zeros(rows, bool)
+        for mask, _ in self.found:
+            out |= mask
+        return out
+
+    def text(self, raw: RawRows, name: str) -> pa.Array:
+        values = _as_text(raw.column(name))
+        self.add(name, _mask(pc.fill_null(pc.equal(values, ""), True)), values, "a value is missing")
+        return values
+
+    def number(self, raw: RawRows, name: str) -> np.ndarray:
+        """float64, NaN where the cell is empty."""
+        cells = raw.column(name)
+        if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+            text = pc.utf8_trim_whitespace(cells)
+            valid = pc.match_substring_regex(text, _NUMBER)
+            wrong = pc.and_(pc.invert(valid), pc.not_equal(text, ""))
+            self.add(name, _mask(pc.fill_null(wrong, False)), cells, "{value!r} is not a number")
+            cells = pc.if_else(valid, text, pa.scalar(None, text.type))
+        try:
+            values = pc.cast(cells, pa.float64()).to_numpy(zero_copy_only=False)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise InputError(f"{raw.file}: column {name} must hold numbers, but it is of type {cells.type}") from None
+        self.add(name, np.isinf(values), cells, "{value!r} is not a finite number")
+        return values
+
+    def timestamp(self, raw: RawRows, name: str) -> np.ndarray:
+        """float64 without fraction, in seconds."""
+        cells = raw.column(name)
+        if pa.types.is_timestamp(cells.type):
+            seconds = pc.cast(cells, pa.timestamp("s", cells.type.tz), safe=False)
+            values = pc.cast(pc.cast(seconds, pa.int64()), pa.float64()).to_numpy(zero_copy_only=False)
+        else:
+            values = np.floor(self.number(raw, name))
+            self.add(name, np.abs(values) > _LATEST, cells, "{value} is no time in seconds since 1970 (is it in milliseconds?)")
+        self.add(name, np.isnan(values), cells, "the timestamp is missing")  # after what is more exactly known to be wrong
+        return values
+
+    def label(self, raw: RawRows, name: str) -> np.ndarray:
+        values = self.number(raw, name)
+        wrong = ~(np.isnan(values) | (values == 0) | (values == 1))
+        self.add(name, wrong, raw.column(name), "{value!r} is no label, it must be 0, 1 or empty")
+        return values
+
+
+def _mask(values: pa.Array) -> np.ndarray:
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _as_text(cells: pa.Array) -> pa.Array:
+    """Strings; the entries of a list are joined by spaces."""
+    try:
+        return pc.cast(cells, pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        values = (" ".join(map(str, v)) if isinstance(v, list) else v for v in cells.to_pylist())
+        return pa.array([None if v is None else str(v) for v in values], pa.string())
+
+
+def _first_problem(raw: RawRows, checks: _Checks, bad: np.ndarray) -> str:
+    """The bad row that comes first in the file, and the first of its columns that is bad."""
+    broken = min(raw.broken, default=None)
+    if broken and (not bad.any() or broken[0] < raw.numbers[bad.argmax()]):
+        return f"{raw.place(broken[0])}: {broken[1]}"
+    index = int(bad.argmax())
+    what = next(describe(index) for mask, describe in checks.found if mask[index])
+    return f"{raw.place(int(raw.numbers[index]))}, {' '.join(what.split())}"

@@ -1,0 +1,79 @@
+"""A model's predictions on a split, over all ranks, and the metrics of them."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ctrsink import storage
+from ctrsink.batch import Batch
+from ctrsink.config.train import EvaluateSpec
+from ctrsink.data.examples import Layout
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.stream import SequenceSource, evaluation_batches
+from ctrsink.dist import Topology, gather_rows
+from ctrsink.evaluate.metrics import all_metrics
+
+FOLDER = "evaluation"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """N impressions of a split, ordered by user and event."""
+
+    users: np.ndarray
+    """int64 [N]; rows of the data set's index."""
+    events: np.ndarray
+    """int64 [N]; number of the event in the user's chronology."""
+    labels: np.ndarray
+    """int8 [N]."""
+    probabilities: np.ndarray
+    """float64 [N]."""
+
+    def metrics(self) -> dict[str, float]:
+        return all_metrics(self.labels, self.probabilities, self.users)
+
+
+def predict(
+    forward: Callable[[Batch], torch.Tensor], dataset: Dataset, split: str, layout: Layout, spec: EvaluateSpec, topology: Topology
+) -> Predictions:
+    """Predictions for every impression of the split, the same on every rank.
+
+    Args:
+        forward: Batch -> logits [B, T]; called equally often on every rank.
+    """
+    source = SequenceSource(dataset, split, layout)
+    parts = [np.empty((0, 4))]
+    for batch in evaluation_batches(source, spec.batch_size, topology.rank, topology.world, spec.max_sequences):
+        with torch.no_grad():
+            logits = forward(batch).cpu()
+        valid = batch.readout_valid
+        columns = [batch.targets[valid].double(), batch.labels[valid].double()[:, None], logits[valid].double().sigmoid()[:, None]]
+        parts.append(torch.cat(columns, dim=1).numpy())
+    rows = gather_rows(np.concatenate(parts), topology)
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    return Predictions(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int8), rows[:, 3])
+
+
+def write_evaluation(run_dir: str, split: str, dataset: Dataset, predictions: Predictions) -> dict[str, float]:
+    """Write `evaluation/<split>.json` and the predictions beside it, `<split>.parquet`; returns the metrics."""
+    names = [shard.users[row] for shard, row in map(dataset.locate, predictions.users.tolist())]
+    table = pa.table(
+        {
+            "user": names,
+            "event": predictions.events,
+            "label": predictions.labels,
+            "probability": predictions.probabilities,
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    metrics = predictions.metrics()
+    storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.parquet"), buffer.getvalue())
+    storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), json.dumps(metrics, indent=1).encode())
+    return metrics

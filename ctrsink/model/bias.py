@@ -1,0 +1,45 @@
+"""Inter-sink attention: a learned addition to the attention logits between sinks (CTR-Sink, section 3.4)."""
+
+import torch
+from torch import nn
+
+
+class InterSinkBias(nn.Module):
+    """`gamma * mean_h softmax(LN(X) W_q^h (LN(X) W_k^h)^T / sqrt(d_h))` over the K sinks of a sequence.
+
+    X holds the hidden states of the sinks as they enter a layer's attention. The table stays compact, [B, K, K]: it is the same
+    for all heads of the attention it is added to.
+
+    Args:
+        hidden_size: D, divisible by `heads`.
+        heads: heads of this module; the backbone's number in the published code.
+        gamma: start of the learned scale.
+        causal: each row's softmax runs over valid sinks that are not later. False is the published form, in which every slot of
+            the row takes part, padded ones too.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, gamma: float = 1.0, causal: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.norm = nn.LayerNorm(hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        # One element, not zero dimensions: a captured 0-D tensor has no backward in FlexAttention.
+        self.gamma = nn.Parameter(torch.full((1,), gamma))
+
+    def forward(self, sinks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """States [B, K, D] and validity bool [B, K] -> bias [B, K, K], 0 wherever a slot is not valid."""
+        b, k, d = sinks.shape
+        x = self.norm(sinks)
+        query = self.query(x).view(b, k, self.heads, -1).transpose(1, 2)
+        key = self.key(x).view(b, k, self.heads, -1).transpose(1, 2)
+        scores = query @ key.transpose(2, 3) * (d // self.heads) ** -0.5
+        pairs = valid[:, :, None] & valid[:, None, :]
+        if self.causal:
+            allowed = pairs.tril()
+            # A row without a valid sink keeps itself: its softmax stays finite and is cleared below.
+            allowed = allowed | torch.eye(k, dtype=torch.bool, device=valid.device)
+            scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+        table = scores.float().softmax(-1).mean(1)
+        return self.gamma.float() * table.masked_fill(~pairs, 0.0)

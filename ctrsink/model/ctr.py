@@ -1,0 +1,97 @@
+"""CTRModel: a decoder backbone with sinks, inter-sink bias and a click head."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ctrsink.batch import Batch
+from ctrsink.config.model import ModelSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.model import attention
+from ctrsink.model.bias import InterSinkBias
+from ctrsink.model.readout import read
+from ctrsink.model.sinks import SinkEmbedding
+
+
+class ClickHead(nn.Module):
+    """Layer norm and a linear map to one logit."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, 1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, T]."""
+        return self.linear(self.norm(states)).squeeze(-1)
+
+
+class CTRModel(nn.Module):
+    """Click probabilities of the targets in a Batch (CTR-Sink, section 3).
+
+    Args:
+        backbone: a decoder without its vocabulary head, whose attention implementation is `ctrsink.model.attention.BACKEND`.
+        spec: which sinks and bias it carries.
+    """
+
+    def __init__(self, backbone: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        config = backbone.config.get_text_config()  # pyright: ignore[reportCallIssue]
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        self.backbone = backbone
+        self.head = ClickHead(hidden)
+        self.sinks = None
+        self.biases = nn.ModuleList()
+        if spec.sinks is not None:
+            self.sinks = SinkEmbedding(len(spec.sinks.signals), spec.sinks.buckets, spec.sinks.embedding_size, hidden)
+        if spec.bias is not None:
+            layers = decoder_layers(backbone)
+            count = max(1, round(len(layers) * spec.bias.layers))
+            self.biases.extend(InterSinkBias(hidden, heads, spec.bias.gamma, spec.bias.causal) for _ in range(count))
+            attention.attach(layers, self.biases)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Input vectors [B, L, D]: token embeddings, and sink embeddings at the sinks."""
+        tokens = self.backbone.get_input_embeddings()(batch.input_ids)  # pyright: ignore[reportCallIssue]
+        if self.sinks is None:
+            return tokens
+        index = batch.sink_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
+        return tokens.scatter(1, index, self.sinks(batch.signals).to(tokens.dtype))
+
+    def hidden_states(self, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
+        """States after the final norm, [B, L, D].
+
+        Raises:
+            RuntimeError: the backbone did not pass the inter-sink bias on to its attention.
+        """
+        positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
+        rows = attention.sink_rows(batch) if self.biases else None
+        sinks_only = readout.over == "sinks" and readout.form == "attend"
+        out = self.backbone(
+            inputs_embeds=self.embed(batch),
+            attention_mask=attention.visibility(batch, sinks_only),
+            position_ids=positions,
+            use_cache=False,
+            sink_rows=rows,
+        )
+        if rows is not None and len(rows.applied) != len(self.biases):
+            raise RuntimeError(
+                f"the inter-sink bias reached {len(rows.applied)} of {len(self.biases)} layers: "
+                f"the architecture {type(self.backbone).__name__} does not pass keywords on to its attention"
+            )
+        return out.last_hidden_state
+
+    def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (sum of the log losses of the valid targets, logits [B, T]), both in fp32."""
+        states = read(self.hidden_states(batch, readout), batch, readout)
+        logits = self.head(states.float()).float()
+        losses = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
+        return (losses * batch.readout_valid).sum(), logits
+
+
+def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a backbone, wrapped by PEFT or not, first to last."""
+    found = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and m and hasattr(m[0], "self_attn")]
+    if len(found) != 1:
+        raise RuntimeError(f"{type(backbone).__name__} has {len(found)} stacks of layers with a self_attn, expected one")
+    return list(found[0])

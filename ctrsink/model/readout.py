@@ -1,0 +1,30 @@
+"""What the click head reads: hidden states of a sequence become one vector per target (METHOD section 6)."""
+
+import torch
+
+from ctrsink.batch import PAD, SINK, Batch
+from ctrsink.config.stages import ReadoutSpec
+
+
+def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of states [B, L, D] where mask bool [B, L] holds -> [B, D]; 0 where it holds nowhere (the published pooling)."""
+    weight = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def read(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
+    """States [B, L, D] -> one vector per readout slot [B, T, D].
+
+    `attend` takes the state at the target's last token. `pool` takes the mean over what the readout is `over`, up to the target;
+    the target's own last token is always a member, because the target follows its history and no earlier state knows of it.
+    """
+    index = batch.readout_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
+    own = hidden.gather(1, index)
+    if readout.form == "attend":
+        return own
+    member = batch.kinds == SINK if readout.over == "sinks" else batch.kinds != PAD
+    weight = member.to(hidden.dtype)[:, :, None]
+    # Running sums give the mean up to each of many targets of one sequence in one pass; the own state is counted by itself.
+    total = (hidden * weight).cumsum(1) - hidden * weight
+    count = weight.cumsum(1) - weight
+    return (total.gather(1, index) + own) / (count.gather(1, index[:, :, :1]) + 1)

@@ -1,0 +1,22 @@
+"""One process, no Ray: the loop in a process group of one."""
+
+import os
+from typing import Any
+
+from ctrsink.config import RunSpec
+from ctrsink.dist import Topology
+from ctrsink.runtime.process import prepare_process
+
+
+def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
+    """Train in this process; see Trainer.run."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    device = "cuda:0" if spec.runtime.device == "cuda" else "cpu"
+    prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker)
+    import torch.distributed as dist
+
+    from ctrsink.train.loop import Trainer
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device != "cpu" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return Trainer(spec, Topology(device=device), vocabulary).run(stop_after)

@@ -1,0 +1,38 @@
+"""What can be known to be wrong before a worker is started: data set, tokenizer, run folder."""
+
+from transformers import AutoTokenizer
+
+from ctrsink.config import RunSpec
+from ctrsink.data.manifest import read_manifest
+from ctrsink.data.tokenize import fingerprint, load_tokenizer
+from ctrsink.errors import InputError
+from ctrsink.train.rundir import claim
+
+
+def check(spec: RunSpec) -> int:
+    """Check that the data set exists and was prepared with the model's tokenizer; returns the tokenizer's size.
+
+    Raises:
+        InputError: it does not, or was not.
+    """
+    manifest = read_manifest(spec.data.uri)
+    backbone = spec.model.backbone
+    if backbone.path is None:
+        return len(load_tokenizer(spec.data.uri))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone.path, revision=backbone.revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.backbone.path {backbone.path}: no tokenizer ({str(error).strip().splitlines()[0]})") from None
+    if fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"the data set {spec.data.uri} was prepared with another tokenizer than that of {backbone.path}: "
+            f"prepare it again with prepare.tokenizer.path={backbone.path}"
+        )
+    return len(tokenizer)
+
+
+def prepare_run(spec: RunSpec, resume: bool) -> int:
+    """`check`, then claim the run's folder; returns the tokenizer's size."""
+    vocabulary = check(spec)
+    claim(spec, resume)
+    return vocabulary

@@ -1,0 +1,105 @@
+"""Ray Train: the same loop on `runtime.workers` workers of a Ray cluster, placed, watched and started again by Ray."""
+
+import os
+import time
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from ctrsink import storage
+from ctrsink.config import RunSpec, parse_run
+from ctrsink.errors import InputError, RunError
+from ctrsink.train.rundir import read_result
+
+
+def connect(spec: RunSpec) -> None:
+    """Join the cluster at `runtime.address` or the one that a Ray job runs in; else start one here, on loopback.
+
+    Raises:
+        InputError: the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        return
+    address = spec.runtime.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=True)
+        else:
+            ray.init(num_cpus=_local_cpus(spec), include_dashboard=False, log_to_driver=True, _node_ip_address="127.0.0.1")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"runtime.address {address}: cannot join the Ray cluster ({str(error).splitlines()[0]})") from None
+
+
+def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
+    """Train on Ray workers; see Trainer.run for what comes back.
+
+    A worker that dies takes its group with it; Ray starts the group again up to `runtime.max_failures` times, and it goes on from
+    the run's latest checkpoint.
+
+    Raises:
+        InputError: a worker found the input to be at fault.
+        RunError: training failed.
+    """
+    connect(spec)
+    runtime = spec.runtime
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(runtime.start_timeout_s)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
+    gpu = runtime.device == "cuda"
+    filesystem, path = storage.arrow_filesystem(storage.join(spec.run_dir, "ray"))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"spec": spec.model_dump(mode="json"), "vocabulary": vocabulary, "stop_after": stop_after},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(runtime.collective_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=runtime.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": runtime.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
+        ),
+        run_config=RunConfig(
+            # A name of its own: Ray would take an earlier run of the same name up again. Resuming is ours, from the checkpoint.
+            name=f"{spec.name}-{time.time_ns()}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _translate(error) from error
+    return read_result(spec.run_dir)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What runs in each Ray worker."""
+    from ctrsink.runtime.process import prepare_process
+
+    spec = parse_run(config["spec"], "the submitted configuration")
+    context = ray.train.get_context()
+    prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
+    from ctrsink.dist import Topology
+    from ctrsink.train.loop import Trainer
+
+    device = str(ray.train.torch.get_device()) if spec.runtime.device == "cuda" else "cpu"
+    topology = Topology(context.get_world_rank(), context.get_world_size(), device)
+    Trainer(spec, topology, config["vocabulary"]).run(config["stop_after"])
+
+
+def _translate(error: TrainingFailedError) -> InputError | RunError:
+    """The first worker's own error, with its rank, as one line."""
+    if not isinstance(error, WorkerGroupError):
+        return RunError(f"Ray Train failed: {str(error).strip().splitlines()[-1]}")
+    rank, failure = min(error.worker_failures.items())
+    cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
+    if isinstance(cause, InputError):
+        return InputError(str(cause))
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return RunError(f"worker {rank} failed: {type(cause).__name__}: {lines[-1] if lines else cause}")
+
+
+def _local_cpus(spec: RunSpec) -> int:
+    """CPUs to declare for a cluster of our own: what the workers ask for, and one for Ray Train's controller."""
+    return spec.runtime.workers * spec.runtime.cpus_per_worker + 1

@@ -1,0 +1,96 @@
+"""The portable checkpoint: safetensors by parameter name, loadable at any number of workers and any ZeRO stage; no pickle.
+
+A folder per checkpoint; `complete.json`, with size and sha256 of each file, is written last. Without it, or with a file that
+does not match, the folder is no checkpoint.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from ctrsink import storage
+from ctrsink.errors import InputError
+
+FOLDER = "checkpoints"
+MARKER = "complete.json"
+log = logging.getLogger("ctrsink.train")
+
+
+@dataclass
+class Checkpoint:
+    """State of a run after `step` optimiser steps."""
+
+    step: int
+    position: int
+    """Of the stream: sequences consumed since the run began."""
+    parameters: dict[str, torch.Tensor]
+    """fp32 values of every parameter that any stage so far has trained."""
+    moments: dict[str, torch.Tensor]
+    steps: dict[str, int]
+    """See EngineState."""
+
+
+def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
+    """Write `checkpoint` below `run_dir` and return its folder."""
+    folder = storage.join(run_dir, FOLDER, f"step-{checkpoint.step:08d}")
+    state = {"step": checkpoint.step, "position": checkpoint.position, "steps": checkpoint.steps}
+    files = {
+        "parameters.safetensors": save(checkpoint.parameters),
+        "moments.safetensors": save(checkpoint.moments),
+        "state.json": json.dumps(state).encode(),
+    }
+    for name, content in files.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    marker = {name: {"bytes": len(content), "sha256": storage.sha256(content)} for name, content in files.items()}
+    storage.write_bytes(storage.join(folder, MARKER), json.dumps(marker).encode())
+    return folder
+
+
+def list_checkpoints(run_dir: str) -> list[str]:
+    """Folders of the run's checkpoints, complete or not, newest first."""
+    names = [n for n in storage.list_dirs(storage.join(run_dir, FOLDER)) if n.startswith("step-")]
+    return [storage.join(run_dir, FOLDER, name) for name in sorted(names, reverse=True)]
+
+
+def latest_checkpoint(run_dir: str) -> Checkpoint | None:
+    """The newest checkpoint that is whole; each newer one that is not is named in a warning. None where there is none."""
+    for folder in list_checkpoints(run_dir):
+        try:
+            return load_checkpoint(folder)
+        except InputError as error:
+            log.warning("%s; taking the checkpoint before it", error)
+    return None
+
+
+def load_checkpoint(folder: str) -> Checkpoint:
+    """Read a checkpoint and check it against its marker.
+
+    Raises:
+        InputError: it is incomplete or altered.
+    """
+    marker = json.loads(_read(folder, MARKER))
+    contents: dict[str, bytes] = {}
+    for name, entry in marker.items():
+        content = _read(folder, name)
+        if len(content) != entry["bytes"] or storage.sha256(content) != entry["sha256"]:
+            raise InputError(f"the checkpoint {folder} is damaged: {name} does not match its hash")
+        contents[name] = content
+    state: dict[str, Any] = json.loads(contents["state.json"])
+    return Checkpoint(
+        step=state["step"],
+        position=state["position"],
+        parameters=load(contents["parameters.safetensors"]),
+        moments=load(contents["moments.safetensors"]),
+        steps=state["steps"],
+    )
+
+
+def _read(folder: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(folder, name))
+    except FileNotFoundError:
+        raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing") from None

@@ -1,0 +1,201 @@
+"""One DeepSpeed engine: what a stage trains, under any ZeRO stage, with its state readable and writable by parameter name."""
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils.tensor_fragment import safe_get_local_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+from torch import nn
+
+from ctrsink.batch import Batch
+from ctrsink.config.run import RunSpec
+from ctrsink.config.stages import Group, ReadoutSpec, StageSpec
+from ctrsink.dist import Topology, all_sum
+from ctrsink.errors import RunError
+from ctrsink.model.ctr import CTRModel
+from ctrsink.model.groups import set_trainable, trained_as
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING"))
+
+
+@dataclass
+class EngineState:
+    """Everything of an engine that must survive: by name, independent of the number of ranks and the ZeRO stage."""
+
+    parameters: dict[str, torch.Tensor]
+    """fp32 values of the trainable parameters."""
+    moments: dict[str, torch.Tensor]
+    """Adam's two moments, named `<parameter>/exp_avg` and `<parameter>/exp_avg_sq`."""
+    steps: dict[str, int]
+    """Optimiser steps that each parameter group has made."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean log loss over the impressions of the global batch, and the gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class Engine:
+    """Trains the groups of one stage.
+
+    Args:
+        model: its trainable parameters already hold the values to start from.
+        state: moments and step counts to go on with; those of groups that this stage does not train are ignored.
+    """
+
+    def __init__(self, model: CTRModel, spec: RunSpec, stage: StageSpec, topology: Topology, state: EngineState | None) -> None:
+        self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
+        self.trainable = stage.trainable
+        self._autocast = spec.train.precision == "bf16"
+        self._accumulation = spec.accumulation
+        set_trainable(model, stage.trainable)
+        groups = parameter_groups(model, stage.trainable, spec.train.weight_decay)
+        self._group_names = [g["name"] for g in groups]
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(groups, lr=1e-8, betas=spec.train.betas, eps=1e-8)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(spec, self.named), dist_init_required=False
+        )
+        self._base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._create_moments()
+        if state is not None:
+            self._load(state)
+
+    def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """See CTRModel.forward; every rank must call it equally often."""
+        device = self.topology.device
+        context = torch.autocast(device.split(":")[0], torch.bfloat16) if self._autocast else contextlib.nullcontext()
+        with context:
+            return self.engine(batch.to(device), readout)
+
+    def step(self, batches: list[Batch], impressions: int, stage: StageSpec, factor: float) -> StepResult:
+        """One optimiser step over the micro-batches of this rank.
+
+        Impressions weigh equally whatever micro-batch or rank holds them, so the result does not depend on how a global batch
+        is shared out: `impressions` is the number in the global batch.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        for group, name in zip(self.optimizer.param_groups, self._group_names, strict=True):
+            group["lr"] = stage.lr[name.split("/")[0]] * factor
+        total = 0.0
+        # DeepSpeed divides by the accumulation and averages over ranks; both are undone here.
+        weight = self._accumulation * self.topology.world / impressions
+        for batch in batches:
+            loss, _ = self.forward(batch, stage.readout)
+            self.engine.backward(loss * weight)
+            self.engine.step()
+            total += float(loss.detach())
+        mean = all_sum([total], self.topology)[0] / impressions
+        if not torch.isfinite(torch.tensor(mean)):
+            raise RunError(f"the loss is {mean}: lower the learning rates of stage {stage.name} or check its data")
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(mean, float(norm) if norm is not None else float("nan"))
+
+    def state(self) -> EngineState:
+        """Collective: every rank must call it; every rank gets the whole state, on the CPU."""
+        parameters, moments = {}, {}
+        for name, parameter in self.named.items():
+            parameters[name] = self._full_value(parameter)
+            for key in MOMENTS:
+                moments[f"{name}/{key}"] = self._full_moment(parameter, key)
+        return EngineState(parameters, moments, self._steps())
+
+    def destroy(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""
+        self.engine.destroy()
+
+    def _full_value(self, parameter: nn.Parameter) -> torch.Tensor:
+        value = safe_get_full_fp32_param(parameter)
+        return (parameter if value is None else value).detach().float().cpu().clone()
+
+    def _full_moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        if self.zero_stage == 0:
+            return self._base.state[parameter][key].detach().cpu().clone()
+        value = safe_get_full_optimizer_state(parameter, key)
+        assert value is not None
+        return value.detach().cpu().clone()
+
+    def _create_moments(self) -> None:
+        """Adam makes its state at its first step; making it now lets a state be loaded before."""
+        for parameters in self._flat_groups():
+            for p in parameters:
+                zeros = {key: torch.zeros_like(p.data) for key in MOMENTS}
+                self._base.state[p] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
+        if self.zero_stage in (1, 2):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_groups(self) -> list[list[torch.Tensor]]:
+        """The tensors that Adam really steps, per parameter group."""
+        if self.zero_stage < 3:
+            return [group["params"] for group in self._base.param_groups]
+        groups: list[list[torch.Tensor]] = [[] for _ in self._group_names]
+        for number, flat in enumerate(self.optimizer.fp32_partitioned_groups_flat):
+            groups[self.optimizer.sub_group_to_group_id[number]].append(flat)
+        return groups
+
+    def _steps(self) -> dict[str, int]:
+        pairs = zip(self._group_names, self._flat_groups(), strict=True)
+        return {name: int(self._base.state[flat[0]]["step"]) for name, flat in pairs}
+
+    def _load(self, state: EngineState) -> None:
+        for name, parameter in self.named.items():
+            for key in MOMENTS:
+                value = state.moments.get(f"{name}/{key}")
+                if value is not None:
+                    self._set_moment(parameter, key, value.to(self.topology.device))
+        for name, flat in zip(self._group_names, self._flat_groups(), strict=True):
+            for p in flat:
+                self._base.state[p]["step"].fill_(state.steps.get(name, 0))
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        if self.zero_stage == 0:
+            self._base.state[parameter][key].copy_(value)
+        elif self.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            # DeepSpeed's own setter for whole values fails where the ranks do not divide the parameter.
+            local = safe_get_local_optimizer_state(parameter, key).numel()
+            padded = nn.functional.pad(value.flatten(), (0, local * self.topology.world - value.numel()))
+            safe_set_local_optimizer_state(parameter, padded.narrow(0, local * self.topology.rank, local), key)
+
+
+def parameter_groups(model: nn.Module, trainable: tuple[Group, ...], weight_decay: float) -> list[dict[str, Any]]:
+    """Adam's parameter groups: one per trained group and whether its matrices decay; vectors and scalars never do."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        group = trained_as(name, trainable)
+        if group is not None:
+            found.setdefault(f"{group}/{'decay' if parameter.dim() > 1 else 'plain'}", []).append(parameter)
+    return [
+        {"name": key, "params": found[key], "weight_decay": weight_decay if key.endswith("/decay") else 0.0} for key in sorted(found)
+    ]
+
+
+def deepspeed_config(spec: RunSpec, named: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """DeepSpeed's configuration; buckets are no larger than what is trained, because DeepSpeed allocates them whole."""
+    bucket = min(sum(p.numel() for p in named.values()), 200_000_000)
+    bucket += -bucket % 512  # DeepSpeed wants a multiple of its alignment
+    return {
+        "train_micro_batch_size_per_gpu": spec.train.micro_batch_size,
+        "gradient_accumulation_steps": spec.accumulation,
+        "gradient_clipping": spec.train.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": spec.train.zero_stage,
+            "overlap_comm": spec.runtime.device == "cuda",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }

@@ -1,0 +1,191 @@
+"""The training loop: stages, steps, checkpoints, evaluation; the same on one process and on many Ray workers."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ctrsink.batch import Batch
+from ctrsink.config import RunSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.examples import Layout
+from ctrsink.data.order import mix64
+from ctrsink.data.stream import SequenceSource, TrainStream
+from ctrsink.dist import Topology, all_sum, barrier
+from ctrsink.evaluate.evaluator import predict, write_evaluation
+from ctrsink.model.build import build_model
+from ctrsink.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from ctrsink.train.engine import Engine, EngineState
+from ctrsink.train.rundir import write_result
+from ctrsink.train.stages import StageWindow, plan
+from ctrsink.train.telemetry import Pace, Telemetry, progress_line
+
+log = logging.getLogger("ctrsink.train")
+
+
+@dataclass
+class Progress:
+    """Where the run is, and what earlier stages left behind."""
+
+    step: int = 0
+    position: int = 0
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Values of everything trained so far, as of the last rebuild of the engine."""
+    state: EngineState | None = None
+
+
+class Trainer:
+    """Trains the run that `spec.run_dir` was claimed for, from its latest checkpoint on if it has one.
+
+    Args:
+        spec: the run.
+        topology: this process among the workers.
+        vocabulary: size of the data set's tokenizer.
+    """
+
+    def __init__(self, spec: RunSpec, topology: Topology, vocabulary: int) -> None:
+        self.spec, self.topology, self.vocabulary = spec, topology, vocabulary
+        self.dataset = Dataset(spec.data.uri, keep_shards=2 * spec.data.shuffle_shards)
+        self.layout = Layout.of(spec.data, spec.model.sinks)
+        source = SequenceSource(self.dataset, "train", self.layout)
+        train = spec.train
+        self.stream = TrainStream(
+            source, spec.seed, spec.data.shuffle_shards, train.batch_size, spec.accumulation, topology.rank, topology.world
+        )
+        self.windows = plan(spec.stages, sum(source.per_shard), train.batch_size)
+        self.progress = Progress()
+        self.engine: Engine | None = None
+        self.telemetry: Telemetry | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.windows[-1].end
+
+    def run(self, stop_after: int | None = None) -> dict[str, Any]:
+        """Train to the end, or for `stop_after` optimiser steps; evaluates once the last stage is done.
+
+        Returns:
+            `steps` of the run so far, whether it is `finished`, and `evaluation` by split; also in the run's result.json.
+        """
+        checkpoint = latest_checkpoint(self.spec.run_dir)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        stop = self.total_steps if stop_after is None else min(self.total_steps, self.progress.step + stop_after)
+        if self.topology.is_first:
+            self.telemetry = Telemetry(self.spec.run_dir, self.progress.step)
+        for window in self.windows:
+            if self.progress.step < min(window.end, stop):
+                self._run_stage(window, min(window.end, stop))
+        finished = self.progress.step == self.total_steps
+        evaluation = self._evaluate() if finished else {}
+        result = {"steps": self.progress.step, "finished": finished, "evaluation": evaluation}
+        if self.telemetry is not None:
+            self.telemetry.close()
+            write_result(self.spec.run_dir, result)
+        barrier(self.topology)
+        return result
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        log.info("continuing from the checkpoint of step %d", checkpoint.step)
+        self.progress = Progress(
+            checkpoint.step,
+            checkpoint.position,
+            checkpoint.parameters,
+            EngineState({}, checkpoint.moments, checkpoint.steps),
+        )
+
+    def _run_stage(self, window: StageWindow, stop: int) -> None:
+        engine = self._engine_for(window)
+        progress, train = self.progress, self.spec.train
+        pace = Pace()
+        waiting = time.monotonic()
+        for step in self.stream.steps(progress.position, stop - progress.step):
+            waited = time.monotonic() - waiting
+            seed_step(self.spec.seed, progress.step, self.topology.rank)
+            result = engine.step(step.micro_batches, step.impressions, window.spec, window.factor(progress.step))
+            progress.step, progress.position = progress.step + 1, step.position
+            pace.count(step.impressions, sum(b.tokens for b in step.micro_batches), waited)
+            if progress.step % train.log_every == 0 or progress.step in (1, stop):
+                self._report(window, {"loss": result.loss, "grad_norm": result.grad_norm, **pace.report(self.total_steps - progress.step)})
+            if progress.step % train.checkpoint_every == 0 or progress.step == stop:
+                self._checkpoint(engine)
+            waiting = time.monotonic()
+
+    def _engine_for(self, window: StageWindow) -> Engine:
+        """The engine of this stage; a new one, on a model built anew, where what is trained changes.
+
+        Building the model anew costs a load from disk and is right under every ZeRO stage: ZeRO-3 leaves no whole model behind.
+        """
+        if self.engine is not None and self.engine.trainable == window.spec.trainable:
+            return self.engine
+        if self.engine is not None:
+            state = self.engine.state()
+            self.progress.parameters |= state.parameters
+            self.progress.state = state
+            self.engine.destroy()
+        model = build_model(self.spec.model, self.vocabulary, self.spec.seed, self.spec.train.precision)
+        load_parameters(model, self.progress.parameters)
+        model.to(self.topology.device).train()
+        self.engine = Engine(model, self.spec, window.spec, self.topology, self.progress.state)
+        return self.engine
+
+    def _report(self, window: StageWindow, row: dict[str, Any]) -> None:
+        tokens = all_sum([row["tokens_per_s"]], self.topology)[0]
+        row = {"step": self.progress.step, "stage": window.spec.name, "position": self.progress.position, **row, "tokens_per_s": tokens}
+        row |= {f"lr/{group}": window.spec.lr[group] * window.factor(self.progress.step - 1) for group in window.spec.trainable}
+        if self.telemetry is not None:
+            self.telemetry.add(row)
+            log.info(progress_line(row, self.total_steps))
+
+    def _checkpoint(self, engine: Engine) -> None:
+        state = engine.state()
+        if self.telemetry is not None:
+            parameters = self.progress.parameters | state.parameters
+            checkpoint = Checkpoint(self.progress.step, self.progress.position, parameters, state.moments, state.steps)
+            folder = save_checkpoint(self.spec.run_dir, checkpoint)
+            self.telemetry.flush()
+            log.info("checkpoint %s", folder)
+        barrier(self.topology)
+
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        engine = self._engine_for(self.windows[-1])
+        readout = self.windows[-1].spec.readout
+        engine.engine.eval()
+        return evaluate_splits(
+            lambda batch: engine.forward(batch, readout)[1], self.dataset, self.layout, self.spec, self.topology
+        )
+
+
+def evaluate_splits(
+    forward: Callable[[Batch], torch.Tensor], dataset: Dataset, layout: Layout, spec: RunSpec, topology: Topology
+) -> dict[str, dict[str, float]]:
+    """Predict and measure every split of `spec.evaluate`; the first rank writes the results into the run's folder."""
+    out: dict[str, dict[str, float]] = {}
+    for split in spec.evaluate.splits:
+        started = time.monotonic()
+        predictions = predict(forward, dataset, split, layout, spec.evaluate, topology)
+        if topology.is_first:
+            write_evaluation(spec.run_dir, split, dataset, predictions)
+        out[split] = predictions.metrics()
+        seconds = time.monotonic() - started
+        if topology.is_first:
+            log.info("%s: AUC %.4f, %d impressions, %.1f s", split, out[split]["auc"], len(predictions.labels), seconds)
+    return out
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout for one step: no generator state has to be saved, and any step can be repeated."""
+    key = int(mix64(torch.tensor([step]).numpy(), seed, rank)[0] >> 1)
+    torch.manual_seed(key)
+
+
+def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    """Put checkpointed values into `model`, in fp32; every name must exist there."""
+    named = dict(model.named_parameters())
+    for name, value in parameters.items():
+        named[name].data = value.clone()

@@ -1,0 +1,75 @@
+"""The run's folder: whose it is, and what may differ when a run is continued."""
+
+import json
+from typing import Any
+
+import yaml
+
+from ctrsink import storage
+from ctrsink.config import RunSpec, dump_run, parse_run
+from ctrsink.errors import InputError
+
+CONFIG_NAME = "config.yaml"
+RESULT_NAME = "result.json"
+# What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
+_FREE = ("name", "run_dir", "prepare", "runtime", "evaluate", "train.checkpoint_every", "train.log_every", "train.micro_batch_size",
+         "train.zero_stage", "data.uri", "model.gradient_checkpointing")  # fmt: skip
+
+
+def claim(spec: RunSpec, resume: bool) -> None:
+    """Make `spec.run_dir` the folder of this run, by its config.yaml.
+
+    Raises:
+        InputError: it holds a run and `resume` is false, or the run there computes something else.
+    """
+    path = storage.join(spec.run_dir, CONFIG_NAME)
+    if storage.exists(path):
+        if not resume:
+            raise InputError(f"{spec.run_dir} already holds a run: give --resume to continue it, or choose another run_dir")
+        difference = first_difference(read_run(spec.run_dir), spec)
+        if difference is not None:
+            raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
+    storage.write_bytes(path, dump_run(spec).encode())
+
+
+def read_run(run_dir: str) -> RunSpec:
+    """The configuration of the run in `run_dir`.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = storage.join(run_dir, CONFIG_NAME)
+    try:
+        return parse_run(yaml.safe_load(storage.read_bytes(path)), path)
+    except FileNotFoundError:
+        raise InputError(f"{run_dir} holds no run: there is no {CONFIG_NAME}") from None
+
+
+def write_result(run_dir: str, result: dict[str, Any]) -> None:
+    """Leave what a training process found for whoever started it."""
+    storage.write_bytes(storage.join(run_dir, RESULT_NAME), json.dumps(result, indent=1).encode())
+
+
+def read_result(run_dir: str) -> dict[str, Any]:
+    """What the last training process of the run left, see Trainer.run."""
+    return json.loads(storage.read_bytes(storage.join(run_dir, RESULT_NAME)))
+
+
+def first_difference(old: RunSpec, new: RunSpec) -> str | None:
+    """The first key on which two configurations compute differently, as `key was a, is b`."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    for key in sorted(before.keys() | after.keys()):
+        free = any(key == f or key.startswith(f + ".") for f in _FREE)
+        if not free and before.get(key) != after.get(key):
+            return f"{key} was {before.get(key)}, is {after.get(key)}"
+    return None
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

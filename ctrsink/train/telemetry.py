@@ -1,0 +1,100 @@
+"""What a run says of itself: a progress line, metrics.jsonl and TensorBoard, all written by the first rank."""
+
+import json
+import logging
+import tempfile
+import time
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ctrsink import storage
+
+METRICS_NAME = "metrics.jsonl"
+log = logging.getLogger("ctrsink.train")
+
+
+class Telemetry:
+    """Collects rows of metrics; `flush` puts them into the run's folder, where they are whole at any moment.
+
+    Args:
+        run_dir: the run's folder, local or s3://.
+        step: optimiser steps that the run continues from; rows of later steps, written before it was cut off, are dropped.
+    """
+
+    def __init__(self, run_dir: str, step: int) -> None:
+        self._path = storage.join(run_dir, METRICS_NAME)
+        self._board_uri = storage.join(run_dir, "tensorboard")
+        self._remote = storage.is_remote(run_dir)
+        self._board_dir = tempfile.mkdtemp(prefix="ctrsink-tensorboard-") if self._remote else self._board_uri
+        self._board = SummaryWriter(self._board_dir, purge_step=step + 1 if step else None)
+        self._rows = [row for row in read_metrics(run_dir) if row["step"] <= step] if step else []
+        self._flushed = time.monotonic()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Record a row; it has the key `step`. Flushed at most every five seconds."""
+        self._rows.append(row)
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._board.add_scalar(key, value, row["step"])
+        if time.monotonic() - self._flushed > 5:
+            self.flush()
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        storage.write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
+        self._board.flush()
+        if self._remote:
+            storage.upload_dir(self._board_dir, self._board_uri)
+
+    def close(self) -> None:
+        self.flush()
+        self._board.close()
+
+
+def read_metrics(run_dir: str) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl; none where there is no such file."""
+    try:
+        text = storage.read_bytes(storage.join(run_dir, METRICS_NAME)).decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Pace:
+    """Rates since the last report: impressions/s, tokens/s, share of time that waited for data."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._impressions = self._tokens = 0
+        self._steps = 0
+        self._waited = 0.0
+
+    def count(self, impressions: int, tokens: int, waited: float) -> None:
+        """One optimiser step: of the whole global batch, and the seconds this rank waited for it."""
+        self._impressions += impressions
+        self._tokens += tokens
+        self._waited += waited
+        self._steps += 1
+
+    def report(self, steps_left: int) -> dict[str, float]:
+        """Rates since the last report, and seconds left at this pace; starts anew."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        row = {
+            "impressions_per_s": self._impressions / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "data_wait": self._waited / seconds,
+            "seconds_left": steps_left * seconds / max(1, self._steps),
+        }
+        self.__init__()
+        return row
+
+
+def progress_line(row: dict[str, Any], total: int) -> str:
+    """One line for people, from a row of metrics."""
+    minutes, seconds = divmod(round(row["seconds_left"]), 60)
+    return (
+        f"step {row['step']}/{total} stage {row['stage']} loss {row['loss']:.4f} "
+        f"{row['impressions_per_s']:.0f} impressions/s {row['tokens_per_s']:.0f} tokens/s "
+        f"data wait {row['data_wait']:.1%} left {minutes}:{seconds:02d}"
+    )

@@ -1,0 +1,109 @@
+"""Parity with the published CTR-Sink code: values it gave on a random Qwen2 (fp32, eager attention)."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import Qwen2Config, Qwen2Model
+
+from ctrsink.batch import PAD, SINK, TEXT, Batch
+from ctrsink.config.model import BackboneSpec, BiasSpec, ModelSpec, SinkSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.model import attention
+from ctrsink.model.ctr import CTRModel
+from ctrsink.model.readout import masked_mean
+
+GOLDEN = Path(os.environ.get("CTRSINK_GOLDEN", Path(__file__).parent / "golden" / "ctr_sink_qwen2_a.safetensors"))
+# The names of the published modules, and ours.
+RENAMED = {"norm": "norm", "query_proj": "query", "key_proj": "key"}
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    with safe_open(GOLDEN, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    meta = {"config": json.loads(metadata["config"]), "gamma": float(metadata["sink_scale"]), "layers": int(metadata["inter_sink_layers"])}
+    return tensors, meta
+
+
+def build(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> CTRModel:
+    config = Qwen2Config(**meta["config"], attn_implementation=attention.BACKEND)
+    table = tensors["sink_embedding.0.weight"]
+    spec = ModelSpec(
+        backbone=BackboneSpec(config={"model_type": "qwen2"}),
+        sinks=SinkSpec(signals=("recency_rank",), buckets=table.shape[0], embedding_size=table.shape[1]),
+        bias=BiasSpec(layers=meta["layers"] / config.num_hidden_layers, gamma=meta["gamma"], causal=False),
+    )
+    model = CTRModel(Qwen2Model(config), spec).eval()
+    state: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        if name.startswith("sink_embedding.0"):
+            state["sinks.tables.0.weight"] = value
+        elif name.startswith("sink_embedding.1."):
+            state[name.replace("sink_embedding.1", "sinks.projection")] = value
+        elif ".sink_interaction." in name:
+            layer, _, module, kind = name.removeprefix("backbone.layers.").replace(".self_attn", "").split(".")
+            state[f"biases.{layer}.{RENAMED[module]}.{kind}"] = value
+        elif name.endswith(".sink_scale"):
+            state[f"biases.{name.split('.')[2]}.gamma"] = value.reshape(1)
+        elif name.startswith("backbone."):
+            state[name] = value
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert all(name.startswith("head.") for name in missing)
+    return model
+
+
+def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
+    ids, positions = tensors["in.input_ids"], tensors["in.sink_positions"]
+    b, length = ids.shape
+    kinds = torch.where(tensors["in.attention_mask"].bool(), TEXT, PAD).to(torch.uint8)
+    kinds = kinds.scatter(1, positions, torch.full_like(positions, SINK).to(torch.uint8))
+    none = torch.zeros(b, 1, dtype=torch.long)
+    return Batch(
+        input_ids=ids,
+        kinds=kinds,
+        event_ids=torch.zeros(b, length, dtype=torch.int32),
+        aligned=torch.zeros(b, length, dtype=torch.bool),
+        sink_positions=positions,
+        sink_valid=torch.ones_like(positions, dtype=torch.bool),
+        signals=tensors["in.signal_ids"][:, :, None],
+        readout_positions=none,
+        readout_valid=none.bool(),
+        labels=none.float(),
+        targets=none[:, :, None].expand(b, 1, 2),
+    )
+
+
+def test_hidden_states_bias_and_pooling_match_the_published_code(golden: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
+    tensors, meta = golden
+    model, batch = build(tensors, meta), batch_of(tensors)
+    first: list[torch.Tensor] = []
+    model.biases[0].register_forward_hook(lambda module, args, out: first.append(out))
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(batch), tensors["out.inputs_embeds"], atol=1e-5, rtol=0)
+        hidden = model.hidden_states(batch, ReadoutSpec())
+    valid = tensors["in.attention_mask"].bool()
+    torch.testing.assert_close(hidden[valid], tensors["out.hidden_states"][valid], atol=1e-5, rtol=0)
+    torch.testing.assert_close(masked_mean(hidden, batch.kinds == SINK), tensors["out.pooled_sinks"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(masked_mean(hidden, valid), tensors["out.pooled_all"], atol=1e-5, rtol=0)
+    index = batch.sink_positions
+    rows = tensors["out.layer0_inter_sink_bias"].gather(1, index[:, :, None].expand(-1, -1, valid.shape[1]))
+    expected = rows.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
+    torch.testing.assert_close(first[0], expected, atol=1e-5, rtol=0)
+
+
+def test_gamma_zero_is_the_plain_model(golden: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
+    tensors, meta = golden
+    model, batch = build(tensors, meta), batch_of(tensors)
+    valid = tensors["in.attention_mask"].bool()
+    with torch.no_grad():
+        for bias in model.biases:
+            bias.get_parameter("gamma").zero_()
+        hidden = model.hidden_states(batch, ReadoutSpec())
+    torch.testing.assert_close(hidden[valid], tensors["out.hidden_states_without_bias"][valid], atol=1e-5, rtol=0)

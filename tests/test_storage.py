@@ -1,0 +1,144 @@
+"""Storage on local disk and on a real S3 server: what is written is read, and what fails says why in one line."""
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ctrsink import storage
+from ctrsink.errors import InputError
+from tests.services.seaweed import SeaweedServer
+
+
+@pytest.fixture(params=["plain", "file", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place of every kind."""
+    if request.param == "s3":
+        request.getfixturevalue("s3_server")
+        return f"s3://ctrsink-test/{uuid.uuid4().hex}"
+    return str(tmp_path / "data") if request.param == "plain" else f"file://{tmp_path}/data"
+
+
+def test_what_is_written_is_read_listed_and_deleted(folder: str) -> None:
+    uri = storage.join(folder, "a", "x.bin")
+    assert not storage.exists(uri)
+    assert storage.list_files(folder) == storage.list_dirs(folder) == []
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    storage.write_bytes(storage.join(folder, "a", "c", "y"), b"")
+    storage.write_bytes(storage.join(folder, "ab"), b"neighbour")
+    assert storage.read_bytes(uri) == b"two"
+    assert storage.exists(uri)
+    assert storage.exists(storage.join(folder, "a"))
+    assert storage.list_files(storage.join(folder, "a")) == ["x.bin"]
+    assert storage.list_dirs(storage.join(folder, "a")) == ["c"]
+    storage.delete(storage.join(folder, "a"))
+    assert not storage.exists(uri)
+    assert not storage.exists(storage.join(folder, "a"))
+    assert storage.read_bytes(storage.join(folder, "ab")) == b"neighbour"
+    storage.delete(storage.join(folder, "never"))
+
+
+def test_missing_file_is_file_not_found(folder: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(folder, "nothing"))
+    with pytest.raises(FileNotFoundError):
+        storage.download_dir(storage.join(folder, "nothing"), "unused")
+
+
+def test_folders_travel_both_ways(folder: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep" / "er").mkdir(parents=True)
+    (source / "top").write_bytes(b"1")
+    (source / "deep" / "er" / "leaf").write_bytes(b"2")
+    storage.upload_dir(source, storage.join(folder, "copy"))
+    storage.write_bytes(storage.join(folder, "copy-not-mine"), b"3")
+    storage.download_dir(storage.join(folder, "copy"), tmp_path / "back")
+    found = {p.relative_to(tmp_path / "back").as_posix(): p.read_bytes() for p in (tmp_path / "back").rglob("*") if p.is_file()}
+    assert found == {"top": b"1", "deep/er/leaf": b"2"}
+
+
+def test_threads_share_storage(folder: str) -> None:
+    def there_and_back(number: int) -> bytes:
+        uri = storage.join(folder, f"{number}")
+        storage.write_bytes(uri, str(number).encode())
+        return storage.read_bytes(uri)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(there_and_back, range(20))) == [str(n).encode() for n in range(20)]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    uri = str(tmp_path / "x")
+    storage.write_bytes(uri, b"old")
+    with pytest.raises(TypeError):
+        storage.write_bytes(uri, "not bytes")  # pyright: ignore[reportArgumentType]
+    assert storage.read_bytes(uri) == b"old"
+    assert storage.list_files(str(tmp_path)) == ["x"]
+
+
+def test_local_mistakes_are_input_errors(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for uri in (str(tmp_path), "gs://bucket/key"):
+        with pytest.raises(InputError, match=uri):
+            storage.read_bytes(uri)
+    with pytest.raises(InputError, match="choose another path"):
+        storage.write_bytes(str(tmp_path / "file" / "below"), b"")
+
+
+def attempt_everything(uri: str, tmp_path: Path) -> list[str]:
+    """The messages with which every operation refuses `uri`."""
+    (tmp_path / "one").touch()
+    attempts = [
+        lambda: storage.read_bytes(uri),
+        lambda: storage.write_bytes(uri, b"1"),
+        lambda: storage.exists(uri),
+        lambda: storage.list_files(uri),
+        lambda: storage.list_dirs(uri),
+        lambda: storage.delete(uri),
+        lambda: storage.upload_dir(tmp_path, uri),
+        lambda: storage.download_dir(uri, tmp_path / "down"),
+    ]
+    messages = []
+    for attempt in attempts:
+        with pytest.raises(InputError) as caught:
+            attempt()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_missing_bucket(s3_server: SeaweedServer, tmp_path: Path) -> None:
+    for message in attempt_everything("s3://no-such-bucket/a/b", tmp_path):
+        assert "s3://no-such-bucket/a/b" in message
+        assert "the bucket no-such-bucket does not exist" in message
+
+
+@pytest.mark.parametrize("wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_wrong_credentials(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv(wrong, "0123456789abcdef")
+    for message in attempt_everything("s3://ctrsink-test/a/b", tmp_path):
+        assert message.startswith("s3://ctrsink-test/a/b: S3 refused access: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        assert "\n" not in message
+        for secret in (s3_server.access_key, s3_server.secret_key, "0123456789abcdef"):
+            assert secret not in message
+
+
+def test_no_credentials(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for message in attempt_everything("s3://ctrsink-test/a/b", tmp_path):
+        assert "no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
+
+
+def test_unreachable_or_malformed_endpoint(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for message in attempt_everything("s3://ctrsink-test/a", tmp_path):
+        assert "cannot reach the S3 endpoint" in message
+        assert "AWS_ENDPOINT_URL" in message
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
+    for message in attempt_everything("s3://ctrsink-test/a", tmp_path):
+        assert "AWS_ENDPOINT_URL 'localhost' is no address" in message
+    for message in (m for m in attempt_everything("s3://Not_a_bucket!/a", tmp_path) if "ENDPOINT" not in m):
+        assert "not a valid bucket and key" in message
