@@ -9,7 +9,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# --no-compile: most of these files are never imported; the others are compiled when they first are.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
 .PHONY: help demo test test-slow test-gpu lint format clean
 
@@ -49,14 +50,13 @@ clean:
 .venv/created:
 	@test -n "$(PYTHON)" || { echo 'ctrsink needs Python 3.11 or newer: install it, or name one with make PYTHON=/path/to/python3' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
 	@touch $@
 
+.venv/installed: EXTRAS := train,gguf
+.venv/installed-dev: EXTRAS := train,gguf,dev
 # Torch has a line of its own, so that another index or a local build can be chosen for it alone.
-.venv/installed: .venv/created pyproject.toml
+.venv/installed .venv/installed-dev: .venv/created pyproject.toml
 	$(PIP) $(foreach word,$(PIP_TORCH),'$(word)')
-	$(PIP) -e '.[train,gguf]'
-	@touch $@
-
-.venv/installed-dev: .venv/installed pyproject.toml
-	$(PIP) -e '.[train,gguf,dev]'
-	@touch $@
+	$(PIP) -e '.[$(EXTRAS)]'
+	@touch .venv/installed $@

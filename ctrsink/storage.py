@@ -19,6 +19,7 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
 )
+from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 from s3fs import S3FileSystem
 
 from ctrsink.errors import InputError
@@ -38,6 +39,11 @@ def is_remote(uri: str) -> bool:
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` below it."""
     return "/".join([uri.rstrip("/"), *parts])
+
+
+def absolute(uri: str) -> str:
+    """`uri`, independent of the working folder."""
+    return uri if is_remote(uri) else str(_local(uri).resolve())
 
 
 def sha256(content: bytes) -> str:
@@ -143,6 +149,13 @@ def download_dir(uri: str, local: str | Path) -> None:
         if not keys:
             raise FileNotFoundError(uri)
         _s3().get(keys, [str(target / k[len(prefix) :]) for k in keys])
+
+
+def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
+    """`uri` as pyarrow, and through it Ray, wants it: a filesystem, and the path there."""
+    if is_remote(uri):
+        return PyFileSystem(FSSpecHandler(_s3())), _key(uri)
+    return LocalFileSystem(), absolute(uri)
 
 
 def _keys_below(uri: str) -> list[str]:

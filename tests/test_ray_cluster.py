@@ -20,7 +20,7 @@ def submit(cluster: RayCluster, environment: dict[str, str]) -> subprocess.Compl
     return subprocess.run(
         [
             *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address={cluster.address}"),
-            *("--", sys.executable, "-c", PROGRAM),
+            *("--", "python", "-c", PROGRAM),
         ],
         env=inherited | environment,
         capture_output=True,

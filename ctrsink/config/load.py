@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,20 @@ from pydantic import BaseModel, ValidationError
 
 from ctrsink.config.run import RunSpec
 from ctrsink.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number (YAML 1.1 reads it as text) and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load_run(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> RunSpec:
@@ -52,7 +67,7 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if path in parents:
         raise InputError(f"{path}: includes itself through {parents[-1]}")
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
+        tree = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -73,7 +88,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not sign or not key:
         raise InputError(f"override {text!r} is not of the form section.key=value")
     try:
-        tree: Any = yaml.safe_load(value)
+        tree: Any = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise InputError(f"override {text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from ctrsink.config.base import Section
 
 
+Split = Literal["train", "valid", "test"]
+
+
 class TrainSpec(Section):
     """Optimiser, batch, DeepSpeed and checkpoints."""
 
@@ -28,7 +31,7 @@ class TrainSpec(Section):
 class EvaluateSpec(Section):
     """What is measured when training ends, and by `ctrsink evaluate`."""
 
-    splits: tuple[Literal["train", "valid", "test"], ...] = ("valid", "test")
+    splits: tuple[Split, ...] = ("valid", "test")
     batch_size: int = Field(default=16, ge=1)
     """Sequences per forward pass of one worker."""
     max_sequences: int | None = Field(default=None, ge=1)

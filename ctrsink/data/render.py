@@ -36,7 +36,7 @@ def feedback_texts(text: TextSpec, feedback: np.ndarray) -> tuple[list[str], np.
         InputError: the template is wrong, or gives more texts than can be tokenised once for all.
     """
     _fields("text.feedback", text.feedback, ["feedback"])
-    values, inverse = np.unique(feedback, return_inverse=True)  # one NaN, at the end
+    values, inverse = np.unique(feedback + np.float32(0), return_inverse=True)  # -0 becomes 0; one NaN, at the end
     present = values[~np.isnan(values)]
     rendered = _render("text.feedback", text.feedback, ({"feedback": float(value)} for value in present))
     texts = list(dict.fromkeys([text.separator, *(r + text.separator for r in rendered)]))

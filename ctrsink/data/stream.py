@@ -16,6 +16,7 @@ from ctrsink.data.order import Order, deal
 from ctrsink.errors import InputError
 
 T = TypeVar("T")
+WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
 
 
 class SequenceSource:
@@ -98,7 +99,9 @@ class TrainStream:
 def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:
     """Every sequence of the split once over all ranks (or a fixed random `sample`), equally many batches on each rank."""
     ids = Order(source.per_shard, None if sample is None else 0, len(source.per_shard)).ids(0, sum(source.per_shard))[:sample]
-    ids = ids[np.argsort(-source.lengths(ids), kind="stable")]
+    # Like lengths together, but only within a window of neighbours: a reader holds few shards at a time.
+    ids = np.sort(ids)
+    ids = ids[np.lexsort((-source.lengths(ids), np.arange(len(ids)) // (WINDOW * batch_size * world)))]
     rounds = -(-len(ids) // (batch_size * world))
     padded = np.resize(ids, rounds * batch_size * world).reshape(rounds, batch_size, world)[:, :, rank]
     counted = (np.arange(padded.size * world) < len(ids)).reshape(rounds, batch_size, world)[:, :, rank]

@@ -101,7 +101,7 @@ def _train(vocabulary: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def _load(folder: str, name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot load the tokenizer {name}: {reason}") from None

@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from ctrsink.dist import Topology, gather_rows
 from ctrsink.evaluate.metrics import all_metrics
 
 FOLDER = "evaluation"
+log = logging.getLogger("ctrsink.evaluate")
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,18 @@ def write_evaluation(run_dir: str, split: str, dataset: Dataset, predictions: Pr
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.parquet"), buffer.getvalue())
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), json.dumps(metrics, indent=1).encode())
     return metrics
+
+
+def evaluate_splits(
+    forward: Callable[[Batch], torch.Tensor], dataset: Dataset, layout: Layout, spec: EvaluateSpec, run_dir: str, topology: Topology
+) -> dict[str, dict[str, float]]:
+    """Predict and measure every split of `spec`; the first rank writes the results into the run's folder."""
+    out: dict[str, dict[str, float]] = {}
+    for split in spec.splits:
+        started = time.monotonic()
+        predictions = predict(forward, dataset, split, layout, spec, topology)
+        out[split] = predictions.metrics()
+        if topology.is_first:
+            write_evaluation(run_dir, split, dataset, predictions)
+            log.info("%s: AUC %.4f, %d impressions, %.1f s", split, out[split]["auc"], len(predictions.labels), time.monotonic() - started)
+    return out

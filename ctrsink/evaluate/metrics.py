@@ -35,14 +35,19 @@ def logloss(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def normalised_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Log loss over that of always predicting the share of positives; below 1 is better than knowing that share only."""
+    """Log loss over that of always predicting the share of positives; below 1 is better than knowing that share only. nan with one class."""
+    if labels.min() == labels.max():
+        return float("nan")
     return logloss(labels, probabilities) / logloss(labels, np.full(len(labels), labels.mean()))
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 20) -> float:
-    """Expected calibration error over `bins` of equally many impressions."""
-    parts = np.array_split(np.argsort(probabilities, kind="stable"), bins)
-    return float(sum(abs(labels[p].mean() - probabilities[p].mean()) * len(p) for p in parts if len(p)) / len(labels))
+    """Expected calibration error over `bins` of about equally many impressions; equal predictions share a bin."""
+    _, inverse, counts = np.unique(probabilities, return_inverse=True, return_counts=True)
+    middles = np.cumsum(counts) - counts / 2
+    bin_of = (middles * bins / len(labels)).astype(np.int64)[inverse]
+    # The bin's count times (mean label - mean probability).
+    return float(np.abs(np.bincount(bin_of, labels - probabilities)).sum() / len(labels))
 
 
 def all_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> dict[str, float]:

@@ -69,7 +69,9 @@ def attach(layers: list[nn.Module], biases: nn.ModuleList) -> None:
 
 def _hook(bias: InterSinkBias) -> Callable[..., None]:
     def compute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows: SinkRows = kwargs["sink_rows"]
+        rows: SinkRows | None = kwargs.get("sink_rows")
+        if rows is None:  # the layer above drops keywords: CTRModel finds the bias missing
+            return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         index = rows.positions[:, :, None].expand(-1, -1, hidden.shape[-1])
         rows.tables[_layer(module)] = bias(hidden.gather(1, index), rows.valid)

@@ -1,8 +1,10 @@
 """From a ModelSpec to a CTRModel: backbone from a hub id, a folder or a configuration; LoRA; everything from one seed."""
 
+import difflib
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
@@ -10,8 +12,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from ctrsink.config.model import LoraSpec, ModelSpec
 from ctrsink.errors import InputError
 from ctrsink.model import attention
-from ctrsink.model.ctr import CTRModel
+from ctrsink.model.ctr import CTRModel, decoder_layers
 
+_TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
+_COMMON_FIELDS = frozenset({"head_dim", "rope_theta", "rope_scaling"})  # understood also where a configuration does not list them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -29,6 +33,7 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
         torch.manual_seed(seed)
         backbone = _backbone(spec, vocabulary, DTYPES[precision])
         _check_attention(backbone.config)
+        decoder_layers(backbone)
         if spec.lora is not None:
             add_lora(backbone, spec.lora)
         model = CTRModel(backbone, spec)
@@ -37,23 +42,14 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
     return model
 
 
-def empty_model(spec: ModelSpec, config: dict[str, Any]) -> CTRModel:
-    """A CTRModel without LoRA on a backbone of transformers configuration `config`, for weights that are loaded next."""
-    fields = dict(config)
-    backbone = AutoModel.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields), attn_implementation=attention.BACKEND)
-    return CTRModel(backbone, spec)
-
-
 def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
     source = spec.backbone
     if source.config is not None:
-        fields = dict(source.config)
-        kind = fields.pop("model_type")
         try:
-            config = AutoConfig.for_model(kind, **fields, vocab_size=vocabulary, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-        except ValueError as error:
-            raise InputError(f"model.backbone.config: {str(error).splitlines()[0]}") from None
-        return AutoModel.from_config(config, attn_implementation=attention.BACKEND, dtype=dtype)
+            config = _from_fields(source.config, vocabulary)
+            return AutoModel.from_config(config, attn_implementation=attention.BACKEND, dtype=dtype)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(f"model.backbone.config: {_one_line(error)}") from None
     try:
         backbone = AutoModel.from_pretrained(
             source.path,
@@ -64,13 +60,31 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"model.backbone.path {source.path}: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
     if vocabulary > backbone.get_input_embeddings().weight.shape[0]:
         raise InputError(
             f"model.backbone.path {source.path} has {backbone.get_input_embeddings().weight.shape[0]} token embeddings, "
             f"the data set's tokenizer {vocabulary}: prepare the data with the model's tokenizer"
         )
     return backbone
+
+
+def _from_fields(fields: dict[str, Any], vocabulary: int) -> PretrainedConfig:
+    """transformers keeps a field that it does not know without a word, and builds another model than was meant."""
+    fields = dict(fields)
+    default = AutoConfig.for_model(fields.pop("model_type"))
+    for name in fields.keys() & _TOKENIZER_FIELDS:
+        raise ValueError(f"{name} comes from the tokenizer: leave it out")
+    for name in fields.keys() - _COMMON_FIELDS:
+        if not hasattr(default, name):
+            near = difflib.get_close_matches(name, default.to_dict(), n=1, cutoff=0.5)
+            raise ValueError(f"{default.model_type} has no field {name}{f', did you mean {near[0]}?' if near else ''}")
+    tokens = dict.fromkeys(_TOKENIZER_FIELDS) | {"vocab_size": vocabulary}
+    return AutoConfig.for_model(default.model_type, **fields, **tokens)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _check_attention(config: PretrainedConfig) -> None:
@@ -95,3 +109,10 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    """Put checkpointed values into `model`, in fp32; every name must exist there."""
+    named = dict(model.named_parameters())
+    for name, value in parameters.items():
+        named[name].data = value.clone()

@@ -7,6 +7,7 @@ from torch.nn import functional
 from ctrsink.batch import Batch
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import ReadoutSpec
+from ctrsink.errors import InputError
 from ctrsink.model import attention
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.readout import read
@@ -84,14 +85,23 @@ class CTRModel(nn.Module):
     def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (sum of the log losses of the valid targets, logits [B, T]), both in fp32."""
         states = read(self.hidden_states(batch, readout), batch, readout)
-        logits = self.head(states.float()).float()
+        # Under autocast the head's matrix product would round logits to bfloat16's three digits, and make ties of them.
+        with torch.autocast(states.device.type, enabled=False):
+            logits = self.head(states.float())
         losses = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         return (losses * batch.readout_valid).sum(), logits
 
 
 def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a backbone, wrapped by PEFT or not, first to last."""
+    """The decoder layers of a backbone, wrapped by PEFT or not, first to last.
+
+    Raises:
+        InputError: it is no plain decoder.
+    """
     found = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and m and hasattr(m[0], "self_attn")]
-    if len(found) != 1:
-        raise RuntimeError(f"{type(backbone).__name__} has {len(found)} stacks of layers with a self_attn, expected one")
+    if len(found) != 1 or not getattr(found[0][0].self_attn, "is_causal", False):
+        raise InputError(
+            f"model.backbone: {type(backbone).__name__} is not one stack of decoder layers with causal self_attn; "
+            "take a decoder such as llama, qwen2 or qwen3"
+        )
     return list(found[0])

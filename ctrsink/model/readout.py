@@ -22,6 +22,7 @@ def read(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tens
     own = hidden.gather(1, index)
     if readout.form == "attend":
         return own
+    hidden, own = hidden.float(), own.float()  # long sums and counts do not fit bfloat16
     member = batch.kinds == SINK if readout.over == "sinks" else batch.kinds != PAD
     weight = member.to(hidden.dtype)[:, :, None]
     # Running sums give the mean up to each of many targets of one sequence in one pass; the own state is counted by itself.

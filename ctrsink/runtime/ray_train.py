@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -28,7 +29,7 @@ def connect(spec: RunSpec) -> None:
         if address:
             ray.init(address=address, log_to_driver=True)
         else:
-            ray.init(num_cpus=_local_cpus(spec), include_dashboard=False, log_to_driver=True, _node_ip_address="127.0.0.1")
+            ray.init(num_cpus=_local_cpus(spec), include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True, _node_ip_address="127.0.0.1")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"runtime.address {address}: cannot join the Ray cluster ({str(error).splitlines()[0]})") from None
 
@@ -44,6 +45,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
         RunError: training failed.
     """
     connect(spec)
+    spec = _without_working_folder(spec)
     runtime = spec.runtime
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(runtime.start_timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
@@ -86,6 +88,20 @@ def _worker(config: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
     Trainer(spec, topology, config["vocabulary"]).run(config["stop_after"])
+
+
+def _without_working_folder(spec: RunSpec) -> RunSpec:
+    """Ray's workers run in folders of their own: local paths become absolute."""
+    backbone = spec.model.backbone
+    if backbone.path is not None and Path(backbone.path).is_dir():
+        backbone = backbone.model_copy(update={"path": str(Path(backbone.path).resolve())})
+    return spec.model_copy(
+        update={
+            "run_dir": storage.absolute(spec.run_dir),
+            "data": spec.data.model_copy(update={"uri": storage.absolute(spec.data.uri)}),
+            "model": spec.model.model_copy(update={"backbone": backbone}),
+        }
+    )
 
 
 def _translate(error: TrainingFailedError) -> InputError | RunError:

@@ -1,0 +1,6 @@
+"""Scoring with an exported model; importing this makes the model known to transformers' auto classes."""
+
+from ctrsink.serve.requests import request_of
+from ctrsink.serve.scorer import Scorer, score_file
+
+__all__ = ["Scorer", "request_of", "score_file"]

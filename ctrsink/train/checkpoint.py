@@ -16,6 +16,7 @@ from ctrsink import storage
 from ctrsink.errors import InputError
 
 FOLDER = "checkpoints"
+FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
 MARKER = "complete.json"
 log = logging.getLogger("ctrsink.train")
 
@@ -36,18 +37,19 @@ class Checkpoint:
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
     """Write `checkpoint` below `run_dir` and return its folder."""
-    folder = storage.join(run_dir, FOLDER, f"step-{checkpoint.step:08d}")
+    folder = folder_of(run_dir, checkpoint.step)
     state = {"step": checkpoint.step, "position": checkpoint.position, "steps": checkpoint.steps}
-    files = {
-        "parameters.safetensors": save(checkpoint.parameters),
-        "moments.safetensors": save(checkpoint.moments),
-        "state.json": json.dumps(state).encode(),
-    }
+    contents = (save(checkpoint.parameters), save(checkpoint.moments), json.dumps(state).encode())
+    files = dict(zip(FILES, contents, strict=True))
     for name, content in files.items():
         storage.write_bytes(storage.join(folder, name), content)
     marker = {name: {"bytes": len(content), "sha256": storage.sha256(content)} for name, content in files.items()}
     storage.write_bytes(storage.join(folder, MARKER), json.dumps(marker).encode())
     return folder
+
+
+def folder_of(run_dir: str, step: int) -> str:
+    return storage.join(run_dir, FOLDER, f"step-{step:08d}")
 
 
 def list_checkpoints(run_dir: str) -> list[str]:
@@ -66,17 +68,35 @@ def latest_checkpoint(run_dir: str) -> Checkpoint | None:
     return None
 
 
+def find_checkpoint(run_dir: str, step: int | None = None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest whole one.
+
+    Raises:
+        InputError: there is none, or that of `step` is damaged.
+    """
+    if step is not None:
+        return load_checkpoint(folder_of(run_dir, step))
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise InputError(f"{run_dir} holds no whole checkpoint yet: train it first")
+    return checkpoint
+
+
 def load_checkpoint(folder: str) -> Checkpoint:
     """Read a checkpoint and check it against its marker.
 
     Raises:
         InputError: it is incomplete or altered.
     """
-    marker = json.loads(_read(folder, MARKER))
+    try:
+        entries = json.loads(_read(folder, MARKER))
+        expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in FILES}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None
     contents: dict[str, bytes] = {}
-    for name, entry in marker.items():
+    for name in FILES:
         content = _read(folder, name)
-        if len(content) != entry["bytes"] or storage.sha256(content) != entry["sha256"]:
+        if (len(content), storage.sha256(content)) != expected[name]:
             raise InputError(f"the checkpoint {folder} is damaged: {name} does not match its hash")
         contents[name] = content
     state: dict[str, Any] = json.loads(contents["state.json"])

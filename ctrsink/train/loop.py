@@ -2,23 +2,19 @@
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from ctrsink.batch import Batch
 from ctrsink.config import RunSpec
-from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, TrainStream
 from ctrsink.dist import Topology, all_sum, barrier
-from ctrsink.evaluate.evaluator import predict, write_evaluation
-from ctrsink.model.build import build_model
+from ctrsink.evaluate.evaluator import evaluate_splits
+from ctrsink.model.build import build_model, load_parameters
 from ctrsink.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.rundir import write_result
@@ -156,36 +152,12 @@ class Trainer:
         engine = self._engine_for(self.windows[-1])
         readout = self.windows[-1].spec.readout
         engine.engine.eval()
-        return evaluate_splits(
-            lambda batch: engine.forward(batch, readout)[1], self.dataset, self.layout, self.spec, self.topology
-        )
-
-
-def evaluate_splits(
-    forward: Callable[[Batch], torch.Tensor], dataset: Dataset, layout: Layout, spec: RunSpec, topology: Topology
-) -> dict[str, dict[str, float]]:
-    """Predict and measure every split of `spec.evaluate`; the first rank writes the results into the run's folder."""
-    out: dict[str, dict[str, float]] = {}
-    for split in spec.evaluate.splits:
-        started = time.monotonic()
-        predictions = predict(forward, dataset, split, layout, spec.evaluate, topology)
-        if topology.is_first:
-            write_evaluation(spec.run_dir, split, dataset, predictions)
-        out[split] = predictions.metrics()
-        seconds = time.monotonic() - started
-        if topology.is_first:
-            log.info("%s: AUC %.4f, %d impressions, %.1f s", split, out[split]["auc"], len(predictions.labels), seconds)
-    return out
+        spec = self.spec
+        forward = lambda batch: engine.forward(batch, readout)[1]  # noqa: E731
+        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, self.topology)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step: no generator state has to be saved, and any step can be repeated."""
     key = int(mix64(torch.tensor([step]).numpy(), seed, rank)[0] >> 1)
     torch.manual_seed(key)
-
-
-def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Put checkpointed values into `model`, in fp32; every name must exist there."""
-    named = dict(model.named_parameters())
-    for name, value in parameters.items():
-        named[name].data = value.clone()

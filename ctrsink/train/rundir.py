@@ -43,6 +43,8 @@ def read_run(run_dir: str) -> RunSpec:
         return parse_run(yaml.safe_load(storage.read_bytes(path)), path)
     except FileNotFoundError:
         raise InputError(f"{run_dir} holds no run: there is no {CONFIG_NAME}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(f"{path} is damaged: it is no YAML; choose another run_dir") from None
 
 
 def write_result(run_dir: str, result: dict[str, Any]) -> None:
@@ -65,11 +67,13 @@ def first_difference(old: RunSpec, new: RunSpec) -> str | None:
     return None
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key; an entry of a list of sections counts from 0, as in `stages.0.lr.head`."""
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return {prefix: tree}
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= _flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
+        out |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return out

@@ -29,7 +29,8 @@ def plan(stages: tuple[StageSpec, ...], sequences: int, batch_size: int) -> list
     windows: list[StageWindow] = []
     step = 0
     for index, stage in enumerate(stages):
-        steps = stage.steps if stage.steps is not None else math.ceil((stage.epochs or 0) * sequences / batch_size)
+        # Rounded, because a product such as 1.1 x 100 lies a hair above the number that is meant.
+        steps = stage.steps if stage.steps is not None else max(1, math.ceil(round((stage.epochs or 0) * sequences, 6) / batch_size))
         windows.append(StageWindow(index, stage, step, step + steps))
         step += steps
     return windows

@@ -1,0 +1,199 @@
+"""The command line, `ctrsink <verb>`: thin; every verb calls one function and prints what it returned."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ctrsink import __version__
+from ctrsink.errors import InputError, RunError
+from ctrsink.runtime.process import configure_logging
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+Verb = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 good, 1 failure, 2 bad input, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    configure_logging(logging.INFO)
+    try:
+        result = args.run(args)
+    except InputError as error:
+        return _fail(args, error, BAD_INPUT)
+    except RunError as error:
+        return _fail(args, error, FAILED)
+    except KeyboardInterrupt:
+        return _fail(args, "interrupted", INTERRUPTED)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()))
+    return OK
+
+
+def _fail(args: argparse.Namespace, error: object, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": str(error), "exit_code": code}))
+    return code
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "".join(f"\n  {key}: {_text(inner)}" for key, inner in value.items())
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+# The verbs import what they need when they run: scoring must not wait for Ray, nor need it.
+
+
+def _data_get(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.data.download import download
+
+    return {"data": str(download(args.name, args.to))}
+
+
+def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.config import load_run
+    from ctrsink.data.prepare import prepare
+
+    spec = load_run(args.config, args.overrides)
+    if spec.prepare is None:
+        raise InputError(f"{args.config} has no section prepare: say there what the raw log is")
+    to = args.to or spec.data.uri
+    manifest = prepare(spec.prepare, to, args.on_bad_row, args.overwrite)
+    splits = {name: f"{counts.impressions} impressions, {counts.positives} positive" for name, counts in manifest.splits.items()}
+    return {
+        "data": to,
+        "users": manifest.users,
+        "items": manifest.item_count,
+        "events": manifest.events,
+        "skipped_rows": manifest.skipped_rows,
+        "shards": len(manifest.shards),
+        "splits": splits,
+    }
+
+
+def _model_get(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.model.pretrained import get_pretrained
+
+    return {"model": str(get_pretrained(args.name, args.to))}
+
+
+def _config_show(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.config import dump_run, load_run
+
+    spec = load_run(args.config, args.overrides)
+    if args.json:
+        return spec.model_dump(mode="json")
+    print(dump_run(spec), end="")
+    return {}
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.config import load_run
+    from ctrsink.runtime.start import start
+
+    spec = load_run(args.config, args.overrides)
+    return {"run_dir": spec.run_dir} | start(spec, args.resume, args.stop_after)
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.runtime.evaluate import evaluate_run
+
+    return {"run_dir": args.run_dir, "evaluation": evaluate_run(args.run_dir, tuple(args.split), args.checkpoint)}
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.export.package import export_run
+
+    return export_run(args.run_dir, args.to, args.dtype, args.checkpoint)
+
+
+def _score(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.serve.scorer import score_file
+
+    return score_file(args.model, args.input, args.output)
+
+
+def _submit(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.runtime.submit import submit
+
+    return submit(args.config, args.overrides, args.address, args.working_dir, args.resume)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("ctrsink", description="Fine-tune decoder language models for CTR prediction with sink tokens.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    data = verbs.add_parser("data", help="get and prepare data").add_subparsers(required=True, metavar="VERB")
+    get = _verb(data, "get", _data_get, "download a public data set")
+    get.add_argument("name", choices=["movielens-100k", "movielens-1m"])
+    get.add_argument("--to", required=True, metavar="DIR")
+    prepare = _verb(data, "prepare", _data_prepare, "turn the raw log of a configuration into tokenised shards")
+    _configured(prepare)
+    prepare.add_argument("--to", metavar="URI", help="folder of the data set, local or s3:// (default: data.uri)")
+    prepare.add_argument("--on-bad-row", choices=["fail", "skip"], default="fail")
+    prepare.add_argument("--overwrite", action="store_true", help="replace a data set that is there already")
+
+    model = verbs.add_parser("model", help="get a pretrained model").add_subparsers(required=True, metavar="VERB")
+    get = _verb(model, "get", _model_get, "download a small pretrained decoder")
+    get.add_argument("name", choices=["smollm2-135m"])
+    get.add_argument("--to", required=True, metavar="DIR")
+
+    config = verbs.add_parser("config", help="look at a configuration").add_subparsers(required=True, metavar="VERB")
+    show = _verb(config, "show", _config_show, "print the resolved configuration")
+    show.add_argument("config", metavar="FILE")
+    show.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+    train = _verb(verbs, "train", _train, "train and evaluate the run of a configuration")
+    _configured(train)
+    train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run_dir, if there is one")
+    train.add_argument("--stop-after", type=_count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
+
+    evaluate = _verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set")
+    evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
+    evaluate.add_argument("--split", nargs="+", choices=["train", "valid", "test"], default=["valid", "test"])
+    evaluate.add_argument("--checkpoint", type=_count, metavar="STEP", help="default: the latest")
+
+    export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
+    export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
+    export.add_argument("--to", required=True, metavar="URI")
+    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    export.add_argument("--checkpoint", type=_count, metavar="STEP", help="default: the latest")
+
+    score = _verb(verbs, "score", _score, "click probabilities for requests, one JSON object a line")
+    score.add_argument("--model", required=True, metavar="DIR")
+    score.add_argument("--input", required=True, metavar="FILE")
+    score.add_argument("--output", metavar="FILE", help="default: stdout")
+
+    submit = _verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
+    _configured(submit)
+    submit.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"), help="of the cluster's job server, http://...")
+    submit.add_argument("--working-dir", default=".", metavar="DIR", help="folder that is sent to the cluster; holds the configuration")
+    submit.add_argument("--resume", action="store_true")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Verb, help_text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text, description=help_text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return value

@@ -1,0 +1,140 @@
+"""The model card: what the model is, what it was trained on, for how long, how good it is and how to use it."""
+
+import json
+from typing import Any
+
+from ctrsink import storage
+from ctrsink.config import RunSpec
+from ctrsink.data.download import LICENCE
+from ctrsink.data.order import Order
+from ctrsink.data.stream import SequenceSource
+from ctrsink.evaluate import evaluator
+from ctrsink.train.checkpoint import folder_of, list_checkpoints
+from ctrsink.train.restore import TrainedRun
+
+CARD_NAME = "README.md"
+
+
+def model_card(run: TrainedRun, dtype: str) -> str:
+    """Markdown with a YAML head; no path and no host of the machine that trained it appears in it."""
+    title = "CTR-Sink" if run.spec.model.sinks else "LM-CTR"
+    sections = [
+        f"---\nlibrary_name: ctrsink\ntags: [click-through-rate, recommendation{', ctr-sink' if run.spec.model.sinks else ''}]\n---",
+        f"# {run.spec.name}\n\n{_summary(run, title, dtype)}",
+        f"## Data\n\n{_data(run)}",
+        f"## Training\n\n{_training(run)}",
+        f"## Metrics\n\n{_metrics(run)}",
+        f"## Use\n\n{_USE}",
+        f"## Limits\n\n{_limits(run)}",
+        f"## Licence\n\n{_licence(run.spec)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(run: TrainedRun, title: str, dtype: str) -> str:
+    spec = run.spec.model
+    backbone: Any = run.model.backbone
+    origin = "trained from random weights" if spec.backbone.path is None else f"from `{spec.backbone.path.rstrip('/').split('/')[-1]}`"
+    parts = [f"A decoder ({backbone.config.model_type}, {origin}) that predicts the probability of a click from a user's history as text."]
+    if spec.sinks is not None:
+        bias = f", inter-sink bias in {len(run.model.biases)} layers" if run.model.biases else ""
+        parts.append(f"{title} (arXiv 2508.03668): a sink after each behaviour, signals {', '.join(spec.sinks.signals)}{bias}.")
+    if spec.lora is not None:
+        parts.append(f"LoRA of rank {spec.lora.rank} was merged into the weights in fp32.")
+    parts.append(f"{sum(p.numel() for p in run.model.parameters()):,} parameters; the backbone is stored in {dtype}.")
+    return " ".join(parts)
+
+
+def _data(run: TrainedRun) -> str:
+    manifest = run.dataset.manifest
+    rows = [
+        f"| {split} | {counts.impressions:,} | {counts.positives:,} |" for split, counts in manifest.splits.items() if counts.impressions
+    ]
+    return "\n".join(
+        [
+            f"Data set `{run.spec.data.uri.rstrip('/').split('/')[-1]}`: {manifest.users:,} users, {manifest.item_count:,} items, "
+            f"{manifest.events:,} events. {_label_rule(run)} Split by global time: train before {manifest.split_times.train_end}, "
+            f"valid before {manifest.split_times.valid_end} (seconds since 1970), test after.",
+            "",
+            "| split | impressions | positive |",
+            "| --- | ---: | ---: |",
+            *rows,
+            "",
+            f"Text of an item: `{manifest.text.item}`, of feedback: `{manifest.text.feedback}`.",
+        ]
+    )
+
+
+def _label_rule(run: TrainedRun) -> str:
+    rule = f"Label: 1 where feedback is at least {run.dataset.manifest.positive_from:g}, else 0."
+    prepare = run.spec.prepare
+    if prepare is None:
+        return rule.removesuffix(".") + ", unless the log brought labels of its own."
+    return f"Label: the log's column `{prepare.source.columns.label}`." if prepare.source.columns.label else rule
+
+
+def _training(run: TrainedRun) -> str:
+    spec, checkpoint, layout = run.spec, run.checkpoint, run.layout
+    source = SequenceSource(run.dataset, "train", layout)
+    seen = Order(source.per_shard, spec.seed, spec.data.shuffle_shards).ids(0, checkpoint.position)
+    rows = [
+        f"| {s.name} | {', '.join(s.trainable)} | {s.readout.over} ({s.readout.form}) | "
+        f"{f'{s.epochs:g} epochs' if s.steps is None else f'{s.steps} steps'} | {', '.join(f'{g} {s.lr[g]:g}' for g in s.trainable)} |"
+        for s in spec.stages
+    ]
+    return "\n".join(
+        [
+            f"{checkpoint.step:,} optimiser steps of {spec.train.batch_size} sequences: {checkpoint.position:,} sequences with "
+            f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {spec.train.precision}, examples "
+            f"`{layout.examples}`, history of {layout.history} behaviours.",
+            "",
+            "| stage | trained | readout over | length | learning rate |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
+
+
+def _metrics(run: TrainedRun) -> str:
+    run_dir = run.spec.run_dir
+    if list_checkpoints(run_dir)[0] != folder_of(run_dir, run.checkpoint.step):
+        return "None: the run was measured at another checkpoint."
+    rows = []
+    for name in storage.list_files(storage.join(run_dir, evaluator.FOLDER)):
+        if name.endswith(".json"):
+            values = json.loads(storage.read_bytes(storage.join(run_dir, evaluator.FOLDER, name)))
+            cells = [f"{values[key]:.4f}" for key in ("auc", "gauc", "logloss", "normalised_entropy", "calibration_error")]
+            rows.append(f"| {name.removesuffix('.json')} | {values['impressions']:,} | {' | '.join(cells)} |")
+    if not rows:
+        return "None: the run was not measured."
+    head = "| split | impressions | AUC | GAUC | log loss | normalised entropy | calibration error |"
+    return "\n".join([head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |", *rows])
+
+
+_USE = """\
+```python
+from ctrsink.serve import Scorer
+
+scorer = Scorer.load("path/to/this/folder")
+scorer.score({"history": [{"item": {...}, "feedback": 4, "timestamp": 1}], "candidates": [{...}, {...}], "timestamp": 2})
+```
+
+An item is an object with the fields that the item text above names; timestamps are seconds. From a shell, one request a line:
+`ctrsink score --model path/to/this/folder --input requests.jsonl`. After `import ctrsink.serve` the folder also loads through
+`transformers.AutoModel`; without it transformers refuses the model type, because a plain backbone would score wrongly."""
+
+
+def _limits(run: TrainedRun) -> str:
+    final = run.spec.stages[-1].readout
+    early = "" if final == run.readout else " This checkpoint is of an earlier stage than the run's last."
+    return (
+        "Probabilities are calibrated on the training log at best: on other users, items or times measure again before use. "
+        "The history is cut to the newest behaviours as in training; text in other languages or forms than the training items' was "
+        f"never seen.{early}"
+    )
+
+
+def _licence(spec: RunSpec) -> str:
+    text = "The weights derive from the data named above and, where one is named, from a pretrained model: their terms apply."
+    movielens = spec.prepare is not None and spec.prepare.source.kind == "movielens"
+    return f"{text} {LICENCE}." if movielens else text

@@ -1,0 +1,129 @@
+"""A trained run becomes a folder that scores by itself: merged weights, configuration, tokenizer, model card."""
+
+import dataclasses
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING
+
+from ctrsink import storage
+from ctrsink.data.manifest import read_file
+from ctrsink.errors import InputError
+from ctrsink.export.card import CARD_NAME, model_card
+from ctrsink.export.merge import merge_lora
+from ctrsink.model.build import DTYPES
+from ctrsink.model.hf import CTRSinkConfig, CTRSinkModel
+from ctrsink.train.restore import TrainedRun, restore_run
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+log = logging.getLogger("ctrsink.export")
+
+
+def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", checkpoint: int | None = None) -> dict[str, Any]:
+    """Write the model of the run in `run_dir` to the new folder `to`, local or s3://.
+
+    LoRA is merged in fp32, then the backbone is cast to `dtype`; sinks, bias and head stay fp32.
+
+    Args:
+        checkpoint: optimiser steps of the checkpoint to take; default: the latest whole one.
+
+    Returns:
+        `model` (the folder), `step`, `dtype`, `parameters`, `merged_layers` and the size in `bytes`.
+
+    Raises:
+        InputError: there is no such run or checkpoint, or `to` holds something already.
+    """
+    if storage.exists(to) and (storage.list_files(to) or storage.list_dirs(to)):
+        raise InputError(f"{to} is not empty: choose a new folder for the exported model")
+    run = restore_run(run_dir, checkpoint)
+    merged = merge_lora(run.model)
+    config = _config(run, DTYPES[dtype])
+    weights = _weights(run, config, DTYPES[dtype])
+    with _published(to) as folder:
+        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        for entry in run.dataset.manifest.tokenizer:
+            (folder / Path(entry.path).name).write_bytes(read_file(run.dataset.uri, entry))
+        (folder / CARD_NAME).write_text(model_card(run, dtype), "utf-8")
+        config.to_json_file(folder / CONFIG_NAME, use_diff=True)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+    log.info("exported step %d of %s to %s", run.checkpoint.step, run_dir, to)
+    return {
+        "model": to,
+        "step": run.checkpoint.step,
+        "dtype": dtype,
+        "parameters": sum(w.numel() for w in weights.values()),
+        "merged_layers": merged,
+        "bytes": size,
+    }
+
+
+def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
+    spec, manifest = run.spec.model, run.dataset.manifest
+    backbone: Any = run.model.backbone
+    fields: dict[str, Any] = backbone.config.to_dict()
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise InputError(f"model.backbone: transformers itself has no architecture {fields['model_type']}, so it cannot be exported")
+    # Where the weights came from is a path of this machine, and their type is now `dtype`.
+    for key in ("_name_or_path", "architectures", "transformers_version", "torch_dtype"):
+        fields.pop(key, None)
+    name = str(dtype).removeprefix("torch.")
+    return CTRSinkConfig(
+        architectures=[CTRSinkModel.__name__],
+        dtype=name,
+        backbone=fields | {"dtype": name},
+        sinks=spec.sinks.model_dump(mode="json") if spec.sinks else None,
+        bias=spec.bias.model_dump(mode="json") if spec.bias else None,
+        readout=run.readout.model_dump(mode="json"),
+        layout=dataclasses.asdict(run.layout),
+        text=manifest.text.model_dump(mode="json"),
+        prefix_tokens=list(manifest.prefix_tokens),
+        tokenizer_fingerprint=manifest.tokenizer_fingerprint,
+    )
+
+
+def _weights(run: TrainedRun, config: CTRSinkConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors to store, by the names of CTRSinkModel; an empty one of it proves that each has its place."""
+    with torch.device("meta"):
+        shell = CTRSinkModel(config)
+    shell.ctr.load_state_dict(run.model.state_dict(), strict=True, assign=True)
+    state = shell.state_dict()
+    return {
+        name: (value.to(dtype) if name.startswith("ctr.backbone.") and value.is_floating_point() else value).contiguous()
+        for name, value in state.items()
+    }
+
+
+@contextmanager
+def _published(to: str) -> Iterator[Path]:
+    """A folder to fill; it is at `to` when the block ends, and nothing is there when the block fails.
+
+    On S3 the configuration goes last: without it a folder is no model.
+    """
+    local = None if storage.is_remote(to) else Path(to.removeprefix("file://"))
+    if local is not None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=local.parent if local else None))
+    try:
+        yield folder
+        if local is not None:
+            folder.chmod(0o755)
+            folder.replace(local)  # an empty folder of that name gives way
+            return
+        config = (folder / CONFIG_NAME).read_bytes()
+        (folder / CONFIG_NAME).unlink()
+        try:
+            storage.upload_dir(folder, to)
+            storage.write_bytes(storage.join(to, CONFIG_NAME), config)
+        except BaseException:
+            storage.delete(to)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""The exported model as a transformers class with a `model_type` of its own: a plain load is right or fails, never silently wrong.
+
+Importing this module registers both classes with AutoConfig and AutoModel; it needs neither PEFT nor anything of training.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from ctrsink.batch import Batch
+from ctrsink.config.model import BackboneSpec, ModelSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.model import attention
+from ctrsink.model.ctr import CTRModel
+
+FORMAT = "ctrsink-model/1"
+
+
+class CTRSinkConfig(PretrainedConfig):
+    """Everything that turns a request into a probability beside the weights; plain values, as they stand in config.json."""
+
+    model_type = "ctrsink"
+
+    format: str = FORMAT
+    backbone: dict[str, Any] | None = None
+    """The backbone's transformers configuration, `model_type` among its fields."""
+    sinks: dict[str, Any] | None = None
+    """SinkSpec, null for the plain language model."""
+    bias: dict[str, Any] | None = None
+    """BiasSpec."""
+    readout: dict[str, Any] | None = None
+    """ReadoutSpec of the run's last stage."""
+    layout: dict[str, Any] | None = None
+    """`ctrsink.data.examples.Layout`."""
+    text: dict[str, Any] | None = None
+    """TextSpec: how items and feedback were rendered."""
+    prefix_tokens: list[int] | None = None
+    """Tokens at the start of every sequence."""
+    tokenizer_fingerprint: str | None = None
+
+    def model_spec(self) -> ModelSpec:
+        """The ModelSpec of the merged model: no LoRA, a backbone from its configuration."""
+        return ModelSpec.model_validate({"backbone": BackboneSpec(config=self.backbone), "sinks": self.sinks, "bias": self.bias})
+
+
+class CTRSinkModel(PreTrainedModel):
+    """Batch -> logits [B, T]; the weights are those of a CTRModel without LoRA."""
+
+    config_class = CTRSinkConfig
+    main_input_name = "batch"
+    base_model_prefix = "ctr"
+    _supports_sdpa = True
+    # The backbone alone is stored in bfloat16: the rest is small, and was trained in fp32.
+    _keep_in_fp32_modules_strict = ("ctr.head", "ctr.sinks", "ctr.biases")
+
+    def __init__(self, config: CTRSinkConfig) -> None:
+        super().__init__(config)
+        fields = dict(config.backbone or {})
+        backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        backbone = AutoModel.from_config(backbone_config, attn_implementation=attention.BACKEND)
+        self.ctr = CTRModel(backbone, config.model_spec())
+        self.readout = ReadoutSpec.model_validate(config.readout)
+        self.post_init()
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits [B, T] in fp32, computed as in training: a bfloat16 backbone runs under autocast."""
+        kind, dtype = self.device.type, self.ctr.backbone.dtype
+        context = torch.autocast(kind, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
+        with context:
+            return self.ctr(batch, self.readout)[1]
+
+
+AutoConfig.register(CTRSinkConfig.model_type, CTRSinkConfig)
+AutoModel.register(CTRSinkConfig, CTRSinkModel)

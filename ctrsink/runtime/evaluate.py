@@ -1,0 +1,19 @@
+"""Measure the model of a run again, in this process, without Ray and DeepSpeed."""
+
+from ctrsink.config.train import Split
+from ctrsink.dist import Topology
+from ctrsink.evaluate.evaluator import evaluate_splits
+from ctrsink.train.restore import restore_run
+
+
+def evaluate_run(run_dir: str, splits: tuple[Split, ...], step: int | None = None) -> dict[str, dict[str, float]]:
+    """Metrics by split of the run's checkpoint `step` (default: the latest), also written to `evaluation/` in the run's folder.
+
+    In fp32 on the CPU, whatever the run trained in.
+
+    Raises:
+        InputError: there is no such run or checkpoint, or the data set is not what it was.
+    """
+    run = restore_run(run_dir, step)
+    spec = run.spec.evaluate.model_copy(update={"splits": splits})
+    return evaluate_splits(lambda batch: run.model(batch, run.readout)[1], run.dataset, run.layout, spec, run_dir, Topology())

@@ -1,0 +1,66 @@
+"""An exported folder becomes a model and its tokenizer, checked: a folder that would score wrongly is refused."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ctrsink import storage
+from ctrsink.data.tokenize import fingerprint
+from ctrsink.errors import InputError
+from ctrsink.model.hf import FORMAT, CTRSinkConfig, CTRSinkModel
+
+
+def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedTokenizerBase]:
+    """The model in the folder `uri`, local or s3://, in evaluation mode, and its tokenizer.
+
+    Raises:
+        InputError: `uri` holds no exported model, one of another format, or one that is damaged.
+    """
+    with _local_copy(uri) as folder:
+        _check_config(uri, folder)
+        try:
+            loaded = CTRSinkModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the model {uri} is damaged ({reason}): export it again") from None
+    model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            name = sorted(map(str, found[kind]))[0]
+            raise InputError(f"the weights of the model {uri} do not fit its configuration ({kind} {name}): export it again")
+    if fingerprint(tokenizer) != model.config.tokenizer_fingerprint:
+        raise InputError(f"the tokenizer in {uri} is not the one the model was trained with: export it again")
+    return model.to(device).eval(), tokenizer
+
+
+def _check_config(uri: str, folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{uri} holds no model: write one there with `ctrsink export`") from None
+    except ValueError:
+        raise InputError(f"{uri}/config.json is damaged: export the model again") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != CTRSinkConfig.model_type:
+        raise InputError(f"{uri} holds a model of type {kind}, not one that `ctrsink export` wrote")
+    if config.get("format") != FORMAT:
+        raise InputError(f"{uri} has the format {config.get('format')}, this version reads {FORMAT}: export the model again")
+
+
+@contextmanager
+def _local_copy(uri: str) -> Iterator[Path]:
+    if not storage.is_remote(uri):
+        yield Path(uri.removeprefix("file://"))
+        return
+    with tempfile.TemporaryDirectory(prefix="ctrsink-model-") as folder:
+        try:
+            storage.download_dir(uri, folder)
+        except FileNotFoundError:
+            raise InputError(f"{uri} holds no model: write one there with `ctrsink export`") from None
+        yield Path(folder)

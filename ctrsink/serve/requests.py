@@ -1,0 +1,119 @@
+"""Requests: one user's history and the candidates to score behind it, read from JSON or taken from a data set."""
+
+import io
+from collections.abc import Sequence
+from string import Formatter
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from ctrsink.config.base import Section
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.manifest import read_file
+from ctrsink.errors import InputError
+
+Item = dict[str, Any]
+# Beyond the year 5138 a time was counted in milliseconds.
+Timestamp = Annotated[float, Field(strict=True, ge=-(10**11), le=10**11)]
+
+
+class Behaviour(Section):
+    """An event of the history."""
+
+    item: Item
+    """Fields of the item, at least those that the model's template names."""
+    feedback: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    timestamp: Timestamp
+    """Seconds since 1970."""
+
+
+class Request(Section):
+    """What one user may be shown at one moment."""
+
+    history: tuple[Behaviour, ...] = ()
+    """In any order; sorted by time, ties as given."""
+    candidates: tuple[Item, ...] = Field(min_length=1)
+    timestamp: Timestamp
+    """The moment; no behaviour may be later."""
+    id: Any = None
+    """Returned with the probabilities."""
+
+
+def parse_request(tree: Any, fields: Sequence[str], where: str) -> Request:
+    """Validate one request for a model whose item template names `fields`; the history comes back sorted.
+
+    Raises:
+        InputError: naming `where` and the key.
+    """
+    try:
+        request = Request.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}: {f'{key}: ' if key else ''}{first['msg']}") from None
+    named = [(f"history.{i}.item", b.item) for i, b in enumerate(request.history)]
+    for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
+        for field in fields:
+            if field not in item:
+                raise InputError(f"{where}: {key} has no field {field!r}, which the model's item text needs")
+            if isinstance(item[field], dict):
+                raise InputError(f"{where}: {key}.{field} is an object: give a text, a number or a list of them")
+    for i, behaviour in enumerate(request.history):
+        if behaviour.timestamp > request.timestamp:
+            raise InputError(f"{where}: history.{i}.timestamp {behaviour.timestamp:.0f} is later than the request's")
+    return request.model_copy(update={"history": tuple(sorted(request.history, key=lambda b: b.timestamp))})
+
+
+def template_fields(template: str) -> list[str]:
+    """Names of the item fields that a template uses."""
+    return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
+
+
+def item_table(items: Sequence[Item], fields: Sequence[str]) -> pa.Table:
+    """The items' `fields` as text, as preparation holds them: empty for null, the entries of a list joined by spaces."""
+    columns = {field: pa.array([_text(item[field]) for item in items], pa.string()) for field in fields}
+    # A template without a field still renders every item: the table's length must not come from its columns.
+    return pa.table({"": pa.nulls(len(items)), **columns})
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else str(pa.scalar(value).cast(pa.string()))
+
+
+def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int] | None = None) -> dict[str, Any]:
+    """The request that the user met at one of their events, as a JSON object.
+
+    Args:
+        user: row of the data set's index.
+        event: number of the event in the user's chronology; everything before it is the history.
+        candidates: rows of the item table; default: the event's own item.
+    """
+    shard, row = dataset.locate(user)
+    entry = dataset.manifest.shards[int(dataset.index["shard"][user])].events_file
+    names = ["item", "timestamp", "feedback"]
+    table = pq.read_table(io.BytesIO(read_file(dataset.uri, entry)), columns=names)
+    log: dict[str, list[Any]] = {name: table.column(name)[row].as_py() for name in names}
+    if not 0 <= event < len(log["item"]):
+        raise InputError(f"user {shard.users[row]} has {len(log['item'])} events, there is no event {event}")
+    chosen = [log["item"][event]] if candidates is None else list(candidates)
+    items = _items(dataset, [*log["item"][:event], *chosen])
+    history = [
+        {"item": item, "feedback": feedback, "timestamp": timestamp}
+        for item, feedback, timestamp in zip(items, log["feedback"][:event], log["timestamp"][:event], strict=False)
+    ]
+    return {"history": history, "candidates": items[event:], "timestamp": log["timestamp"][event]}
+
+
+def _items(dataset: Dataset, rows: list[int]) -> list[Item]:
+    """Fields of the items in these rows, just those that the data set's template uses."""
+    table = dataset.read_items()
+    # The log's column `item` is kept as `id`.
+    columns = {name: "id" if name == "item" else name for name in template_fields(dataset.manifest.text.item)}
+    values = {name: table.column(column).take(pa.array(rows, pa.int64())).to_pylist() for name, column in columns.items()}
+    return [{name: column[i] for name, column in values.items()} for i in range(len(rows))]

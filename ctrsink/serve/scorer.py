@@ -1,0 +1,153 @@
+"""The scorer: requests to probabilities, through the same text, tokens, sequences and batches as in training."""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ctrsink import storage
+from ctrsink.config.data import TextSpec
+from ctrsink.data.collate import collate
+from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
+from ctrsink.data.render import feedback_texts, item_texts
+from ctrsink.data.tokenize import encode
+from ctrsink.errors import InputError
+from ctrsink.model.hf import CTRSinkModel
+from ctrsink.serve.load import load_model
+from ctrsink.serve.requests import Request, item_table, parse_request, template_fields
+
+BATCH_SIZE = 32
+
+
+class Scorer:
+    """Click probabilities from an exported model.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the one it was trained with.
+    """
+
+    def __init__(self, model: CTRSinkModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        config = model.config
+        self.model, self.tokenizer = model, tokenizer
+        self.text = TextSpec.model_validate(config.text)
+        self.fields = template_fields(self.text.item)
+        self.prefix = np.array(config.prefix_tokens, np.int64)
+        layout = Layout(**config.layout | {"signals": tuple(config.layout["signals"])})
+        # A training sequence of several targets shows the last of them everything up to `history` before the first.
+        self.layout = dataclasses.replace(layout, history=layout.history + layout.targets - 1)
+
+    @classmethod
+    def load(cls, folder: str, device: str = "cpu") -> "Scorer":
+        """The scorer of the model that `ctrsink export` wrote to `folder`, local or s3://.
+
+        Raises:
+            InputError: there is no such model, or it is damaged.
+        """
+        return cls(*load_model(folder, device))
+
+    def score(self, request: dict[str, Any]) -> list[float]:
+        """The probability of a click for each of the request's candidates, in their order; see Request for its keys.
+
+        Raises:
+            InputError: the request is not of that form, or an item lacks a field of the model's template.
+        """
+        return self.probabilities(self.parse(request, "request"), "request")
+
+    def parse(self, tree: Any, where: str) -> Request:
+        """See parse_request."""
+        return parse_request(tree, self.fields, where)
+
+    def probabilities(self, request: Request, where: str) -> list[float]:
+        """As `score`, of a parsed request; errors name `where`."""
+        try:
+            sequences = self._sequences(request)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        out: list[float] = []
+        for start in range(0, len(sequences), BATCH_SIZE):
+            part = sequences[start : start + BATCH_SIZE]
+            with torch.inference_mode():
+                logits = self.model(collate(part, [0] * len(part)).to(self.model.device))
+            out += logits[:, 0].double().sigmoid().tolist()
+        return out
+
+    def _sequences(self, request: Request) -> list[Sequence]:
+        """One sequence per candidate, each with the whole history as its past."""
+        count = len(request.history)
+        texts = self._item_tokens([*(b.item for b in request.history), *request.candidates])
+        given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
+        rendered, feedback_rows = feedback_texts(self.text, given)
+        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode(self.tokenizer, rendered)])
+        timestamps = np.floor([*(b.timestamp for b in request.history), request.timestamp]).astype(np.int64)
+        history = np.arange(count)
+        return [
+            build_sequence(
+                Chronology(
+                    texts=np.append(history, count + candidate),
+                    feedbacks=np.append(feedback_rows.astype(np.int64), 0),
+                    timestamps=timestamps,
+                    labels=np.zeros(count + 1, np.int8),
+                ),
+                np.array([count]),
+                self.layout,
+                texts,
+                feedbacks,
+                self.prefix,
+            )
+            for candidate in range(len(request.candidates))
+        ]
+
+    def _item_tokens(self, items: list[dict[str, Any]]) -> Ragged:
+        rendered = item_texts(self.text.item, item_table(items, self.fields))
+        tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in encode(self.tokenizer, rendered)]
+        empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
+        if empty is not None:
+            raise InputError(f"the text of the item {json.dumps(items[empty], ensure_ascii=False)} is empty: fill in its fields")
+        return Ragged.of(tokens)
+
+
+def score_file(folder: str, input_path: str, output: str | None = None) -> dict[str, Any]:
+    """Score a file of requests, one JSON object a line, with the model in `folder`.
+
+    Writes one line per request, `{"probabilities": [...]}` and the request's `id` if it has one, to `output` (a file, local or
+    s3://) or to stdout; all at the end, so that bad input leaves nothing behind.
+
+    Returns:
+        Counts of `requests` and `candidates`.
+
+    Raises:
+        InputError: a request cannot be scored; the message names its line.
+    """
+    try:
+        lines = storage.read_bytes(input_path).split(b"\n")
+    except FileNotFoundError:
+        raise InputError(f"{input_path} does not exist: give a file with one request a line") from None
+    if lines[-1] == b"":
+        lines.pop()
+    if not lines:
+        raise InputError(f"{input_path} is empty: give one request a line")
+    scorer = Scorer.load(folder)
+    places = [f"{input_path}, line {number}" for number in range(1, len(lines) + 1)]
+    # Every line is checked before the first is scored: a mistake in the last one shows at once.
+    requests = [scorer.parse(_read_json(line, place), place) for line, place in zip(lines, places, strict=True)]
+    rows = []
+    for request, place in zip(requests, places, strict=True):
+        named = {} if request.id is None else {"id": request.id}
+        rows.append(json.dumps(named | {"probabilities": scorer.probabilities(request, place)}) + "\n")
+    if output is None:
+        sys.stdout.write("".join(rows))
+    else:
+        storage.write_bytes(output, "".join(rows).encode())
+    return {"requests": len(requests), "candidates": sum(len(r.candidates) for r in requests)}
+
+
+def _read_json(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:  # of JSON or of UTF-8
+        raise InputError(f"{where}: not a JSON object ({error})") from None

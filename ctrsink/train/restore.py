@@ -1,0 +1,47 @@
+"""A run's folder becomes the model it trained, in fp32 on the CPU; neither Ray nor DeepSpeed is needed."""
+
+from dataclasses import dataclass
+
+from ctrsink.config import ReadoutSpec, RunSpec
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.examples import Layout
+from ctrsink.data.stream import SequenceSource
+from ctrsink.data.tokenize import load_tokenizer
+from ctrsink.model.build import build_model, load_parameters
+from ctrsink.model.ctr import CTRModel
+from ctrsink.train.checkpoint import Checkpoint, find_checkpoint
+from ctrsink.train.rundir import read_run
+from ctrsink.train.stages import plan
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's configuration, data set and model, as of one checkpoint."""
+
+    spec: RunSpec
+    dataset: Dataset
+    layout: Layout
+    checkpoint: Checkpoint
+    model: CTRModel
+    """In evaluation mode; LoRA not merged."""
+    readout: ReadoutSpec
+    """That of the stage which made the checkpoint."""
+
+
+def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
+    """The model of the run in `run_dir` after `step` optimiser steps (default: its latest whole checkpoint).
+
+    Raises:
+        InputError: there is no such run or checkpoint, or its data set is missing or altered.
+    """
+    spec = read_run(run_dir)
+    # The folder may have been moved or copied since; what it says of its own place counts for nothing.
+    spec = spec.model_copy(update={"run_dir": run_dir})
+    checkpoint = find_checkpoint(run_dir, step)
+    dataset = Dataset(spec.data.uri, keep_shards=2 * spec.data.shuffle_shards)
+    layout = Layout.of(spec.data, spec.model.sinks)
+    model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed)
+    load_parameters(model, checkpoint.parameters)
+    windows = plan(spec.stages, sum(SequenceSource(dataset, "train", layout).per_shard), spec.train.batch_size)
+    window = next((w for w in windows if checkpoint.step <= w.end), windows[-1])
+    return TrainedRun(spec, dataset, layout, checkpoint, model.eval(), window.spec.readout)
