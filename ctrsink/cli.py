@@ -127,7 +127,9 @@ def _submit(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("ctrsink", description="Fine-tune decoder language models for CTR prediction with sink tokens.")
+    parser = argparse.ArgumentParser(
+        "ctrsink", description="Fine-tune decoder language models for CTR prediction with sink tokens."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -174,8 +176,12 @@ def _parser() -> argparse.ArgumentParser:
 
     submit = _verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
     _configured(submit)
-    submit.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"), help="of the cluster's job server, http://...")
-    submit.add_argument("--working-dir", default=".", metavar="DIR", help="folder that is sent to the cluster; holds the configuration")
+    submit.add_argument(
+        "--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"), help="of the cluster's job server, http://..."
+    )
+    submit.add_argument(
+        "--working-dir", default=".", metavar="DIR", help="folder that is sent to the cluster; holds the configuration"
+    )
     submit.add_argument("--resume", action="store_true")
     return parser
 

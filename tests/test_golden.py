@@ -27,7 +27,11 @@ def golden() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with safe_open(GOLDEN, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    meta = {"config": json.loads(metadata["config"]), "gamma": float(metadata["sink_scale"]), "layers": int(metadata["inter_sink_layers"])}
+    meta = {
+        "config": json.loads(metadata["config"]),
+        "gamma": float(metadata["sink_scale"]),
+        "layers": int(metadata["inter_sink_layers"]),
+    }
     return tensors, meta
 
 

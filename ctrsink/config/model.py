@@ -1,6 +1,6 @@
 """Sections of the model: backbone, sinks, inter-sink bias, LoRA."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from ctrsink.config.base import Section
 
-
 Split = Literal["train", "valid", "test"]
 
 

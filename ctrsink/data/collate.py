@@ -22,7 +22,9 @@ def collate(sequences: list[Sequence], users: list[int], counted: list[bool] | N
     # At least one slot where there are sinks at all: every rank runs every module, whatever its batch holds.
     slots = max(max(len(s.sink_positions) for s in sequences), min(1, sequences[0].signals.shape[1]))
     readouts = max(len(s.targets) for s in sequences)
-    valid = _pad([np.ones(len(s.targets), np.bool_) & (counted is None or counted[i]) for i, s in enumerate(sequences)], readouts, False)
+    valid = _pad(
+        [np.ones(len(s.targets), np.bool_) & (counted is None or counted[i]) for i, s in enumerate(sequences)], readouts, False
+    )
     owners = [np.stack([np.full(len(s.targets), u), s.targets], axis=1) for s, u in zip(sequences, users, strict=True)]
     return Batch(
         input_ids=_pad([s.input_ids for s in sequences], length, 0),

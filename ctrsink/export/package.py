@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from ctrsink.data.manifest import read_file
 from ctrsink.errors import InputError
 from ctrsink.export.card import CARD_NAME, model_card
 from ctrsink.export.merge import merge_lora
+from ctrsink.folder import new_folder
 from ctrsink.model.build import DTYPES
 from ctrsink.model.hf import CTRSinkConfig, CTRSinkModel
 from ctrsink.train.restore import TrainedRun, restore_run
@@ -70,7 +70,9 @@ def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
     backbone: Any = run.model.backbone
     fields: dict[str, Any] = backbone.config.to_dict()
     if fields["model_type"] not in CONFIG_MAPPING:
-        raise InputError(f"model.backbone: transformers itself has no architecture {fields['model_type']}, so it cannot be exported")
+        raise InputError(
+            f"model.backbone: transformers itself has no architecture {fields['model_type']}, so it cannot be exported"
+        )
     # Where the weights came from is a path of this machine, and their type is now `dtype`.
     for key in ("_name_or_path", "architectures", "transformers_version", "torch_dtype"):
         fields.pop(key, None)
@@ -103,20 +105,17 @@ def _weights(run: TrainedRun, config: CTRSinkConfig, dtype: torch.dtype) -> dict
 
 @contextmanager
 def _published(to: str) -> Iterator[Path]:
-    """A folder to fill; it is at `to` when the block ends, and nothing is there when the block fails.
+    """A local folder to fill; it is at `to` when the block ends, and nothing is there when the block fails.
 
     On S3 the configuration goes last: without it a folder is no model.
     """
-    local = None if storage.is_remote(to) else Path(to.removeprefix("file://"))
-    if local is not None:
-        local.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=local.parent if local else None))
-    try:
+    if not storage.is_remote(to):
+        with new_folder(Path(to.removeprefix("file://"))) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="ctrsink-export-") as scratch:
+        folder = Path(scratch)
         yield folder
-        if local is not None:
-            folder.chmod(0o755)
-            folder.replace(local)  # an empty folder of that name gives way
-            return
         config = (folder / CONFIG_NAME).read_bytes()
         (folder / CONFIG_NAME).unlink()
         try:
@@ -125,5 +124,3 @@ def _published(to: str) -> Iterator[Path]:
         except BaseException:
             storage.delete(to)
             raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

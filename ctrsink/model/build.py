@@ -70,7 +70,7 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
 
 
 def _from_fields(fields: dict[str, Any], vocabulary: int) -> PretrainedConfig:
-    """transformers keeps a field that it does not know without a word, and builds another model than was meant."""
+    """Transformers keeps a field that it does not know without a word, and builds another model than was meant."""
     fields = dict(fields)
     default = AutoConfig.for_model(fields.pop("model_type"))
     for name in fields.keys() & _TOKENIZER_FIELDS:

@@ -29,7 +29,13 @@ def connect(spec: RunSpec) -> None:
         if address:
             ray.init(address=address, log_to_driver=True)
         else:
-            ray.init(num_cpus=_local_cpus(spec), include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True, _node_ip_address="127.0.0.1")
+            ray.init(
+                num_cpus=_local_cpus(spec),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=True,
+                _node_ip_address="127.0.0.1",
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"runtime.address {address}: cannot join the Ray cluster ({str(error).splitlines()[0]})") from None
 

@@ -9,7 +9,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from deepspeed.utils.tensor_fragment import safe_get_local_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+from deepspeed.utils.tensor_fragment import (
+    safe_get_local_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
 from torch import nn
 
 from ctrsink.batch import Batch
@@ -178,7 +182,8 @@ def parameter_groups(model: nn.Module, trainable: tuple[Group, ...], weight_deca
         if group is not None:
             found.setdefault(f"{group}/{'decay' if parameter.dim() > 1 else 'plain'}", []).append(parameter)
     return [
-        {"name": key, "params": found[key], "weight_decay": weight_decay if key.endswith("/decay") else 0.0} for key in sorted(found)
+        {"name": key, "params": found[key], "weight_decay": weight_decay if key.endswith("/decay") else 0.0}
+        for key in sorted(found)
     ]
 
 

@@ -107,7 +107,9 @@ class Trainer:
             progress.step, progress.position = progress.step + 1, step.position
             pace.count(step.impressions, sum(b.tokens for b in step.micro_batches), waited)
             if progress.step % train.log_every == 0 or progress.step in (1, stop):
-                self._report(window, {"loss": result.loss, "grad_norm": result.grad_norm, **pace.report(self.total_steps - progress.step)})
+                self._report(
+                    window, {"loss": result.loss, "grad_norm": result.grad_norm, **pace.report(self.total_steps - progress.step)}
+                )
             if progress.step % train.checkpoint_every == 0 or progress.step == stop:
                 self._checkpoint(engine)
             waiting = time.monotonic()
@@ -132,7 +134,13 @@ class Trainer:
 
     def _report(self, window: StageWindow, row: dict[str, Any]) -> None:
         tokens = all_sum([row["tokens_per_s"]], self.topology)[0]
-        row = {"step": self.progress.step, "stage": window.spec.name, "position": self.progress.position, **row, "tokens_per_s": tokens}
+        row = {
+            "step": self.progress.step,
+            "stage": window.spec.name,
+            "position": self.progress.position,
+            **row,
+            "tokens_per_s": tokens,
+        }
         row |= {f"lr/{group}": window.spec.lr[group] * window.factor(self.progress.step - 1) for group in window.spec.trainable}
         if self.telemetry is not None:
             self.telemetry.add(row)

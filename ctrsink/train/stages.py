@@ -30,7 +30,9 @@ def plan(stages: tuple[StageSpec, ...], sequences: int, batch_size: int) -> list
     step = 0
     for index, stage in enumerate(stages):
         # Rounded, because a product such as 1.1 x 100 lies a hair above the number that is meant.
-        steps = stage.steps if stage.steps is not None else max(1, math.ceil(round((stage.epochs or 0) * sequences, 6) / batch_size))
+        steps = (
+            stage.steps if stage.steps is not None else max(1, math.ceil(round((stage.epochs or 0) * sequences, 6) / batch_size))
+        )
         windows.append(StageWindow(index, stage, step, step + steps))
         step += steps
     return windows

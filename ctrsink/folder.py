@@ -1,0 +1,25 @@
+"""A local folder that appears whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to fill; it takes that name when the block ends, and is gone when the block fails.
+
+    Raises:
+        OSError: `target` exists and is not an empty folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)  # mkdtemp keeps others out
+        beside.replace(target)  # an empty folder of that name gives way
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise

@@ -1,0 +1,133 @@
+"""What several tests build: random sequences and batches, tiny random models, a small data set prepared from a table."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ctrsink.batch import Batch
+from ctrsink.config.data import ColumnSpec, PrepareSpec, Signal, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
+from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
+from ctrsink.data.collate import collate
+from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
+from ctrsink.data.prepare import prepare
+from ctrsink.model.build import build_model
+from ctrsink.model.ctr import CTRModel
+
+VOCABULARY = 97
+# Token tables: texts of 1 to 4 tokens, feedbacks of 0 to 2.
+TEXTS = Ragged.of([np.arange(3 + 5 * i, 3 + 5 * i + n) for i, n in enumerate((1, 2, 3, 4, 2))])
+FEEDBACKS = Ragged.of([np.arange(50 + 5 * i, 50 + 5 * i + n) for i, n in enumerate((0, 1, 2))])
+PREFIX = np.array([90, 91])
+
+
+@st.composite
+def chronologies(draw: st.DrawFn, min_events: int = 1, max_events: int = 9) -> Chronology:
+    """Any chronology over TEXTS and FEEDBACKS with at least one impression; timestamps may be equal."""
+    count = draw(st.integers(min_events, max_events))
+
+    def column(low: int, high: int) -> list[int]:
+        return draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+
+    labels = column(-1, 1)
+    labels[draw(st.integers(0, count - 1))] = draw(st.integers(0, 1))
+    times = np.sort(np.array(column(0, 10**9)) // draw(st.sampled_from([1, 10**8])))
+    return Chronology(np.array(column(0, 4)), np.array(column(0, 2)), times, np.array(labels, np.int8))
+
+
+def random_chronology(chance: np.random.Generator, events: int) -> Chronology:
+    """Every event an impression, gaps of seconds to years."""
+    gaps = np.exp(chance.uniform(0, 18, events)).astype(np.int64)
+    labels = chance.integers(0, 2, events).astype(np.int8)
+    return Chronology(chance.integers(0, 5, events), chance.integers(0, 3, events), np.cumsum(gaps), labels)
+
+
+def random_sequence(chance: np.random.Generator, layout: Layout, events: int, prefix: np.ndarray = PREFIX) -> Sequence:
+    """The sequence of the last piece of a chronology of `events` events."""
+    targets = np.arange(max(0, events - layout.targets), events)
+    return build_sequence(random_chronology(chance, events), targets, layout, TEXTS, FEEDBACKS, prefix)
+
+
+def random_batch(seed: int, layout: Layout, events: tuple[int, ...]) -> Batch:
+    """A batch with a row per entry of `events`, the number of events in its chronology."""
+    chance = np.random.default_rng(seed)
+    return collate([random_sequence(chance, layout, n) for n in events], list(range(len(events))))
+
+
+def layout_of(examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[Signal, ...] = ("previous_gap",)) -> Layout:
+    return Layout(examples, history, targets if examples == "per_user" else 1, signals, 10)
+
+
+def tiny_spec(
+    kind: str = "llama",
+    kv_heads: int = 2,
+    layers: int = 2,
+    bias: BiasSpec | None = None,
+    sinks: bool = True,
+    lora: LoraSpec | None = None,
+    **more: Any,
+) -> ModelSpec:
+    """A decoder of 32 dimensions; `bias` left out means one in every layer."""
+    fields: dict[str, Any] = {
+        "model_type": kind,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "initializer_range": 0.2,  # large weights: a wrong attention pattern changes results visibly
+    } | more.pop("fields", {})
+    if sinks:
+        more |= {"sinks": SinkSpec(buckets=10, embedding_size=8), "bias": bias or BiasSpec(layers=1.0)}
+    else:
+        more |= {"sinks": None, "bias": None}
+    return ModelSpec(backbone=BackboneSpec(config=fields), lora=lora, **more)
+
+
+def tiny_model(spec: ModelSpec, seed: int = 1, precision: str = "fp32") -> CTRModel:
+    return build_model(spec, VOCABULARY, seed, precision).eval()
+
+
+def run_tree(**sections: Any) -> dict[str, Any]:
+    """The smallest complete run as a plain mapping; `sections` replace whole top-level keys."""
+    tree: dict[str, Any] = {
+        "run_dir": "runs/x",
+        "data": {"uri": "data"},
+        "model": {"backbone": {"config": {"model_type": "llama"}}},
+        "stages": [{"name": "one", "trainable": ["sink", "head"], "lr": {"sink": 0.01, "head": 0.02}, "steps": 4}],
+    }
+    return tree | sections
+
+
+def make_log(seed: int, users: int) -> list[dict[str, Any]]:
+    """Users of 1 to 20 events in random order; every sixth event or so is no impression."""
+    chance = random.Random(seed)
+    times = iter(chance.sample(range(10**9, 10**9 + 10**7), 20 * users))
+    rows: list[dict[str, Any]] = []
+    for user in range(users):
+        for _ in range(1 + (7 * user) % 20):
+            stars = None if chance.random() < 1 / 6 else chance.randint(1, 5)
+            rows.append({"user": f"u{user}", "item": f"i{chance.randrange(9)}", "timestamp": next(times), "stars": stars})
+    chance.shuffle(rows)
+    return rows
+
+
+def make_dataset(folder: Path, seed: int = 0, users: int = 14, shard_events: int = 25) -> str:
+    """Prepare a log of several shards below `folder` and return the data set's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log, items = folder / "log.jsonl", folder / "items.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in make_log(seed, users)))
+    titles = ["Tea", "Salt and Iron", "The Long Ladder", "Oak", "A Cup", "Moss Moss Moss", "Rain", "North by Boat", "Z"]
+    items.write_text("".join(json.dumps({"item": f"i{i}", "title": title}) + "\n" for i, title in enumerate(titles)))
+    spec = PrepareSpec(
+        source=SourceSpec(kind="table", path=str(log), items=str(items), columns=ColumnSpec(feedback="stars")),
+        text=TextSpec(prefix="Likes: "),
+        tokenizer=TokenizerSpec(train_vocabulary=300),
+        split=SplitSpec(train=0.6, valid=0.2),
+        shard_events=shard_events,
+    )
+    prepare(spec, str(folder / "data"))
+    return str(folder / "data")

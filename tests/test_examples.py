@@ -1,0 +1,200 @@
+"""Sequences and batches against a slow builder that is right by being obvious."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctrsink.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
+from ctrsink.config.data import Signal
+from ctrsink.data.collate import MULTIPLE, collate
+from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
+from ctrsink.data.signals import signal_ids
+from tests import builders
+from tests.builders import FEEDBACKS, TEXTS, layout_of, random_sequence
+
+FREE: list[tuple[Signal, ...]] = [(), ("previous_gap",), ("random", "previous_gap"), ("none",)]
+BOUND: list[tuple[Signal, ...]] = [*FREE, ("recency_rank",), ("time_gap", "recency_rank", "previous_gap")]
+prefixes = st.integers(0, 2).map(lambda n: np.array([90, 91][:n], np.int64))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    per_user = draw(st.booleans())
+    return Layout(
+        "per_user" if per_user else "per_target",
+        draw(st.integers(0, 6)),
+        draw(st.integers(1, 4)) if per_user else 1,
+        draw(st.sampled_from(FREE if per_user else BOUND)),
+        draw(st.sampled_from([2, 10, 100])),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Chronology, np.ndarray, Layout, np.ndarray]:
+    """A chronology, the targets of one of its pieces, a layout, a prefix."""
+    chronology, layout = draw(builders.chronologies()), draw(layouts())
+    impressions = int((chronology.labels >= 0).sum())
+    piece = draw(st.integers(0, -(-impressions // layout.targets) - 1))
+    targets = chronology.piece(0, len(chronology.labels), piece, layout.targets)
+    return chronology, targets, layout, draw(prefixes)
+
+
+def row(table: Ragged, number: int) -> list[int]:
+    return table.values[table.offsets[number] : table.offsets[number + 1]].tolist()
+
+
+def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: list[int]) -> dict[str, list[Any]]:
+    """The sequence, position by position."""
+    out: dict[str, list[Any]] = {k: [] for k in ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions")}
+
+    def put(ids: list[int], kind: int, event: int, aligned: bool = False) -> None:
+        for token in ids:
+            out["input_ids"].append(token)
+            out["kinds"].append(kind)
+            out["event_ids"].append(event)
+            out["aligned"].append(aligned)
+
+    put(prefix, PREFIX, 0)
+    window = [e for e in range(targets[-1] + 1) if e >= targets[0] - layout.history]
+    for number, event in enumerate(window, start=1):
+        last = event == targets[-1]
+        put(row(TEXTS, chronology.texts[event]), TEXT, number, last or layout.examples == "per_user")
+        if event in targets:
+            out["readout_positions"].append(len(out["input_ids"]) - 1)
+        if not last:
+            put(row(FEEDBACKS, chronology.feedbacks[event]), FEEDBACK, number)
+            if layout.signals:
+                out["sink_positions"].append(len(out["input_ids"]))
+                put([0], SINK, number)
+    past = signal_ids(layout.signals, chronology.timestamps[: targets[-1] + 1], layout.buckets) if layout.signals else []
+    out["signals"] = [past[e].tolist() for e in window[:-1]] if layout.signals else []
+    out["labels"] = [int(chronology.labels[t]) for t in targets]
+    out["targets"] = targets
+    return out
+
+
+@given(cases())
+def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[Chronology, np.ndarray, Layout, np.ndarray]) -> None:
+    chronology, targets, layout, prefix = case
+    built = build_sequence(chronology, targets, layout, TEXTS, FEEDBACKS, prefix)
+    expected = plain(chronology, targets.tolist(), layout, prefix.tolist())
+    assert {f.name: getattr(built, f.name).tolist() for f in dataclasses.fields(Sequence)} == expected
+    if not layout.signals:
+        assert not (built.kinds == SINK).any()
+    assert (built.kinds[built.readout_positions] == TEXT).all()
+    assert (built.labels >= 0).all()
+    assert built.signals.shape == (len(built.sink_positions), len(layout.signals))
+
+
+@given(cases())
+def test_nothing_the_target_may_not_know_lies_before_its_readout(
+    case: tuple[Chronology, np.ndarray, Layout, np.ndarray],
+) -> None:
+    """Everything that happened at a target or later is changed: its input up to the readout stays."""
+    chronology, targets, layout, prefix = case
+    built = build_sequence(chronology, targets, layout, TEXTS, FEEDBACKS, prefix)
+    for slot, target in enumerate(targets):
+        later = np.arange(len(chronology.texts)) > target
+        now = later | (np.arange(len(chronology.texts)) == target)
+        changed = Chronology(
+            texts=np.where(later, (chronology.texts + 1) % 5, chronology.texts),
+            feedbacks=np.where(now, (chronology.feedbacks + 1) % 3, chronology.feedbacks),
+            timestamps=np.where(later, chronology.timestamps + 10**6, chronology.timestamps),
+            labels=np.where(now & (chronology.labels >= 0), 1 - chronology.labels, chronology.labels).astype(np.int8),
+        )
+        other = build_sequence(changed, targets, layout, TEXTS, FEEDBACKS, prefix)
+        end = int(built.readout_positions[slot])
+        assert other.readout_positions[slot] == end
+        for name in ("input_ids", "kinds", "event_ids", "aligned"):
+            assert getattr(other, name)[: end + 1].tolist() == getattr(built, name)[: end + 1].tolist()
+        known = int((built.sink_positions < end).sum())
+        assert other.sink_positions[:known].tolist() == built.sink_positions[:known].tolist()
+        assert other.signals[:known].tolist() == built.signals[:known].tolist()
+
+
+@given(builders.chronologies(), st.integers(0, 6), st.sampled_from(FREE), st.data())
+def test_per_user_with_one_target_is_per_target_but_for_aligned(
+    chronology: Chronology, history: int, signals: tuple[Signal, ...], data: st.DataObject
+) -> None:
+    target = data.draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
+    one, other = (
+        build_sequence(chronology, np.array([target]), Layout(e, history, 1, signals, 10), TEXTS, FEEDBACKS, np.array([90]))
+        for e in ("per_target", "per_user")
+    )
+    for field in dataclasses.fields(Sequence):
+        if field.name != "aligned":
+            assert getattr(one, field.name).tolist() == getattr(other, field.name).tolist()
+    assert one.aligned.tolist() == ((one.kinds == TEXT) & (one.event_ids == one.event_ids[-1])).tolist()
+    assert other.aligned.tolist() == (other.kinds == TEXT).tolist()
+
+
+@given(builders.chronologies(), st.integers(1, 4), st.data())
+def test_pieces_share_out_the_impressions_of_a_range(chronology: Chronology, targets: int, data: st.DataObject) -> None:
+    lo, hi = sorted(data.draw(st.tuples(*[st.integers(0, len(chronology.labels))] * 2)))
+    wanted = [e for e in range(lo, hi) if chronology.labels[e] >= 0]
+    pieces = [chronology.piece(lo, hi, n, targets).tolist() for n in range(-(-len(wanted) // targets))]
+    assert [e for piece in pieces for e in piece] == wanted
+    assert all(len(piece) == targets for piece in pieces[:-1])
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5), st.data())
+def test_ragged_take_is_concatenation(rows: list[list[int]], data: st.DataObject) -> None:
+    table = Ragged.of([np.array(r, np.int64) for r in rows])
+    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=6)) if rows else []
+    index = np.array(chosen, np.int64)
+    assert table.lengths(index).tolist() == [len(rows[c]) for c in chosen]
+    assert table.take(index).tolist() == [token for c in chosen for token in rows[c]]
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(FREE))
+def test_a_batch_holds_its_sequences_and_padding_only(seed: int, events: list[int], signals: tuple[Signal, ...]) -> None:
+    chance = np.random.default_rng(seed)
+    sequences = [random_sequence(chance, layout_of(signals=signals), n) for n in events]
+    batch = collate(sequences, [10 + i for i in range(len(events))])
+    length = batch.input_ids.shape[1]
+    assert length % MULTIPLE == 0
+    assert (batch.kinds[:, -1] == PAD).all()
+    assert batch.tokens == sum(len(s.input_ids) for s in sequences)
+    assert batch.impressions == sum(len(s.targets) for s in sequences)
+    for i, s in enumerate(sequences):
+        n, k, t = len(s.input_ids), len(s.sink_positions), len(s.targets)
+        for name in ("input_ids", "kinds", "event_ids", "aligned"):
+            assert getattr(batch, name)[i, :n].tolist() == getattr(s, name).tolist()
+            assert not getattr(batch, name)[i, n:].any()
+        assert batch.sink_valid[i].tolist() == [True] * k + [False] * (batch.sink_valid.shape[1] - k)
+        assert batch.sink_positions[i, :k].tolist() == s.sink_positions.tolist()
+        assert (batch.sink_positions[i, k:] == length - 1).all()
+        assert batch.signals[i, :k].tolist() == s.signals.tolist()
+        assert batch.readout_valid[i].tolist() == [True] * t + [False] * (batch.readout_valid.shape[1] - t)
+        assert batch.readout_positions[i, :t].tolist() == s.readout_positions.tolist()
+        assert (batch.readout_positions[i, t:] == length - 1).all()
+        assert batch.labels[i, :t].tolist() == s.labels.tolist()
+        assert batch.targets[i, :t].tolist() == [[10 + i, e] for e in s.targets]
+        assert (batch.targets[i, t:] == -1).all()
+
+
+def test_a_batch_without_any_behaviour_keeps_one_sink_slot() -> None:
+    """Every rank runs every module, whatever its batch holds."""
+    chance = np.random.default_rng(0)
+    batch = collate([random_sequence(chance, layout_of(), 1)], [0])
+    assert batch.sink_valid.tolist() == [[False]]
+    assert batch.signals.shape == (1, 1, 1)
+    without = collate([random_sequence(chance, layout_of(signals=()), 3)], [0])
+    assert without.sink_positions.shape == (1, 0)
+
+
+def test_a_row_that_only_fills_the_batch_has_no_impression() -> None:
+    chance = np.random.default_rng(0)
+    sequences = [random_sequence(chance, layout_of(), n) for n in (4, 6)]
+    batch = collate(sequences, [0, 1], counted=[True, False])
+    assert batch.readout_valid.tolist() == [[True] * 3, [False] * 3]
+
+
+def test_a_batch_moves_whole() -> None:
+    chance = np.random.default_rng(0)
+    moved = collate([random_sequence(chance, layout_of(), 4)], [0]).to("meta")
+    assert {getattr(moved, f.name).device for f in dataclasses.fields(moved)} == {torch.device("meta")}

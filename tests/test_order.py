@@ -1,0 +1,142 @@
+"""The canonical order: what every rank, worker count and restart must agree on."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctrsink.data.order import Order, deal, mix64, shuffled
+
+PINNED = [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1, 0x1FDD7128F310C389]
+PINNED_KEYS = [0x050CA5B836845D32, 0xE7D99AD10F09A79B, 0xE8E009F71ABD7C08]
+
+per_shards = st.lists(st.integers(0, 7), min_size=1, max_size=9).map(tuple).filter(any)
+seeds = st.integers(0, 2**63)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    return Order(draw(per_shards), draw(st.none() | seeds), draw(st.integers(1, 4)))
+
+
+@given(orders(), st.integers(0, 5))
+def test_an_epoch_is_a_permutation(order: Order, epoch: int) -> None:
+    ids = order.ids(epoch * order.total, order.total)
+    assert ids.dtype == np.int64
+    assert sorted(ids.tolist()) == list(range(order.total))
+
+
+@given(orders(), st.integers(0, 60), st.lists(st.integers(0, 12), max_size=8))
+def test_ids_do_not_depend_on_how_the_stream_is_cut(order: Order, start: int, cuts: list[int]) -> None:
+    parts, position = [], start
+    for count in cuts:
+        parts.append(order.ids(position, count))
+        assert len(parts[-1]) == count
+        position += count
+    whole = order.ids(start, sum(cuts))
+    assert np.concatenate([np.empty(0, np.int64), *parts]).tolist() == whole.tolist()
+
+
+@given(per_shards, seeds, st.integers(1, 4), st.integers(0, 3))
+def test_an_epoch_depends_on_seed_and_epoch_alone(per_shard: tuple[int, ...], seed: int, block: int, epoch: int) -> None:
+    first, second = Order(per_shard, seed, block), Order(per_shard, seed, block)
+    total = first.total
+    second.ids(0, 3)  # what was asked before does not matter
+    assert first.ids(epoch * total, total).tolist() == second.ids(epoch * total, total).tolist()
+
+
+def test_seeds_and_epochs_differ() -> None:
+    sizes = (30, 30, 30)
+    runs = {tuple(Order(sizes, seed, 2).ids(90 * epoch, 90).tolist()) for seed in range(4) for epoch in range(4)}
+    assert len(runs) == 16
+
+
+@given(per_shards, st.integers(1, 4), st.integers(0, 3))
+def test_without_a_seed_the_order_is_natural_in_every_epoch(per_shard: tuple[int, ...], block: int, epoch: int) -> None:
+    order = Order(per_shard, None, block)
+    assert order.ids(epoch * order.total, order.total).tolist() == list(range(order.total))
+
+
+@given(per_shards, seeds, st.integers(1, 4), st.integers(0, 3))
+def test_a_block_holds_few_shards_and_every_shard_lies_in_one_block(per_shard: tuple[int, ...], seed: int, size: int, epoch: int) -> None:
+    order = Order(per_shard, seed, size)
+    owner = np.repeat(np.arange(len(per_shard)), per_shard)
+    shards = owner[order.ids(epoch * order.total, order.total)].tolist()
+    # A reader that drops a shard at its last sequence never holds more than a block.
+    held = [len({s for s in shards[: i + 1] if s in shards[i:]}) for i in range(len(shards))]
+    assert max(held) <= size
+
+
+def test_sequences_of_a_block_are_mixed() -> None:
+    ids = Order((50, 50, 50, 50), 3, 2).ids(0, 200)
+    first_block = ids[:100] // 50
+    assert len(set(first_block.tolist())) == 2
+    assert 20 < np.count_nonzero(np.diff(first_block)) < 80
+    assert not (np.diff(ids[:100]) > 0).all()
+
+
+def test_shuffled_is_a_permutation_that_depends_on_its_keys() -> None:
+    values = np.arange(100, 160)
+    assert sorted(shuffled(values, 1, 2)) == values.tolist()
+    assert shuffled(values, 1, 2).tolist() != shuffled(values, 2, 1).tolist()
+
+
+def test_mix64_has_fixed_values() -> None:
+    """Pinned: another value would change the order of every run, and a checkpoint's position would mean something else."""
+    values = np.array([0, 1, 2**40])
+    assert mix64(values, 7, 3).tolist() == PINNED_KEYS
+    assert mix64(values).tolist() == PINNED
+    assert mix64(values, -1).tolist() == mix64(values, 2**64 - 1).tolist()
+
+
+@st.composite
+def dealings(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    world, accumulation, micro = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    count = world * accumulation * micro
+    return np.array(draw(st.lists(st.integers(1, 30), min_size=count, max_size=count))), world, accumulation
+
+
+@given(dealings())
+def test_deal_gives_each_sequence_once(dealing: tuple[np.ndarray, int, int]) -> None:
+    lengths, world, accumulation = dealing
+    dealt = deal(lengths, world, accumulation)
+    assert dealt.shape == (world, accumulation, len(lengths) // (world * accumulation))
+    assert sorted(dealt.ravel().tolist()) == list(range(len(lengths)))
+
+
+@given(dealings())
+def test_deal_brings_like_lengths_together(dealing: tuple[np.ndarray, int, int]) -> None:
+    lengths, world, accumulation = dealing
+    by_step = lengths[deal(lengths, world, accumulation)].transpose(1, 0, 2)
+    for step, following in zip(by_step[:-1], by_step[1:], strict=True):
+        assert step.min() >= following.max()
+    # Within a micro-step the ranks are level too: no rank has all the long ones.
+    for step in by_step:
+        longest = np.sort(step, axis=1)[:, ::-1]
+        for slot in range(longest.shape[1] - 1):
+            assert longest[:, slot].min() >= longest[:, slot + 1].max()
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
+def test_deal_refuses_what_cannot_be_shared_out(count: int, world: int, accumulation: int) -> None:
+    if count % (world * accumulation):
+        with pytest.raises(ValueError, match=f"{count} sequences cannot be dealt to {world} ranks x {accumulation}"):
+            deal(np.ones(count), world, accumulation)
+    else:
+        assert deal(np.ones(count), world, accumulation).size == count
+
+
+@given(per_shards, seeds, st.lists(st.sampled_from([(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2), (12, 1)]), min_size=1, max_size=12))
+def test_a_run_whose_workers_change_covers_every_sequence_once_per_epoch(
+    per_shard: tuple[int, ...], seed: int, worlds: list[tuple[int, int]]
+) -> None:
+    """Each step may run on another number of workers: the union over ranks is the same global batch."""
+    order, batch, consumed = Order(per_shard, seed, 2), 12, []
+    for number, (world, accumulation) in enumerate(worlds):
+        ids = order.ids(number * batch, batch)
+        dealt = deal(ids % 5, world, accumulation)
+        union = np.concatenate([ids[dealt[rank]].ravel() for rank in range(world)])
+        assert sorted(union.tolist()) == sorted(ids.tolist())
+        consumed += ids.tolist()
+    for epoch in range(len(consumed) // order.total):
+        assert sorted(consumed[epoch * order.total :][: order.total]) == list(range(order.total))
