@@ -18,7 +18,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield beside
-        beside.chmod(0o755)  # mkdtemp keeps others out
+        # mkdtemp and safetensors keep others out; what is finished may be shared.
+        beside.chmod(0o755)
+        for path in beside.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         beside.replace(target)  # an empty folder of that name gives way
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

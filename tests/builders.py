@@ -57,7 +57,9 @@ def random_batch(seed: int, layout: Layout, events: tuple[int, ...]) -> Batch:
     return collate([random_sequence(chance, layout, n) for n in events], list(range(len(events))))
 
 
-def layout_of(examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[Signal, ...] = ("previous_gap",)) -> Layout:
+def layout_of(
+    examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[Signal, ...] = ("previous_gap",)
+) -> Layout:
     return Layout(examples, history, targets if examples == "per_user" else 1, signals, 10)
 
 

@@ -49,7 +49,8 @@ def row(table: Ragged, number: int) -> list[int]:
 
 def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: list[int]) -> dict[str, list[Any]]:
     """The sequence, position by position."""
-    out: dict[str, list[Any]] = {k: [] for k in ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions")}
+    names = ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions")
+    out: dict[str, list[Any]] = {name: [] for name in names}
 
     def put(ids: list[int], kind: int, event: int, aligned: bool = False) -> None:
         for token in ids:

@@ -1,5 +1,7 @@
 """The canonical order: what every rank, worker count and restart must agree on."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -58,7 +60,9 @@ def test_without_a_seed_the_order_is_natural_in_every_epoch(per_shard: tuple[int
 
 
 @given(per_shards, seeds, st.integers(1, 4), st.integers(0, 3))
-def test_a_block_holds_few_shards_and_every_shard_lies_in_one_block(per_shard: tuple[int, ...], seed: int, size: int, epoch: int) -> None:
+def test_a_block_holds_few_shards_and_every_shard_lies_in_one_block(
+    per_shard: tuple[int, ...], seed: int, size: int, epoch: int
+) -> None:
     order = Order(per_shard, seed, size)
     owner = np.repeat(np.arange(len(per_shard)), per_shard)
     shards = owner[order.ids(epoch * order.total, order.total)].tolist()
@@ -108,7 +112,7 @@ def test_deal_gives_each_sequence_once(dealing: tuple[np.ndarray, int, int]) -> 
 def test_deal_brings_like_lengths_together(dealing: tuple[np.ndarray, int, int]) -> None:
     lengths, world, accumulation = dealing
     by_step = lengths[deal(lengths, world, accumulation)].transpose(1, 0, 2)
-    for step, following in zip(by_step[:-1], by_step[1:], strict=True):
+    for step, following in pairwise(by_step):
         assert step.min() >= following.max()
     # Within a micro-step the ranks are level too: no rank has all the long ones.
     for step in by_step:
@@ -126,7 +130,11 @@ def test_deal_refuses_what_cannot_be_shared_out(count: int, world: int, accumula
         assert deal(np.ones(count), world, accumulation).size == count
 
 
-@given(per_shards, seeds, st.lists(st.sampled_from([(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2), (12, 1)]), min_size=1, max_size=12))
+@given(
+    per_shards,
+    seeds,
+    st.lists(st.sampled_from([(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2), (12, 1)]), min_size=1, max_size=12),
+)
 def test_a_run_whose_workers_change_covers_every_sequence_once_per_epoch(
     per_shard: tuple[int, ...], seed: int, worlds: list[tuple[int, int]]
 ) -> None:

@@ -99,7 +99,8 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     """The first mistake in one line; the number of the others behind it."""
     errors = error.errors(include_url=False)
-    first = errors[0]
+    # A misspelt key explains the one that is missing, not the other way round.
+    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         names = _field_names(first["loc"][:-1])

@@ -35,7 +35,7 @@ def logloss(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def normalised_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Log loss over that of always predicting the share of positives; below 1 is better than knowing that share only. nan with one class."""
+    """Log loss over that of always predicting the share of positives; below 1 is better than that. nan with one class."""
     if labels.min() == labels.max():
         return float("nan")
     return logloss(labels, probabilities) / logloss(labels, np.full(len(labels), labels.mean()))

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ctrsink import storage
-from ctrsink.config import RunSpec
+from ctrsink.config import RunSpec, StageSpec
 from ctrsink.data.download import LICENCE
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
@@ -19,7 +19,7 @@ def model_card(run: TrainedRun, dtype: str) -> str:
     """Markdown with a YAML head; no path and no host of the machine that trained it appears in it."""
     title = "CTR-Sink" if run.spec.model.sinks else "LM-CTR"
     sections = [
-        f"---\nlibrary_name: ctrsink\ntags: [click-through-rate, recommendation{', ctr-sink' if run.spec.model.sinks else ''}]\n---",
+        "---\nlibrary_name: ctrsink\ntags: [click-through-rate, recommendation]\n---",
         f"# {run.spec.name}\n\n{_summary(run, title, dtype)}",
         f"## Data\n\n{_data(run)}",
         f"## Training\n\n{_training(run)}",
@@ -34,12 +34,8 @@ def model_card(run: TrainedRun, dtype: str) -> str:
 def _summary(run: TrainedRun, title: str, dtype: str) -> str:
     spec = run.spec.model
     backbone: Any = run.model.backbone
-    origin = (
-        "trained from random weights" if spec.backbone.path is None else f"from `{spec.backbone.path.rstrip('/').split('/')[-1]}`"
-    )
-    parts = [
-        f"A decoder ({backbone.config.model_type}, {origin}) that predicts the probability of a click from a user's history as text."
-    ]
+    origin = "trained from random weights" if spec.backbone.path is None else f"from `{_last_name(spec.backbone.path)}`"
+    parts = [f"A decoder ({backbone.config.model_type}, {origin}) that predicts clicks from a user's history as text."]
     if spec.sinks is not None:
         bias = f", inter-sink bias in {len(run.model.biases)} layers" if run.model.biases else ""
         parts.append(f"{title} (arXiv 2508.03668): a sink after each behaviour, signals {', '.join(spec.sinks.signals)}{bias}.")
@@ -58,9 +54,9 @@ def _data(run: TrainedRun) -> str:
     ]
     return "\n".join(
         [
-            f"Data set `{run.spec.data.uri.rstrip('/').split('/')[-1]}`: {manifest.users:,} users, {manifest.item_count:,} items, "
-            f"{manifest.events:,} events. {_label_rule(run)} Split by global time: train before {manifest.split_times.train_end}, "
-            f"valid before {manifest.split_times.valid_end} (seconds since 1970), test after.",
+            f"Data set `{_last_name(run.spec.data.uri)}`: {manifest.users:,} users, {manifest.item_count:,} items, "
+            f"{manifest.events:,} events. {_label_rule(run)} Split by global time (seconds since 1970): train before "
+            f"{manifest.split_times.train_end}, valid before {manifest.split_times.valid_end}, test after.",
             "",
             "| split | impressions | positive |",
             "| --- | ---: | ---: |",
@@ -69,6 +65,10 @@ def _data(run: TrainedRun) -> str:
             f"Text of an item: `{manifest.text.item}`, of feedback: `{manifest.text.feedback}`.",
         ]
     )
+
+
+def _last_name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _label_rule(run: TrainedRun) -> str:
@@ -83,22 +83,24 @@ def _training(run: TrainedRun) -> str:
     spec, checkpoint, layout = run.spec, run.checkpoint, run.layout
     source = SequenceSource(run.dataset, "train", layout)
     seen = Order(source.per_shard, spec.seed, spec.data.shuffle_shards).ids(0, checkpoint.position)
-    rows = [
-        f"| {s.name} | {', '.join(s.trainable)} | {s.readout.over} ({s.readout.form}) | "
-        f"{f'{s.epochs:g} epochs' if s.steps is None else f'{s.steps} steps'} | {', '.join(f'{g} {s.lr[g]:g}' for g in s.trainable)} |"
-        for s in spec.stages
-    ]
+    rows = [_stage_row(stage) for stage in spec.stages]
     return "\n".join(
         [
             f"{checkpoint.step:,} optimiser steps of {spec.train.batch_size} sequences: {checkpoint.position:,} sequences with "
             f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {spec.train.precision}, examples "
             f"`{layout.examples}`, history of {layout.history} behaviours.",
             "",
-            "| stage | trained | readout over | length | learning rate |",
-            "| --- | --- | --- | --- | --- |",
+            "| stage | readout over | length | learning rate of what is trained |",
+            "| --- | --- | --- | --- |",
             *rows,
         ]
     )
+
+
+def _stage_row(stage: StageSpec) -> str:
+    length = f"{stage.epochs:g} epochs" if stage.epochs is not None else f"{stage.steps} steps"
+    rates = ", ".join(f"{group} {stage.lr[group]:g}" for group in stage.trainable)
+    return f"| {stage.name} | {stage.readout.over} ({stage.readout.form}) | {length} | {rates} |"
 
 
 def _metrics(run: TrainedRun) -> str:
@@ -135,8 +137,8 @@ def _limits(run: TrainedRun) -> str:
     early = "" if final == run.readout else " This checkpoint is of an earlier stage than the run's last."
     return (
         "Probabilities are calibrated on the training log at best: on other users, items or times measure again before use. "
-        "The history is cut to the newest behaviours as in training; text in other languages or forms than the training items' was "
-        f"never seen.{early}"
+        "The history is cut to the newest behaviours as in training; text in another language or form than that of the "
+        f"training items was never seen.{early}"
     )
 
 

@@ -30,10 +30,8 @@ log = logging.getLogger("ctrsink.export")
 def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", checkpoint: int | None = None) -> dict[str, Any]:
     """Write the model of the run in `run_dir` to the new folder `to`, local or s3://.
 
-    LoRA is merged in fp32, then the backbone is cast to `dtype`; sinks, bias and head stay fp32.
-
-    Args:
-        checkpoint: optimiser steps of the checkpoint to take; default: the latest whole one.
+    LoRA is merged in fp32, then the backbone is cast to `dtype`; sinks, bias and head stay fp32. `checkpoint` is the number of
+    optimiser steps of the one to take, by default the latest whole one.
 
     Returns:
         `model` (the folder), `step`, `dtype`, `parameters`, `merged_layers` and the size in `bytes`.

@@ -3,8 +3,8 @@
 The bias changes the rows of sinks only, so a dense [L, L] bias is never made: the price is K/L of one attention.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,19 +64,17 @@ def attach(layers: list[nn.Module], biases: nn.ModuleList) -> None:
     for layer, bias in zip(layers, biases, strict=False):
         attention = layer.self_attn
         assert isinstance(attention, nn.Module) and isinstance(bias, InterSinkBias)
-        attention.register_forward_pre_hook(_hook(bias), with_kwargs=True)
+        # A partial, not a closure: a deep copy of the model then computes with its own biases.
+        attention.register_forward_pre_hook(partial(_compute_table, bias), with_kwargs=True)
 
 
-def _hook(bias: InterSinkBias) -> Callable[..., None]:
-    def compute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows: SinkRows | None = kwargs.get("sink_rows")
-        if rows is None:  # the layer above drops keywords: CTRModel finds the bias missing
-            return
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        index = rows.positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-        rows.tables[_layer(module)] = bias(hidden.gather(1, index), rows.valid)
-
-    return compute
+def _compute_table(bias: InterSinkBias, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    rows: SinkRows | None = kwargs.get("sink_rows")
+    if rows is None:  # the layer above drops keywords: CTRModel finds the bias missing
+        return
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    index = rows.positions[:, :, None].expand(-1, -1, hidden.shape[-1])
+    rows.tables[_layer(module)] = bias(hidden.gather(1, index), rows.valid)
 
 
 def _layer(module: nn.Module) -> int:

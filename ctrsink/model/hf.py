@@ -1,4 +1,4 @@
-"""The exported model as a transformers class with a `model_type` of its own: a plain load is right or fails, never silently wrong.
+"""The exported model as a transformers class with its own `model_type`: a plain load is right or fails, never silently wrong.
 
 Importing this module registers both classes with AutoConfig and AutoModel; it needs neither PEFT nor anything of training.
 """
@@ -53,7 +53,7 @@ class CTRSinkModel(PreTrainedModel):
     base_model_prefix = "ctr"
     _supports_sdpa = True
     # The backbone alone is stored in bfloat16: the rest is small, and was trained in fp32.
-    _keep_in_fp32_modules_strict = ("ctr.head", "ctr.sinks", "ctr.biases")
+    _keep_in_fp32_modules_strict = ["ctr.head", "ctr.sinks", "ctr.biases"]  # noqa: RUF012
 
     def __init__(self, config: CTRSinkConfig) -> None:
         super().__init__(config)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ctrsink.config import load_run
@@ -33,7 +34,7 @@ def submit(config: str, overrides: list[str], address: str | None, working_dir: 
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(entry), runtime_env={"working_dir": str(root)})
-    except (ConnectionError, RuntimeError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
         raise InputError(f"the job server at {address} did not take the job: {str(error).strip().splitlines()[0]}") from None
     print(f"job {job} on {address}", file=sys.stderr)
     status = asyncio.run(_follow(client, job))

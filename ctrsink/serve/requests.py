@@ -87,12 +87,10 @@ def _text(value: Any) -> str:
 
 
 def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int] | None = None) -> dict[str, Any]:
-    """The request that the user met at one of their events, as a JSON object.
+    """The request that a user met at one of their events, as a JSON object; everything before the event is its history.
 
-    Args:
-        user: row of the data set's index.
-        event: number of the event in the user's chronology; everything before it is the history.
-        candidates: rows of the item table; default: the event's own item.
+    `user` is a row of the data set's index, `event` a number in that user's chronology, `candidates` are rows of the item table,
+    by default the event's own item.
     """
     shard, row = dataset.locate(user)
     entry = dataset.manifest.shards[int(dataset.index["shard"][user])].events_file

@@ -55,6 +55,7 @@ class Trainer:
         )
         self.windows = plan(spec.stages, sum(source.per_shard), train.batch_size)
         self.progress = Progress()
+        self.impressions, self.seconds = 0, 0.0
         self.engine: Engine | None = None
         self.telemetry: Telemetry | None = None
 
@@ -66,7 +67,8 @@ class Trainer:
         """Train to the end, or for `stop_after` optimiser steps; evaluates once the last stage is done.
 
         Returns:
-            `steps` of the run so far, whether it is `finished`, and `evaluation` by split; also in the run's result.json.
+            `steps` of the run so far, whether it is `finished`, `impressions` and `seconds` of the steps made now, and
+            `evaluation` by split; also in the run's result.json.
         """
         checkpoint = latest_checkpoint(self.spec.run_dir)
         if checkpoint is not None:
@@ -79,7 +81,13 @@ class Trainer:
                 self._run_stage(window, min(window.end, stop))
         finished = self.progress.step == self.total_steps
         evaluation = self._evaluate() if finished else {}
-        result = {"steps": self.progress.step, "finished": finished, "evaluation": evaluation}
+        result = {
+            "steps": self.progress.step,
+            "finished": finished,
+            "impressions": self.impressions,
+            "seconds": self.seconds,
+            "evaluation": evaluation,
+        }
         if self.telemetry is not None:
             self.telemetry.close()
             write_result(self.spec.run_dir, result)
@@ -99,12 +107,13 @@ class Trainer:
         engine = self._engine_for(window)
         progress, train = self.progress, self.spec.train
         pace = Pace()
-        waiting = time.monotonic()
+        started = waiting = time.monotonic()
         for step in self.stream.steps(progress.position, stop - progress.step):
             waited = time.monotonic() - waiting
             seed_step(self.spec.seed, progress.step, self.topology.rank)
             result = engine.step(step.micro_batches, step.impressions, window.spec, window.factor(progress.step))
             progress.step, progress.position = progress.step + 1, step.position
+            self.impressions += step.impressions
             pace.count(step.impressions, sum(b.tokens for b in step.micro_batches), waited)
             if progress.step % train.log_every == 0 or progress.step in (1, stop):
                 self._report(
@@ -113,6 +122,7 @@ class Trainer:
             if progress.step % train.checkpoint_every == 0 or progress.step == stop:
                 self._checkpoint(engine)
             waiting = time.monotonic()
+        self.seconds += waiting - started
 
     def _engine_for(self, window: StageWindow) -> Engine:
         """The engine of this stage; a new one, on a model built anew, where what is trained changes.

@@ -1,0 +1,152 @@
+"""The main job on MovieLens-100K, from the log to scores: CTR-Sink beside the same language model without sinks."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctrsink import storage
+from ctrsink.config import RunSpec, load_run
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.download import download
+from ctrsink.data.manifest import MANIFEST_NAME
+from ctrsink.data.prepare import prepare
+from ctrsink.errors import InputError, RunError
+from ctrsink.evaluate.baselines import smoothed_item_mean
+from ctrsink.export.package import export_run
+from ctrsink.report.figures import compare_runs
+from ctrsink.runtime.process import configure_logging
+from ctrsink.runtime.start import start
+from ctrsink.serve.requests import request_of
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {
+    "tiny": {"LM-CTR": "configs/lm-ctr.yaml", "CTR-Sink": "configs/ctr-sink.yaml"},
+    "smollm2": {"LM-CTR": "configs/lm-ctr-smollm2.yaml", "CTR-Sink": "configs/ctr-sink-smollm2.yaml"},
+}
+
+
+def main() -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=sorted(CONFIGS), default="tiny")
+    parser.add_argument("--folder", default=None, help="where everything is written (default: runs/demo-MODEL)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for both runs")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    configure_logging()
+    try:
+        run_demo(args.model, args.folder or f"runs/demo-{args.model}", args.overrides)
+    except (InputError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run_demo(model: str, folder: str, overrides: list[str]) -> None:
+    """Everything, step by step; `folder` is made anew."""
+    started = time.monotonic()
+    storage.delete(folder)
+    specs = {
+        label: load_run(path, [f"run_dir={folder}/{Path(path).stem}", *overrides]) for label, path in CONFIGS[model].items()
+    }
+    sink = specs["CTR-Sink"]
+    get_ready(model, sink)
+    results = {label: start(spec) for label, spec in specs.items()}
+    dataset = Dataset(sink.data.uri)
+    rows = [row_of(label, result["evaluation"], result) for label, result in results.items()]
+    floor = {split: smoothed_item_mean(dataset, split).metrics() for split in ("valid", "test")}
+    rows.insert(0, row_of("item mean", floor, None))
+    export = f"{folder}/export"
+    export_run(sink.run_dir, export)
+    figures = compare_runs({label: spec.run_dir for label, spec in specs.items()}, f"{folder}/figures/runs.png")
+    example = score_one_user(dataset, export, folder)
+    table = as_table(rows)
+    report = {"seed": sink.seed, "rows": rows, "seconds": time.monotonic() - started, "example": example}
+    storage.write_bytes(f"{folder}/demo.json", json.dumps(report, indent=1).encode())
+    print("\n" + table)
+    print(f"\nOne user's candidates, scored by the exported model ({example['history']} behaviours of history):")
+    for title, probability, label in example["candidates"]:
+        print(f"  {probability:.3f}  {'liked    ' if label else 'not liked'}  {title}")
+    print(f"\nseed {sink.seed}, {report['seconds']:.0f} s in all")
+    for name, place in [("runs", folder), ("export", export), ("figures", figures), ("requests", f"{folder}/requests.jsonl")]:
+        print(f"{name + ':':10}{place}")
+
+
+def get_ready(model: str, spec: RunSpec) -> None:
+    """Model, log and prepared shards, where they are not there yet."""
+    assert spec.prepare is not None
+    if model == "smollm2":
+        from ctrsink.model.pretrained import get_pretrained
+
+        assert spec.model.backbone.path is not None
+        get_pretrained("smollm2-135m", spec.model.backbone.path)
+    download("movielens-100k", spec.prepare.source.path)
+    if not storage.exists(storage.join(spec.data.uri, MANIFEST_NAME)):
+        prepare(spec.prepare, spec.data.uri)
+
+
+def row_of(label: str, evaluation: dict[str, dict[str, float]], result: dict[str, Any] | None) -> dict[str, Any]:
+    """A row of the demo's table."""
+    row: dict[str, Any] = {"model": label}
+    for split in ("valid", "test"):
+        row |= {f"{split} {metric}": evaluation[split][metric] for metric in ("auc", "gauc", "logloss")}
+    if result is not None:
+        row |= {"impressions": result["impressions"], "impressions/s": result["impressions"] / result["seconds"], "seconds": result["seconds"]}
+    return row
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned columns; the second row has all of them."""
+    columns = list(rows[-1])
+    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if value < 10 else f"{value:.0f}"
+    return str(value)
+
+
+def score_one_user(dataset: Dataset, model: str, folder: str, count: int = 8) -> dict[str, Any]:
+    """Candidates of the first user with both answers in the test range, scored by `ctrsink score` in a process of its own."""
+    items = dataset.read_items()
+    for user in range(len(dataset.index["row"])):
+        lo, hi = dataset.events("test", user)
+        shard, row = dataset.locate(user)
+        chosen = np.arange(lo, min(hi, lo + count))
+        labels = shard.chronology(row).labels[chosen]
+        if lo >= 10 and len(chosen) == count and 0 < (labels > 0).sum() < count:
+            break
+    else:
+        raise RunError("the data set has no user with enough test impressions to show")
+    rows = shard.items[shard.offsets[row] : shard.offsets[row + 1]][chosen].tolist()
+    request = request_of(dataset, user, int(lo), rows)
+    source, output = f"{folder}/requests.jsonl", f"{folder}/scores.jsonl"
+    storage.write_bytes(source, (json.dumps(request) + "\n").encode())
+    verb = [sys.executable, "-m", "ctrsink", "score", "--model", model, "--input", source, "--output", output]
+    if subprocess.run(verb, check=False).returncode:
+        raise RunError(f"{' '.join(verb)} failed")
+    probabilities = json.loads(storage.read_bytes(output))["probabilities"]
+    titles = items["title"].to_pylist()
+    candidates = sorted(
+        ((titles[r], p, int(label)) for r, p, label in zip(rows, probabilities, labels, strict=True)), key=lambda c: -c[1]
+    )
+    return {"user": shard.users[row], "history": len(request["history"]), "candidates": candidates}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The portable checkpoint: what is saved comes back, and what is damaged is never loaded."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctrsink.errors import InputError
+from ctrsink.train.checkpoint import (
+    FILES,
+    MARKER,
+    Checkpoint,
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+def make(step: int) -> Checkpoint:
+    chance = torch.Generator().manual_seed(step)
+    weight = torch.randn(3, 4, generator=chance)
+    return Checkpoint(
+        step=step,
+        position=32 * step,
+        parameters={"head.weight": weight, "biases.0.gamma": torch.randn(1, generator=chance)},
+        moments={"head.weight/exp_avg": weight * 2, "head.weight/exp_avg_sq": weight**2},
+        steps={"head/decay": step},
+    )
+
+
+def same(one: Checkpoint, other: Checkpoint) -> bool:
+    pairs = [(one.parameters, other.parameters), (one.moments, other.moments)]
+    tensors = all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
+    return tensors and (one.step, one.position, one.steps) == (other.step, other.position, other.steps)
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    folder = save_checkpoint(str(tmp_path), make(7))
+    assert same(load_checkpoint(folder), make(7))
+    assert load_checkpoint(folder).parameters["head.weight"].dtype == torch.float32
+
+
+def test_the_newest_is_taken_also_past_nine_steps(tmp_path: Path) -> None:
+    assert latest_checkpoint(str(tmp_path)) is None
+    for step in (9, 100, 20):
+        save_checkpoint(str(tmp_path), make(step))
+    assert [Path(f).name for f in list_checkpoints(str(tmp_path))] == ["step-00000100", "step-00000020", "step-00000009"]
+    found = latest_checkpoint(str(tmp_path))
+    assert found is not None
+    assert same(found, make(100))
+    assert same(find_checkpoint(str(tmp_path), 20), make(20))
+    with pytest.raises(InputError, match=r"step-00000021 is incomplete"):
+        find_checkpoint(str(tmp_path), 21)
+    with pytest.raises(InputError, match="holds no whole checkpoint"):
+        find_checkpoint(str(tmp_path / "empty"))
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    save_checkpoint(str(tmp_path), make(3))
+    other = make(4)
+    other.step = 3
+    folder = save_checkpoint(str(tmp_path), other)
+    assert same(load_checkpoint(folder), other)
+
+
+def damaged(content: bytes, how: str) -> bytes | None:
+    match how:
+        case "altered":
+            return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        case "truncated":
+            return content[: len(content) // 2]
+        case "empty":
+            return b""
+        case _:
+            return None
+
+
+@pytest.mark.parametrize("how", ["altered", "truncated", "empty", "missing"])
+@pytest.mark.parametrize("name", [*FILES, MARKER])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(str(tmp_path), make(10))
+    newest = Path(save_checkpoint(str(tmp_path), make(20)))
+    content = damaged((newest / name).read_bytes(), how)
+    if content is None:
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes(content)
+    with caplog.at_level(logging.WARNING, "ctrsink.train"):
+        found = latest_checkpoint(str(tmp_path))
+    assert found is not None
+    assert same(found, make(10))
+    assert len(caplog.records) == 1
+    assert f"step-00000020 is {'incomplete' if how == 'missing' else 'damaged'}: " in caplog.text
+    assert name in caplog.text or name == MARKER
+    with pytest.raises(InputError, match="step-00000020"):
+        find_checkpoint(str(tmp_path), 20)
+
+
+@pytest.mark.parametrize("marker", ["[]", "{}", "3", json.dumps({"state.json": 5}), json.dumps({"state.json": {}})])
+def test_a_marker_of_another_kind_is_no_marker(tmp_path: Path, marker: str) -> None:
+    folder = Path(save_checkpoint(str(tmp_path), make(1)))
+    (folder / MARKER).write_text(marker)
+    with pytest.raises(InputError, match=f"is damaged: {MARKER}"):
+        load_checkpoint(str(folder))
+
+
+def test_nothing_whole_is_nothing(tmp_path: Path) -> None:
+    folder = Path(save_checkpoint(str(tmp_path), make(1)))
+    (folder / MARKER).unlink()
+    assert latest_checkpoint(str(tmp_path)) is None
+
+
+def test_the_marker_lists_every_other_file(tmp_path: Path) -> None:
+    folder = Path(save_checkpoint(str(tmp_path), make(1)))
+    names = {p.name for p in folder.iterdir()}
+    assert names == {*FILES, MARKER}
+    entries = json.loads((folder / MARKER).read_text())
+    assert {name: entry["bytes"] for name, entry in entries.items()} == {name: (folder / name).stat().st_size for name in FILES}
+
+
+def test_a_checkpoint_holds_no_pickle_and_loads_none(tmp_path: Path) -> None:
+    folder = Path(save_checkpoint(str(tmp_path), make(1)))
+    for path in folder.iterdir():
+        assert not path.read_bytes().startswith((b"\x80", b"PK"))
+    payload = pickle.dumps(make(1).parameters)
+    (folder / "parameters.safetensors").write_bytes(payload)
+    with pytest.raises(InputError, match=r"parameters\.safetensors does not match its hash"):
+        load_checkpoint(str(folder))

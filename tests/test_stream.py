@@ -1,0 +1,259 @@
+"""The stream over a prepared data set: the same global batches for any number of workers, each impression once in evaluation."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrsink.batch import FEEDBACK, SINK, Batch
+from ctrsink.data.dataset import SPLITS, Dataset
+from ctrsink.data.examples import Layout
+from ctrsink.data.manifest import FileEntry, read_file
+from ctrsink.data.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
+from ctrsink.errors import InputError
+from tests.builders import layout_of, make_dataset, make_log
+
+LAYOUTS = {"per_target": layout_of("per_target", 4), "per_user": layout_of("per_user", 3, 2)}
+worlds = st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2), (6, 1)])
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("log"))
+
+
+@pytest.fixture(scope="module")
+def dataset(uri: str) -> Dataset:
+    return Dataset(uri)
+
+
+def source_of(dataset: Dataset, split: str = "train", examples: str = "per_user") -> SequenceSource:
+    return SequenceSource(dataset, split, LAYOUTS[examples])
+
+
+def targets_of(batch: Batch) -> list[tuple[int, int]]:
+    return [(int(u), int(e)) for u, e in batch.targets[batch.readout_valid]]
+
+
+def impressions_of(dataset: Dataset, split: str) -> list[tuple[int, int]]:
+    """(user, event) of every labelled event whose time lies in the split, from the shards and the split times alone."""
+    times, found = dataset.manifest.split_times, []
+    for user in range(dataset.manifest.users):
+        shard, row = dataset.locate(user)
+        chronology = shard.chronology(row)
+        for event, (time, label) in enumerate(zip(chronology.timestamps, chronology.labels, strict=True)):
+            where = "train" if time < times.train_end else "valid" if time < times.valid_end else "test"
+            if label >= 0 and where == split:
+                found.append((user, event))
+    return found
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Batch))
+
+
+def same_steps(one: Step, other: Step) -> bool:
+    pairs = zip(one.micro_batches, other.micro_batches, strict=True)
+    return all(equal(a, b) for a, b in pairs) and (one.impressions, one.position) == (other.impressions, other.position)
+
+
+def test_the_data_set_has_what_these_tests_are_about(dataset: Dataset) -> None:
+    assert len(dataset.manifest.shards) >= 4
+    assert any((dataset.shard(n).labels < 0).any() for n in range(4))
+    assert len(dataset.prefix)
+
+
+def test_the_shards_hold_the_log(dataset: Dataset) -> None:
+    logged = sorted((r["user"], r["timestamp"], r["item"], float(r["stars"] or -1)) for r in make_log(0, 14))
+    items = dataset.read_items()["id"].to_pylist()
+    found = []
+    for number in range(len(dataset.manifest.shards)):
+        shard = dataset.shard(number)
+        for row, user in enumerate(shard.users):
+            c = shard.chronology(row)
+            assert (np.diff(c.timestamps) >= 0).all()
+            names = [items[i] for i in shard.items[shard.offsets[row] : shard.offsets[row + 1]]]
+            found += [(user, int(t), name, c.labels[i] >= 0) for i, (t, name) in enumerate(zip(c.timestamps, names, strict=True))]
+    assert sorted(found) == [(u, t, i, stars > 0) for u, t, i, stars in logged]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("layout", [layout_of("per_target", 4), layout_of("per_user", 3, 2), layout_of("per_user", 0, 50)])
+def test_sequences_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset, split: str, layout: Layout) -> None:
+    source = SequenceSource(dataset, split, layout)
+    ids = np.arange(sum(source.per_shard))
+    batch = source.build(ids)
+    assert sorted(targets_of(batch)) == impressions_of(dataset, split)
+    assert source.impressions(ids).tolist() == batch.readout_valid.sum(1).tolist()
+    assert batch.impressions == dataset.manifest.splits[split].impressions  # pyright: ignore[reportArgumentType]
+    users = batch.targets[:, 0, 0].numpy()
+    shards = dataset.index["shard"][users]
+    assert (np.diff(shards) >= 0).all()
+    assert np.bincount(shards, minlength=len(source.per_shard)).tolist() == list(source.per_shard)
+
+
+def test_labels_and_text_are_those_of_the_target(dataset: Dataset) -> None:
+    """Read back through the tables of the data set: the readout is the last token of the target's item."""
+    source = source_of(dataset, "test")
+    batch = source.build(np.arange(sum(source.per_shard)))
+    for b in range(len(batch.input_ids)):
+        for slot in torch.nonzero(batch.readout_valid[b])[:, 0]:
+            user, event = batch.targets[b, slot].tolist()
+            shard, row = dataset.locate(user)
+            chronology = shard.chronology(row)
+            text = shard.tokens.take(chronology.texts[event : event + 1]).tolist()
+            end = int(batch.readout_positions[b, slot]) + 1
+            assert batch.input_ids[b, end - len(text) : end].tolist() == text
+            assert batch.labels[b, slot] == chronology.labels[event]
+            assert int(batch.kinds[b, end]) in (FEEDBACK, SINK, 0)
+
+
+def stream_of(dataset: Dataset, world: int = 1, rank: int = 0, accumulation: int = 1, examples: str = "per_user") -> TrainStream:
+    return TrainStream(source_of(dataset, "train", examples), 5, 2, 12, accumulation, rank, world)
+
+
+@settings(max_examples=25)
+@given(worlds, st.sampled_from(sorted(LAYOUTS)), st.integers(0, 90))
+def test_a_step_is_the_same_global_batch_for_any_workers(
+    dataset: Dataset, sharing: tuple[int, int], examples: str, position: int
+) -> None:
+    world, accumulation = sharing
+    whole = stream_of(dataset, examples=examples).step(position)
+    expected = Counter(targets_of(whole.micro_batches[0]))
+    steps = [stream_of(dataset, world, rank, accumulation, examples).step(position) for rank in range(world)]
+    found: Counter[tuple[int, int]] = Counter()
+    for step in steps:
+        assert len(step.micro_batches) == accumulation
+        assert {len(b.input_ids) for b in step.micro_batches} == {12 // (world * accumulation)}
+        assert step.position == position + 12
+        for batch in step.micro_batches:
+            found.update(targets_of(batch))
+    assert found == expected
+    assert {s.impressions for s in steps} == {sum(b.impressions for s in steps for b in s.micro_batches)}
+    assert whole.impressions == steps[0].impressions
+
+
+def test_an_epoch_trains_each_impression_once(dataset: Dataset) -> None:
+    stream = TrainStream(source_of(dataset), 1, 2, 1, 1, 0, 1)
+    total = stream.order.total
+    for epoch in range(2):
+        found = [t for s in stream.steps(epoch * total, total) for b in s.micro_batches for t in targets_of(b)]
+        assert sorted(found) == impressions_of(dataset, "train")
+
+
+def test_a_step_depends_on_its_position_alone(uri: str) -> None:
+    used, fresh = stream_of(Dataset(uri)), stream_of(Dataset(uri, keep_shards=1))
+    used.step(100)
+    assert same_steps(used.step(24), fresh.step(24))
+    assert same_steps(used.step(24), used.step(24))
+
+
+def test_steps_are_the_steps_one_after_another(dataset: Dataset) -> None:
+    stream = stream_of(dataset, 2, 1, 2)
+    ahead = list(stream.steps(7, 4))
+    position = 7
+    for step in ahead:
+        assert same_steps(step, stream.step(position))
+        position = step.position
+    assert len(ahead) == 4
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("examples", sorted(LAYOUTS))
+def test_evaluation_sees_each_impression_once_over_all_ranks(
+    dataset: Dataset, world: int, batch_size: int, examples: str
+) -> None:
+    source = source_of(dataset, "test", examples)
+    ranks = [list(evaluation_batches(source, batch_size, rank, world, None)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert {len(b.input_ids) for batches in ranks for b in batches} == {batch_size}
+    assert sorted(t for batches in ranks for b in batches for t in targets_of(b)) == impressions_of(dataset, "test")
+
+
+def test_a_sample_is_fixed_and_spread_over_the_shards(dataset: Dataset) -> None:
+    source = source_of(dataset, "train", "per_target")
+
+    def sample(count: int, batch_size: int, world: int) -> list[tuple[int, int]]:
+        ranks = range(world)
+        return sorted(t for r in ranks for b in evaluation_batches(source, batch_size, r, world, count) for t in targets_of(b))
+
+    first = sample(20, 4, 1)
+    assert len(set(first)) == 20
+    assert first == sample(20, 3, 2)
+    assert set(sample(10, 4, 1)) < set(first)
+    assert len({int(dataset.index["shard"][user]) for user, _ in first}) >= 3
+    assert sample(10**6, 16, 1) == impressions_of(dataset, "train")
+
+
+def test_evaluation_opens_each_shard_once_even_if_few_fit_in_memory(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorting all sequences by length would read a shard anew for nearly every sequence."""
+    opened: list[str] = []
+
+    def read(uri: str, entry: FileEntry) -> bytes:
+        opened.append(entry.path)
+        return read_file(uri, entry)
+
+    monkeypatch.setattr("ctrsink.data.stream.WINDOW", 2)
+    monkeypatch.setattr("ctrsink.data.dataset.read_file", read)
+    dataset = Dataset(uri, keep_shards=3)
+    for _ in evaluation_batches(source_of(dataset, "train", "per_target"), 4, 0, 1, None):
+        pass
+    assert sorted(opened) == sorted(
+        ["index.parquet", *(f.path for s in dataset.manifest.shards for f in (s.events_file, s.tokens_file))]
+    )
+
+
+def test_a_split_without_impressions_is_refused(tmp_path: Path) -> None:
+    dataset = Dataset(make_dataset(tmp_path))
+    dataset.index["valid_impressions"] = np.zeros(dataset.manifest.users, np.int32)
+    with pytest.raises(InputError, match="no impression in its valid split"):
+        SequenceSource(dataset, "valid", LAYOUTS["per_user"])
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "altered":
+        path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    elif how == "truncated":
+        path.write_bytes(content[:-7])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["altered", "truncated", "missing"])
+@pytest.mark.parametrize("name", ["shards/00001.parquet", "shards/00001.tokens.parquet", "index.parquet"])
+def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path, how: str, name: str) -> None:
+    uri = make_dataset(tmp_path)
+    damage(Path(uri) / name, how)
+    with pytest.raises(InputError, match=f"{name} .*(prepare)") as caught:
+        list(stream_of(Dataset(uri)).steps(0, 8))
+    assert "\n" not in str(caught.value)
+    assert how in str(caught.value)
+
+
+def test_read_ahead_raises_an_error_in_its_turn() -> None:
+    def make(i: int) -> int:
+        if i == 3:
+            raise InputError("the fourth")
+        return i * i
+
+    stream = read_ahead(make, 6)
+    assert [next(stream) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(InputError, match="the fourth"):
+        next(stream)
+
+
+def test_read_ahead_makes_few_values_that_nobody_asked_for() -> None:
+    made: list[int] = []
+    stream = read_ahead(lambda i: made.append(i) or i, 100, depth=2)
+    assert next(stream) == 0
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    # One was taken, two wait in the queue, one more may be in the making.
+    assert len(made) <= 4
+    assert list(read_ahead(lambda i: i, 0)) == []
