@@ -38,7 +38,7 @@ class Batch:
     labels: torch.Tensor
     """float32 [B, T]; 0 where not valid."""
     targets: torch.Tensor
-    """int64 [B, T, 2]; row of the user in the data set's index and number of the event in their chronology, -1 where not valid."""
+    """int64 [B, T, 2]; row of the user in the data set's index and number of the event in the chronology; -1 where not valid."""
 
     @property
     def tokens(self) -> int:

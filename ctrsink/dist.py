@@ -21,6 +21,7 @@ class Topology:
 
 
 def barrier(topology: Topology) -> None:
+    """Wait until every rank is here."""
     if topology.world > 1:
         dist.barrier()
 

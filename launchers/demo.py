@@ -55,9 +55,7 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     """Everything, step by step; `folder` is made anew."""
     started = time.monotonic()
     storage.delete(folder)
-    specs = {
-        label: load_run(path, [f"run_dir={folder}/{Path(path).stem}", *overrides]) for label, path in CONFIGS[model].items()
-    }
+    specs = {label: load_run(path, [f"run_dir={folder}/{Path(path).stem}", *overrides]) for label, path in CONFIGS[model].items()}
     sink = specs["CTR-Sink"]
     get_ready(model, sink)
     results = {label: start(spec) for label, spec in specs.items()}
@@ -100,16 +98,23 @@ def row_of(label: str, evaluation: dict[str, dict[str, float]], result: dict[str
     for split in ("valid", "test"):
         row |= {f"{split} {metric}": evaluation[split][metric] for metric in ("auc", "gauc", "logloss")}
     if result is not None:
-        row |= {"impressions": result["impressions"], "impressions/s": result["impressions"] / result["seconds"], "seconds": result["seconds"]}
+        row |= {
+            "impressions": result["impressions"],
+            "impressions/s": result["impressions"] / result["seconds"],
+            "seconds": result["seconds"],
+        }
     return row
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned columns; the second row has all of them."""
+    """Rows as aligned columns; the last row has all of them."""
     columns = list(rows[-1])
     cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -1,4 +1,7 @@
-"""Entry point of a Ray job: `ray job submit --working-dir . -- python launchers/train.py --config FILE [section.key=value ...]`."""
+"""Entry point of a Ray job.
+
+`ray job submit --working-dir . -- python launchers/train.py --config FILE [section.key=value ...]`
+"""
 
 import sys
 from pathlib import Path

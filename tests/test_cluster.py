@@ -46,7 +46,9 @@ def working_dir(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def run(command: list[str], working_dir: Path, cluster: RayCluster) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=working_dir, env={**os.environ, **cluster.env()}, capture_output=True, text=True, timeout=400)
+    return subprocess.run(
+        command, cwd=working_dir, env={**os.environ, **cluster.env()}, capture_output=True, text=True, timeout=400
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""From the raw log to batches: sources, preparation, the stream of sequences."""

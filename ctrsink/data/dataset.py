@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrsink.data.examples import Chronology, Ragged
@@ -88,12 +87,12 @@ def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
     def flat(name: str) -> np.ndarray:
         return events[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
-    lengths = pc.list_value_length(events["item"]).to_numpy()
-    labels = pc.fill_null(events["label"].combine_chunks().flatten(), pa.scalar(-1, pa.int8())).to_numpy()
+    lengths = _lengths(events["item"].combine_chunks())
+    labels = events["label"].combine_chunks().flatten().fill_null(-1).to_numpy()
     items = flat("item")
     known = tokens["item"].to_numpy()
     token_lists = tokens["tokens"].combine_chunks()
-    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(token_lists).to_numpy())])
+    offsets = np.concatenate([[0], np.cumsum(_lengths(token_lists))])
     return Shard(
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         texts=np.searchsorted(known, items),
@@ -104,3 +103,7 @@ def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
         tokens=Ragged(token_lists.flatten().to_numpy().astype(np.int64), offsets),
         users=events["user"].to_pylist(),
     )
+
+
+def _lengths(lists: pa.ListArray) -> np.ndarray:
+    return np.diff(lists.offsets.to_numpy())

@@ -7,7 +7,7 @@ from ctrsink.data.order import mix64
 
 
 def log_bucket(seconds: np.ndarray, buckets: int) -> np.ndarray:
-    """Seconds -> bucket in `1 .. buckets - 1` on a logarithmic scale that reaches its end at 100 years; 0 is left for `unknown`."""
+    """Seconds -> bucket in `1 .. buckets - 1` on a logarithmic scale that ends at 100 years; 0 is left for `unknown`."""
     scale = (buckets - 1) / np.log1p(100 * 365.25 * 86400)
     return 1 + np.minimum(buckets - 2, np.floor(scale * np.log1p(np.maximum(seconds, 0)))).astype(np.int64)
 
@@ -21,7 +21,7 @@ def signal_ids(signals: tuple[Signal, ...], timestamps: np.ndarray, buckets: int
         buckets: rows of each signal's table.
 
     Returns:
-        int64 [N, S]. The target's own row is there too; a sequence of several targets, each of which becomes a behaviour, uses it.
+        int64 [N, S]. The target's own row is there too: a sequence of several targets, each becoming a behaviour, uses it.
     """
     return np.stack([_bucket(signal, timestamps, buckets) for signal in signals], axis=1)
 

@@ -1,0 +1,1 @@
+"""The CTR model: sinks, inter-sink bias, attention, readout, head."""

@@ -50,6 +50,7 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
             return AutoModel.from_config(config, attn_implementation=attention.BACKEND, dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(f"model.backbone.config: {_one_line(error)}") from None
+    assert source.path is not None  # BackboneSpec has exactly one of the two
     try:
         backbone = AutoModel.from_pretrained(
             source.path,

@@ -1,5 +1,7 @@
 """CTRModel: a decoder backbone with sinks, inter-sink bias and a click head."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -37,7 +39,7 @@ class CTRModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
-        config = backbone.config.get_text_config()  # pyright: ignore[reportCallIssue]
+        config: Any = backbone.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         hidden, heads = config.hidden_size, config.num_attention_heads
         self.backbone = backbone
         self.head = ClickHead(hidden)

@@ -1,6 +1,7 @@
 """Figures of runs side by side: how the training loss fell, and how well the predicted probabilities hold."""
 
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,18 @@ def compare_runs(run_dirs: dict[str, str], to: str, split: str = "test") -> str:
         labels, probabilities = _predictions(run_dir, split)
         parts = np.array_split(np.argsort(probabilities), 10)
         predicted, observed = [probabilities[p].mean() for p in parts], [labels[p].mean() for p in parts]
-        right.plot(predicted, observed, marker="o", color=line.get_color(), label=f"{label}, AUC {auc(labels, probabilities):.4f}")
+        right.plot(
+            predicted, observed, marker="o", color=line.get_color(), label=f"{label}, AUC {auc(labels, probabilities):.4f}"
+        )
     left.set(xlabel="sequences trained on", ylabel="log loss of the training batch", title="Training")
     right.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
-    right.set(xlabel="predicted probability", ylabel="share of positives", title=f"Calibration, {split} range, deciles", xlim=(0, 1), ylim=(0, 1))
+    right.set(
+        xlabel="predicted probability",
+        ylabel="share of positives",
+        title=f"Calibration, {split} range, deciles",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
     left.legend(frameon=False)
     right.legend(frameon=False)
     path = Path(to)
@@ -41,7 +50,7 @@ def compare_runs(run_dirs: dict[str, str], to: str, split: str = "test") -> str:
 
 
 def _mark_stages(axes: Any, rows: list[dict[str, Any]], color: Any) -> None:
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         if before["stage"] != after["stage"]:
             axes.axvline(before["position"], color=color, linewidth=0.8, linestyle=":")
             axes.annotate(f"stage {after['stage']}", (before["position"], axes.get_ylim()[1]), color=color, fontsize=8, va="top")

@@ -1,0 +1,1 @@
+"""Where a run happens: this process or Ray workers."""

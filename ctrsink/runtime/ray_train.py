@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ctrsink import storage
@@ -86,12 +86,12 @@ def _worker(config: dict[str, Any]) -> None:
     from ctrsink.runtime.process import prepare_process
 
     spec = parse_run(config["spec"], "the submitted configuration")
-    context = ray.train.get_context()
+    context = get_context()
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
     from ctrsink.dist import Topology
     from ctrsink.train.loop import Trainer
 
-    device = str(ray.train.torch.get_device()) if spec.runtime.device == "cuda" else "cpu"
+    device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
     Trainer(spec, topology, config["vocabulary"]).run(config["stop_after"])
 

@@ -1,0 +1,1 @@
+"""The training loop, its stages, DeepSpeed engine and checkpoints."""

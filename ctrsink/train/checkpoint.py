@@ -49,6 +49,7 @@ def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
 
 
 def folder_of(run_dir: str, step: int) -> str:
+    """Where the checkpoint of `step` lies."""
     return storage.join(run_dir, FOLDER, f"step-{step:08d}")
 
 

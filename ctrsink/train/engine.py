@@ -66,10 +66,13 @@ class Engine:
         self._group_names = [g["name"] for g in groups]
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(groups, lr=1e-8, betas=spec.train.betas, eps=1e-8)
+        # What DeepSpeed wraps Adam in depends on the ZeRO stage and has no common type.
+        self.engine: Any
+        self.optimizer: Any
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec, self.named), dist_init_required=False
         )
-        self._base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._base: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         self._create_moments()
         if state is not None:
             self._load(state)

@@ -12,8 +12,10 @@ from ctrsink.errors import InputError
 CONFIG_NAME = "config.yaml"
 RESULT_NAME = "result.json"
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
-_FREE = ("name", "run_dir", "prepare", "runtime", "evaluate", "train.checkpoint_every", "train.log_every", "train.micro_batch_size",
-         "train.zero_stage", "data.uri", "model.gradient_checkpointing")  # fmt: skip
+_FREE = (
+    "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "model.gradient_checkpointing",
+    "train.checkpoint_every", "train.log_every", "train.micro_batch_size", "train.zero_stage",
+)  # fmt: skip
 
 
 def claim(spec: RunSpec, resume: bool) -> None:
