@@ -96,6 +96,7 @@ def test_the_card_tells_data_budget_and_metrics_and_no_path(data: Prepared, tmp_
     spec = run_spec(data, str(tmp_path / "run"))
     write_run(spec)
     metrics = {
+        "step": 5,
         "impressions": 6,
         "auc": 0.61237,
         "gauc": 0.5,
@@ -123,9 +124,12 @@ def test_a_chosen_checkpoint_is_exported_without_the_metrics_of_another(data: Pr
     spec = run_spec(data, str(tmp_path / "run"))
     write_run(spec, step=2)
     write_run(spec, step=5)
+    metrics = dict.fromkeys(("impressions", "auc", "gauc", "logloss", "normalised_entropy", "calibration_error"), 1)
+    storage.write_bytes(storage.join(spec.run_dir, FOLDER, "test.json"), json.dumps({"step": 5, **metrics}).encode())
     assert export_run(spec.run_dir, str(tmp_path / "new"))["step"] == 5
+    assert "| test | 1 |" in (tmp_path / "new" / "README.md").read_text()
     assert export_run(spec.run_dir, str(tmp_path / "old"), checkpoint=2)["step"] == 2
-    assert "measured at another checkpoint" in (tmp_path / "old" / "README.md").read_text()
+    assert "this checkpoint was not measured" in (tmp_path / "old" / "README.md").read_text()
     new, old = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))
     assert not torch.equal(new["ctr.head.linear.weight"], old["ctr.head.linear.weight"])
     with pytest.raises(InputError, match=r"step-00000003 is incomplete"):

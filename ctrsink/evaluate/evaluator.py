@@ -67,8 +67,8 @@ def predict(
     return Predictions(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int8), rows[:, 3])
 
 
-def write_evaluation(run_dir: str, split: str, dataset: Dataset, predictions: Predictions) -> dict[str, float]:
-    """Write `evaluation/<split>.json` and the predictions beside it, `<split>.parquet`; returns the metrics."""
+def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions) -> None:
+    """Write `evaluation/<split>.json` (the metrics and the `step` they are of) and the predictions beside it, `<split>.parquet`."""
     names = [shard.users[row] for shard, row in map(dataset.locate, predictions.users.tolist())]
     table = pa.table(
         {
@@ -80,10 +80,9 @@ def write_evaluation(run_dir: str, split: str, dataset: Dataset, predictions: Pr
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    metrics = predictions.metrics()
+    metrics = {"step": step, **predictions.metrics()}
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.parquet"), buffer.getvalue())
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), json.dumps(metrics, indent=1).encode())
-    return metrics
 
 
 def evaluate_splits(
@@ -92,16 +91,17 @@ def evaluate_splits(
     layout: Layout,
     spec: EvaluateSpec,
     run_dir: str,
+    step: int,
     topology: Topology,
 ) -> dict[str, dict[str, float]]:
-    """Predict and measure every split of `spec`; the first rank writes the results into the run's folder."""
+    """Predict and measure every split of `spec`; the first rank writes the results, as of `step`, into the run's folder."""
     out: dict[str, dict[str, float]] = {}
     for split in spec.splits:
         started = time.monotonic()
         predictions = predict(forward, dataset, split, layout, spec, topology)
         out[split] = predictions.metrics()
         if topology.is_first:
-            write_evaluation(run_dir, split, dataset, predictions)
+            write_evaluation(run_dir, step, split, dataset, predictions)
             log.info(
                 "%s: AUC %.4f, %d impressions, %.1f s",
                 split,

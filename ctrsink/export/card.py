@@ -9,7 +9,6 @@ from ctrsink.data.download import LICENCE
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.evaluate import evaluator
-from ctrsink.train.checkpoint import folder_of, list_checkpoints
 from ctrsink.train.restore import TrainedRun
 
 CARD_NAME = "README.md"
@@ -105,16 +104,16 @@ def _stage_row(stage: StageSpec) -> str:
 
 def _metrics(run: TrainedRun) -> str:
     run_dir = run.spec.run_dir
-    if list_checkpoints(run_dir)[0] != folder_of(run_dir, run.checkpoint.step):
-        return "None: the run was measured at another checkpoint."
     rows = []
     for name in storage.list_files(storage.join(run_dir, evaluator.FOLDER)):
         if name.endswith(".json"):
             values = json.loads(storage.read_bytes(storage.join(run_dir, evaluator.FOLDER, name)))
+            if values["step"] != run.checkpoint.step:
+                continue
             cells = [f"{values[key]:.4f}" for key in ("auc", "gauc", "logloss", "normalised_entropy", "calibration_error")]
             rows.append(f"| {name.removesuffix('.json')} | {values['impressions']:,} | {' | '.join(cells)} |")
     if not rows:
-        return "None: the run was not measured."
+        return "None: this checkpoint was not measured."
     head = "| split | impressions | AUC | GAUC | log loss | normalised entropy | calibration error |"
     return "\n".join([head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |", *rows])
 

@@ -172,7 +172,7 @@ class Trainer:
         engine.engine.eval()
         spec = self.spec
         forward = lambda batch: engine.forward(batch, readout)[1]  # noqa: E731
-        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, self.topology)
+        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, self.progress.step, self.topology)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -4,17 +4,17 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
+
+from tests.services.ports import free_ports
 
 MARK = "CTRSINK_TEST_CLUSTER"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -30,7 +30,7 @@ class RayCluster:
         self._head: subprocess.Popen[bytes] | None = None
         # Ray's sockets live under it, and the path of a Unix socket is limited to about 100 bytes: keep it short.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-        self._gcs, self._dashboard, self._client, self._agent = _free_ports(4)
+        self._gcs, self._dashboard, self._client, self._agent = free_ports(4)
 
     @property
     def address(self) -> str:
@@ -119,11 +119,3 @@ class RayCluster:
             return process.environ().get(MARK) == self._mark
         except psutil.Error:
             return False
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:  # all open at once, so that none is given twice
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

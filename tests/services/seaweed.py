@@ -3,16 +3,18 @@
 import json
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.services.ports import free_ports
 
 
 class SeaweedServer:
@@ -35,7 +37,7 @@ class SeaweedServer:
         }
         (self._folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         names = ("master", "volume", "filer", "s3")
-        ports = dict(zip([f"{n}.port{kind}" for n in names for kind in ("", ".grpc")], _free_ports(8), strict=True))
+        ports = dict(zip([f"{n}.port{kind}" for n in names for kind in ("", ".grpc")], free_ports(8), strict=True))
         flags = {
             "ip": "127.0.0.1",
             "ip.bind": "127.0.0.1",
@@ -85,8 +87,8 @@ class SeaweedServer:
         """Make an empty bucket."""
         self._client().create_bucket(Bucket=name)
 
-    def _client(self):
-        return boto3.client(
+    def _client(self) -> Any:
+        return botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=self.access_key,
@@ -109,12 +111,3 @@ class SeaweedServer:
         output = (self._folder / "log.txt").read_text(errors="replace")[-2000:]
         self.stop()
         raise RuntimeError(f"the S3 server did not start: {output}")
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now; all are held until the last one is known, so that they differ."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in held]
-    for server in held:
-        server.close()
-    return ports
