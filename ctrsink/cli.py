@@ -1,14 +1,13 @@
 """The command line, `ctrsink <verb>`: thin; every verb calls one function and prints what it returned."""
 
 import argparse
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ctrsink import __version__
+from ctrsink import __version__, strict_json
 from ctrsink.errors import InputError, RunError
 from ctrsink.runtime.process import configure_logging
 
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(args, "interrupted", INTERRUPTED)
     if args.json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
     else:
         print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()))
     return OK
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(args: argparse.Namespace, error: object, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     if args.json:
-        print(json.dumps({"error": str(error), "exit_code": code}))
+        print(strict_json.dumps({"error": str(error), "exit_code": code}))
     return code
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink import storage
+from ctrsink import storage, strict_json
 from ctrsink.config import RunSpec, load_run
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.download import download
@@ -69,7 +69,7 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     example = score_one_user(dataset, export, folder)
     table = as_table(rows)
     report = {"seed": sink.seed, "rows": rows, "seconds": time.monotonic() - started, "example": example}
-    storage.write_bytes(f"{folder}/demo.json", json.dumps(report, indent=1).encode())
+    storage.write_bytes(f"{folder}/demo.json", strict_json.dumps(report, indent=1).encode())
     print("\n" + table)
     print(f"\nOne user's candidates, scored by the exported model ({example['history']} behaviours of history):")
     for title, probability, label in example["candidates"]:

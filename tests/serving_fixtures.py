@@ -85,4 +85,4 @@ def write_run(spec: RunSpec, step: int = 5) -> None:
         for name, value in model.named_parameters()
         if trained_as(name, spec.stages[-1].trainable)
     }
-    save_checkpoint(spec.run_dir, Checkpoint(step, step * spec.train.batch_size, parameters, {}, {}))
+    save_checkpoint(spec.run_dir, Checkpoint(step, step * spec.train.batch_size, parameters, {}, {}, "another"))

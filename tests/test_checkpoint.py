@@ -30,13 +30,19 @@ def make(step: int) -> Checkpoint:
         parameters={"head.weight": weight, "biases.0.gamma": torch.randn(1, generator=chance)},
         moments={"head.weight/exp_avg": weight * 2, "head.weight/exp_avg_sq": weight**2},
         steps={"head/decay": step},
+        dataset="0" * 64,
     )
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
     pairs = [(one.parameters, other.parameters), (one.moments, other.moments)]
     tensors = all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
-    return tensors and (one.step, one.position, one.steps) == (other.step, other.position, other.steps)
+    return tensors and (one.step, one.position, one.steps, one.dataset) == (
+        other.step,
+        other.position,
+        other.steps,
+        other.dataset,
+    )
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:

@@ -335,3 +335,13 @@ def test_every_fragment_belongs_to_a_run(path: Path, tmp_path: Path) -> None:
         except InputError as error:
             errors.append(str(error))
     pytest.fail(f"{path} merges into no run: {errors}")
+
+
+def test_an_override_reaches_into_a_list() -> None:
+    tree = {"stages": [{"name": "a", "lr": {"head": 1, "sink": 2}}, {"name": "b"}]}
+    assert merge(tree, {"stages": {"0": {"lr": {"head": 3}}}})["stages"] == [
+        {"name": "a", "lr": {"head": 3, "sink": 2}},
+        {"name": "b"},
+    ]
+    assert merge(tree, {"stages": {"2": {"name": "c"}}})["stages"] == {"2": {"name": "c"}}
+    assert merge(tree, {"stages": [{"name": "d"}]})["stages"] == [{"name": "d"}]

@@ -15,7 +15,6 @@ from ctrsink.config.model import BackboneSpec, BiasSpec, ModelSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model import attention
 from ctrsink.model.ctr import CTRModel
-from ctrsink.model.readout import masked_mean
 
 GOLDEN = Path(os.environ.get("CTRSINK_GOLDEN", Path(__file__).parent / "golden" / "ctr_sink_qwen2_a.safetensors"))
 # The names of the published modules, and ours.
@@ -82,6 +81,12 @@ def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
         labels=none.float(),
         targets=none[:, :, None].expand(b, 1, 2),
     )
+
+
+def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The published pooling: the mean of states [B, L, D] where mask [B, L] holds."""
+    weight = mask.float()[:, :, None]
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def test_hidden_states_bias_and_pooling_match_the_published_code(golden: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:

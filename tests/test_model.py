@@ -15,7 +15,7 @@ from ctrsink.errors import InputError
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.groups import group_of, set_trainable, trained_as
-from ctrsink.model.readout import masked_mean, read
+from ctrsink.model.readout import read
 from ctrsink.model.sinks import SinkEmbedding
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 
@@ -80,12 +80,6 @@ def test_pooling_in_bfloat16_keeps_long_means() -> None:
     hidden = torch.ones(*batch.input_ids.shape, 3, dtype=torch.bfloat16) * 1.5
     found = read(hidden, batch, ReadoutSpec(form="pool"))
     close(found.float(), torch.full_like(found, 1.5, dtype=torch.float32), atol=1e-3, rtol=0)
-
-
-def test_the_mean_of_nothing_is_zero() -> None:
-    hidden = torch.randn(2, 4, 3)
-    mask = torch.tensor([[True, False, True, False], [False] * 4])
-    close(masked_mean(hidden, mask), torch.stack([(hidden[0, 0] + hidden[0, 2]) / 2, torch.zeros(3)]))
 
 
 def test_sink_vectors_are_the_projected_sum_of_the_signals() -> None:

@@ -155,3 +155,10 @@ def test_bf16_trains(data: str, tmp_path: Path) -> None:
     result = start(spec_of(data, tmp_path / "run", train={"precision": "bf16"}))
     assert result["finished"]
     assert all(value.dtype == torch.float32 for value in checkpoint(tmp_path / "run").parameters.values())
+
+
+def test_run_goes_on_only_on_its_own_data(data: str, tmp_path: Path) -> None:
+    other = prepared_data(str(tmp_path / "other"), users=31)
+    start(spec_of(data, tmp_path / "run"), stop_after=2)
+    with pytest.raises(InputError, match="was trained on another data set"):
+        start(spec_of(other, tmp_path / "run"), resume=True)

@@ -53,12 +53,17 @@ def dump_run(spec: RunSpec) -> str:
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`, mapping by mapping; lists and scalars are replaced whole."""
-    out = dict(base)
-    for key, value in top.items():
-        below = out.get(key)
-        out[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return out
+    """`top` over `base`, mapping by mapping; scalars and lists are replaced whole, but `{0: ...}` reaches into a list."""
+    return {**base, **{key: _over(base.get(key), value) for key, value in top.items()}}
+
+
+def _over(below: Any, value: Any) -> Any:
+    if isinstance(below, dict) and isinstance(value, dict):
+        return merge(below, value)
+    if isinstance(below, list) and isinstance(value, dict) and all(str(k).isdigit() and int(k) < len(below) for k in value):
+        places = {int(k): inner for k, inner in value.items()}
+        return [_over(old, places[i]) if i in places else old for i, old in enumerate(below)]
+    return value
 
 
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:

@@ -88,6 +88,11 @@ class Manifest(Section):
     item_count: int
     skipped_rows: int
 
+    @property
+    def identity(self) -> str:
+        """A hash that is equal for data sets of equal content, wherever they lie."""
+        return storage.sha256(self.model_dump_json().encode())
+
 
 def read_manifest(uri: str) -> Manifest:
     """Read the manifest of the data set in the folder `uri`.

@@ -1,7 +1,6 @@
 """A model's predictions on a split, over all ranks, and the metrics of them."""
 
 import io
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ctrsink import storage
+from ctrsink import storage, strict_json
 from ctrsink.batch import Batch
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
@@ -68,7 +67,7 @@ def predict(
 
 
 def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions) -> None:
-    """Write `evaluation/<split>.json` (the metrics and the `step` they are of) and the predictions beside it, `<split>.parquet`."""
+    """Write `evaluation/<split>.json` (the metrics and the `step` they are of) and the predictions, `<split>.parquet`."""
     names = [shard.users[row] for shard, row in map(dataset.locate, predictions.users.tolist())]
     table = pa.table(
         {
@@ -82,7 +81,7 @@ def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, pred
     pq.write_table(table, buffer)
     metrics = {"step": step, **predictions.metrics()}
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.parquet"), buffer.getvalue())
-    storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), json.dumps(metrics, indent=1).encode())
+    storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), strict_json.dumps(metrics, indent=1).encode())
 
 
 def evaluate_splits(

@@ -110,7 +110,10 @@ def _metrics(run: TrainedRun) -> str:
             values = json.loads(storage.read_bytes(storage.join(run_dir, evaluator.FOLDER, name)))
             if values["step"] != run.checkpoint.step:
                 continue
-            cells = [f"{values[key]:.4f}" for key in ("auc", "gauc", "logloss", "normalised_entropy", "calibration_error")]
+            cells = [
+                "-" if values[key] is None else f"{values[key]:.4f}"
+                for key in ("auc", "gauc", "logloss", "normalised_entropy", "calibration_error")
+            ]
             rows.append(f"| {name.removesuffix('.json')} | {values['impressions']:,} | {' | '.join(cells)} |")
     if not rows:
         return "None: this checkpoint was not measured."

@@ -6,12 +6,6 @@ from ctrsink.batch import PAD, SINK, Batch
 from ctrsink.config.stages import ReadoutSpec
 
 
-def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of states [B, L, D] where mask bool [B, L] holds -> [B, D]; 0 where it holds nowhere (the published pooling)."""
-    weight = mask.to(hidden.dtype)[:, :, None]
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
 def read(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
     """States [B, L, D] -> one vector per readout slot [B, T, D].
 

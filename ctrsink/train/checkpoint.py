@@ -33,12 +33,14 @@ class Checkpoint:
     moments: dict[str, torch.Tensor]
     steps: dict[str, int]
     """See EngineState."""
+    dataset: str
+    """Identity of the data set, see Manifest.identity."""
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
     """Write `checkpoint` below `run_dir` and return its folder."""
     folder = folder_of(run_dir, checkpoint.step)
-    state = {"step": checkpoint.step, "position": checkpoint.position, "steps": checkpoint.steps}
+    state = {"step": checkpoint.step, "position": checkpoint.position, "steps": checkpoint.steps, "dataset": checkpoint.dataset}
     contents = (save(checkpoint.parameters), save(checkpoint.moments), json.dumps(state).encode())
     files = dict(zip(FILES, contents, strict=True))
     for name, content in files.items():
@@ -107,6 +109,7 @@ def load_checkpoint(folder: str) -> Checkpoint:
         parameters=load(contents["parameters.safetensors"]),
         moments=load(contents["moments.safetensors"]),
         steps=state["steps"],
+        dataset=state["dataset"],
     )
 
 

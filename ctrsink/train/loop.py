@@ -13,6 +13,7 @@ from ctrsink.data.examples import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, TrainStream
 from ctrsink.dist import Topology, all_sum, barrier
+from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import evaluate_splits
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
@@ -95,6 +96,11 @@ class Trainer:
         return result
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.dataset != self.dataset.manifest.identity:
+            raise InputError(
+                f"{self.spec.run_dir} was trained on another data set than the one now in {self.spec.data.uri}: "
+                "give the old one back, or choose another run_dir"
+            )
         log.info("continuing from the checkpoint of step %d", checkpoint.step)
         self.progress = Progress(
             checkpoint.step,
@@ -160,7 +166,9 @@ class Trainer:
         state = engine.state()
         if self.telemetry is not None:
             parameters = self.progress.parameters | state.parameters
-            checkpoint = Checkpoint(self.progress.step, self.progress.position, parameters, state.moments, state.steps)
+            checkpoint = Checkpoint(
+                self.progress.step, self.progress.position, parameters, state.moments, state.steps, self.dataset.manifest.identity
+            )
             folder = save_checkpoint(self.spec.run_dir, checkpoint)
             self.telemetry.flush()
             log.info("checkpoint %s", folder)

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ctrsink import storage
+from ctrsink import storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
 from ctrsink.errors import InputError
 
@@ -51,7 +51,7 @@ def read_run(run_dir: str) -> RunSpec:
 
 def write_result(run_dir: str, result: dict[str, Any]) -> None:
     """Leave what a training process found for whoever started it."""
-    storage.write_bytes(storage.join(run_dir, RESULT_NAME), json.dumps(result, indent=1).encode())
+    storage.write_bytes(storage.join(run_dir, RESULT_NAME), strict_json.dumps(result, indent=1).encode())
 
 
 def read_result(run_dir: str) -> dict[str, Any]:

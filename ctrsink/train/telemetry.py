@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ctrsink import storage
+from ctrsink import storage, strict_json
 
 METRICS_NAME = "metrics.jsonl"
 log = logging.getLogger("ctrsink.train")
@@ -42,7 +42,7 @@ class Telemetry:
 
     def flush(self) -> None:
         self._flushed = time.monotonic()
-        storage.write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
+        storage.write_bytes(self._path, "".join(strict_json.dumps(row) + "\n" for row in self._rows).encode())
         self._board.flush()
         if self._remote:
             storage.upload_dir(self._board_dir, self._board_uri)
