@@ -14,7 +14,9 @@ class ColumnSpec(Section):
     """Names of the columns of the user's own event log; only `user`, `item` and `timestamp` must exist."""
 
     user: str = "user"
+    """Id of the user; a number is read as text."""
     item: str = "item"
+    """Id of the item, as in the column `item` of the item table."""
     timestamp: str = "timestamp"
     """Seconds since 1970, as integer or float; a Parquet timestamp column is converted."""
     feedback: str | None = None
@@ -29,6 +31,7 @@ class SourceSpec(Section):
     """The raw log."""
 
     kind: Literal["movielens", "table"] = "movielens"
+    """`movielens`: MovieLens-100K or 1M as published. `table`: a log of one's own."""
     path: str
     """`movielens`: the folder with the ratings file. `table`: the event log (.csv, .jsonl or .parquet), local or s3://."""
     items: str | None = None
@@ -37,7 +40,7 @@ class SourceSpec(Section):
 
 
 class TextSpec(Section):
-    """How events are rendered as text (METHOD: feedback is part of the behaviour, not of the target)."""
+    """How events are rendered as text: feedback is part of a behaviour, never of a target."""
 
     item: str = "{title}"
     """Template over the fields of the item table."""
@@ -55,7 +58,9 @@ class TokenizerSpec(Section):
     """Exactly one of `path` (that of a pretrained model) and `train_vocabulary` (a byte-level BPE trained on the items)."""
 
     path: str | None = None
+    """Hugging Face id or folder, local or s3://, of the pretrained model that is to be trained."""
     train_vocabulary: int | None = Field(default=None, ge=300)
+    """Entries of a byte-level BPE that is trained on the texts of items and feedback."""
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizerSpec":
@@ -68,7 +73,9 @@ class SplitSpec(Section):
     """Split by global time: the earliest `train` share of impressions, the next `valid`, the rest is test."""
 
     train: float = Field(default=0.8, gt=0, lt=1)
+    """Share of the impressions."""
     valid: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the impressions; 0 for none."""
 
     @model_validator(mode="after")
     def _sum(self) -> "SplitSpec":
@@ -91,7 +98,7 @@ class PrepareSpec(Section):
 
 
 class DataSpec(Section):
-    """How sequences are cut from a prepared data set (METHOD sections 3 and 7)."""
+    """How sequences are cut from a prepared data set."""
 
     uri: str
     """Folder of the prepared data set, local or s3://."""

@@ -12,6 +12,7 @@ class BackboneSpec(Section):
     """The decoder: exactly one of `path` (Hugging Face id or folder) and `config` (random weights from a seed)."""
 
     path: str | None = None
+    """Hugging Face id, or local folder, of a decoder with weights in safetensors."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     config: dict[str, Any] | None = None
@@ -34,6 +35,7 @@ class SinkSpec(Section):
     buckets: int = Field(default=100, ge=2)
     """Rows of each signal's embedding table."""
     embedding_size: int = Field(default=256, ge=1)
+    """Width of the tables, before the map to the width of the backbone."""
 
     @field_validator("signals")
     @classmethod
@@ -58,8 +60,11 @@ class LoraSpec(Section):
     """Low-rank adapters on the backbone's linear layers (PEFT)."""
 
     rank: int = Field(default=8, ge=1)
+    """Inner width of an adapter."""
     alpha: float = Field(default=16.0, gt=0)
+    """An adapter's output is scaled by `alpha / rank`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is dropped in training."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the layers; listed, because `all-linear` would wrap the sink and bias modules too."""
 
@@ -69,12 +74,17 @@ class ModelSpec(Section):
 
     backbone: BackboneSpec
     attention: str = "sdpa"
+    """Attention backend. `sdpa` is the only one yet: others drop the inter-sink bias without a word."""
     sinks: SinkSpec | None = SinkSpec()
     """null is the plain language model (LM-CTR)."""
     bias: BiasSpec | None = BiasSpec()
+    """null: none, as it must be where `sinks` is null."""
     lora: LoraSpec | None = None
+    """null: no adapters."""
     trust_remote_code: bool = False
+    """Run the Python code that a model from the hub brings along; only for models whose code you have read."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
 
     @field_validator("attention")
     @classmethod

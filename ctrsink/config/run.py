@@ -13,9 +13,11 @@ class RunSpec(Section):
     """One run, from the raw log to the evaluated model."""
 
     name: str = "run"
+    """Title of the model card and of the run in Ray."""
     run_dir: str
     """Folder of the run, local or s3://: configuration, metrics, checkpoints, evaluation."""
     seed: int = 0
+    """Of the random weights, the order of the sequences and dropout."""
     prepare: PrepareSpec | None = None
     """Needed by `ctrsink data prepare` only."""
     data: DataSpec

@@ -22,6 +22,7 @@ class ScheduleSpec(Section):
     """Learning rate over a stage, as a factor of each group's rate."""
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape between the warm-up and the end of the stage; `constant` ignores `final`."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the stage's steps that rise linearly from 0."""
     final: float = Field(default=0.1, ge=0, le=1)
@@ -32,13 +33,17 @@ class StageSpec(Section):
     """One stage; exactly one of `epochs` and `steps` ends it."""
 
     name: str
+    """Its name in metrics and messages; each stage has its own."""
     readout: ReadoutSpec = ReadoutSpec()
     trainable: tuple[Group, ...]
+    """Groups of parameters that are trained; all else is frozen. `backbone` takes its norms along, `norm` trains them alone."""
     lr: dict[Group, float]
-    """Learning rate per trainable group."""
+    """Learning rate per trainable group; those of other groups are ignored."""
     schedule: ScheduleSpec = ScheduleSpec()
     epochs: float | None = Field(default=None, gt=0)
+    """Length in passes over the train split; parts of one are allowed."""
     steps: int | None = Field(default=None, ge=1)
+    """Length in optimiser steps."""
 
     @field_validator("lr")
     @classmethod

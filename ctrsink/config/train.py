@@ -17,20 +17,26 @@ class TrainSpec(Section):
     micro_batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass of one worker; the accumulation follows from it."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: what is split over the workers. 0: nothing, 1: optimiser state, 2: gradients too, 3: weights too."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: frozen weights and matrix products in bfloat16, trainable parameters stay fp32."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decay of matrices; vectors and scalars never decay."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two moments."""
     clip_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; a longer one is scaled down."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimiser steps between checkpoints; a stage's end always makes one."""
     log_every: int = Field(default=10, ge=1)
+    """Optimiser steps between progress lines and rows of metrics.jsonl."""
 
 
 class EvaluateSpec(Section):
     """What is measured when training ends, and by `ctrsink evaluate`."""
 
     splits: tuple[Split, ...] = ("valid", "test")
+    """Splits of the data set, when training ends; `ctrsink evaluate --split` names its own."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences per forward pass of one worker."""
     max_sequences: int | None = Field(default=None, ge=1)
@@ -43,8 +49,11 @@ class RuntimeSpec(Section):
     kind: Literal["local", "ray"] = "local"
     """`local`: one process, no Ray. `ray`: Ray Train workers, on this machine or the cluster at `address`."""
     workers: int = Field(default=1, ge=1)
+    """Processes that train; with `cuda` each has one GPU."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """What the workers compute on."""
     cpus_per_worker: int = Field(default=1, ge=1)
+    """Cores, and so threads, of each worker."""
     address: str | None = None
     """Ray address; null starts a cluster in this process, or joins the one that a Ray job runs in."""
     start_timeout_s: float = Field(default=600, gt=0)

@@ -1,0 +1,111 @@
+"""Write docs/configuration.md from the sections of the configuration: `python docs/make_configuration.py [FILE]`."""
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import annotated_types as bounds
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ctrsink.config import RunSpec
+
+_SIGNS = {bounds.Ge: "≥", bounds.Gt: ">", bounds.Le: "≤", bounds.Lt: "<"}
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any value"}
+
+_HEAD = """\
+# Configuration
+
+Every key of a run. This page is made from the code by `docs/make_configuration.py`; do not edit it by hand.
+
+A run is a YAML file that `ctrsink train --config FILE` and the other verbs take. Three rules put it together:
+
+- `include: [a.yaml, b.yaml]` at the top of a file reads those files first, relative to its own folder, and lays the file's own
+  keys over them: mapping by mapping, while a list or a single value is replaced whole.
+- `section.key=value` behind the verb changes single keys, also inside a list: `stages.0.epochs=2`.
+- An unknown key, or a value that is not allowed, is answered with one line that names it and what is allowed.
+
+`ctrsink config show FILE [section.key=value ...]` prints the configuration that results, with every default filled in.
+A configuration holds no credentials: those of `s3://` come from the environment.
+"""
+
+
+def page() -> str:
+    """The whole page, in Markdown."""
+    parts = [_HEAD]
+    for key, section in _sections(RunSpec, ""):
+        title = f"`{key}`" if key else "A run"
+        rows = [_row(key, name, field) for name, field in section.model_fields.items()]
+        table = "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
+        parts.append(f"## {title}\n\n{_one_line(section.__doc__)}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def _sections(section: type[BaseModel], key: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section with its dotted key, parents before children."""
+    yield key, section
+    for name, field in section.model_fields.items():
+        inner = _section_in(field.annotation)
+        if inner is not None:
+            yield from _sections(inner, _below(key, name))
+
+
+def _row(key: str, name: str, field: FieldInfo) -> str:
+    inner = _section_in(field.annotation)
+    meaning = " ".join(filter(None, [_one_line(inner.__doc__) if inner else "", _one_line(field.description)]))
+    if not meaning:
+        raise SystemExit(f"{_below(key, name)} has no docstring: say in ctrsink/config what it means")
+    found = [f"{_SIGNS[type(m)]} {getattr(m, type(m).__name__.lower()):g}" for m in field.metadata if type(m) in _SIGNS]
+    allowed = _type(field.annotation, _below(key, name), " " + " and ".join(found) if found else "")
+    cells = [f"`{name}`", allowed, _default(field, inner), meaning]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(annotation: Any, key: str, limits: str = "") -> str:
+    """The type in words, `limits` behind a plain one."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " / ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if a is types.NoneType else _type(a, key, limits) for a in arguments)
+    if origin is tuple:
+        if arguments[-1] is not Ellipsis:
+            return f"[{', '.join(_type(a, key) for a in arguments)}]"
+        return f"list of {_type(arguments[0], key)}"
+    if origin is dict:
+        return f"mapping from {_type(arguments[0], key)} to {_type(arguments[1], key)}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[section](#{key.replace('.', '')})"
+    return _NAMES[annotation] + limits
+
+
+def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
+    if field.is_required():
+        return "**required**"
+    if isinstance(field.default, BaseModel):
+        return "its defaults"
+    value = json.dumps(field.default, ensure_ascii=False)
+    return value if value == "null" and inner else f"`{value}`"
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section inside an annotation such as `SinkSpec | None` or `tuple[StageSpec, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for a in get_args(annotation) if (found := _section_in(a))), None)
+
+
+def _below(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("configuration.md")
+    target.write_text(page(), "utf-8")
