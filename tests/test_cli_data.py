@@ -101,9 +101,7 @@ BAD_LOGS: list[tuple[Callable[[Path], Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("spoil", "parts"), BAD_LOGS, ids=[parts[0] for _, parts in BAD_LOGS])
-def test_bad_log_is_named_and_no_data_set_changes(
-    tmp_path: Path, spoil: Callable[[Path], Any], parts: tuple[str, ...]
-) -> None:
+def test_bad_log_is_named_and_no_data_set_changes(tmp_path: Path, spoil: Callable[[Path], Any], parts: tuple[str, ...]) -> None:
     config = own_log(tmp_path)
     good("data", "prepare", "--config", config)
     before = content(tmp_path / "data")

@@ -10,8 +10,7 @@ def prepare_process(device: str, threads: int, rank: int = 0) -> None:
 
     Threads are cores / workers of the host: with more, OpenMP's spinning makes training many times slower.
     """
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = device
     os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
