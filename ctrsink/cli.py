@@ -1,15 +1,13 @@
 """The command line, `ctrsink <verb>`: thin; every verb calls one function and prints what it returned."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ctrsink import __version__, strict_json
+from ctrsink import __version__, logs, strict_json
 from ctrsink.errors import InputError, RunError
-from ctrsink.runtime.process import configure_logging
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
@@ -18,7 +16,7 @@ Verb = Callable[[argparse.Namespace], dict[str, Any]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 good, 1 failure, 2 bad input, 130 interrupted."""
     args = _parser().parse_args(argv)
-    configure_logging(logging.INFO)
+    logs.configure()
     try:
         result = args.run(args)
     except InputError as error:

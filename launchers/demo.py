@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink import storage, strict_json
+from ctrsink import logs, storage, strict_json
 from ctrsink.config import RunSpec, load_run
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.download import download
@@ -21,7 +21,6 @@ from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.export.package import export_run
 from ctrsink.report.figures import compare_runs
-from ctrsink.runtime.process import configure_logging
 from ctrsink.runtime.start import start
 from ctrsink.serve.requests import request_of
 
@@ -40,7 +39,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for both runs")
     args = parser.parse_args()
     os.chdir(ROOT)
-    configure_logging()
+    logs.configure()
     try:
         run_demo(args.model, args.folder or f"runs/demo-{args.model}", args.overrides)
     except (InputError, RunError) as error:

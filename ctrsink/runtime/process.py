@@ -2,7 +2,8 @@
 
 import logging
 import os
-import sys
+
+from ctrsink import logs
 
 
 def prepare_process(device: str, threads: int, rank: int = 0) -> None:
@@ -16,15 +17,4 @@ def prepare_process(device: str, threads: int, rank: int = 0) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    configure_logging(logging.INFO if rank == 0 else logging.WARNING)
-
-
-def configure_logging(level: int = logging.INFO) -> None:
-    """Our messages go to stderr, one line each; stdout is left to results."""
-    logger = logging.getLogger("ctrsink")
-    logger.setLevel(level)
-    logger.propagate = False
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
+    logs.configure(logging.INFO if rank == 0 else logging.WARNING, rank)

@@ -10,7 +10,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from ctrsink import storage
+from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.errors import InputError, RunError
 from ctrsink.train.rundir import read_result
@@ -59,7 +59,12 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     filesystem, path = storage.arrow_filesystem(storage.join(spec.run_dir, "ray"))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"spec": spec.model_dump(mode="json"), "vocabulary": vocabulary, "stop_after": stop_after},
+        train_loop_config={
+            "spec": spec.model_dump(mode="json"),
+            "vocabulary": vocabulary,
+            "stop_after": stop_after,
+            "log_format": os.environ.get(logs.FORMAT_VARIABLE, "text"),
+        },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(runtime.collective_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=runtime.workers,
@@ -85,6 +90,7 @@ def _worker(config: dict[str, Any]) -> None:
     """What runs in each Ray worker."""
     from ctrsink.runtime.process import prepare_process
 
+    os.environ[logs.FORMAT_VARIABLE] = config["log_format"]
     spec = parse_run(config["spec"], "the submitted configuration")
     context = get_context()
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())

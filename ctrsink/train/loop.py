@@ -160,7 +160,7 @@ class Trainer:
         row |= {f"lr/{group}": window.spec.lr[group] * window.factor(self.progress.step - 1) for group in window.spec.trainable}
         if self.telemetry is not None:
             self.telemetry.add(row)
-            log.info(progress_line(row, self.total_steps))
+            log.info(progress_line(row, self.total_steps), extra={"fields": row})
 
     def _checkpoint(self, engine: Engine) -> None:
         state = engine.state()
