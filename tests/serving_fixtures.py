@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ctrsink.config import PrepareSpec, RunSpec, parse_run
+from ctrsink.data.manifest import read_manifest
 from ctrsink.data.prepare import prepare
 from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.model.build import build_model
@@ -85,4 +86,5 @@ def write_run(spec: RunSpec, step: int = 5) -> None:
         for name, value in model.named_parameters()
         if trained_as(name, spec.stages[-1].trainable)
     }
-    save_checkpoint(spec.run_dir, Checkpoint(step, step * spec.train.batch_size, parameters, {}, {}, "another"))
+    identity = read_manifest(spec.data.uri).identity
+    save_checkpoint(spec.run_dir, Checkpoint(step, step * spec.train.batch_size, parameters, {}, {}, identity))

@@ -25,7 +25,7 @@ close = torch.testing.assert_close
 
 
 def plain_mask(batch: Batch, sinks_only: bool) -> torch.Tensor:
-    """bool [B, L, L], by the sentence of METHOD 6: a target uses of its history the sinks only."""
+    """bool [B, L, L], by the sentence of the published method: a target uses of its history the sinks only."""
     kinds, events = batch.kinds.tolist(), batch.event_ids.tolist()
     b, length = batch.input_ids.shape
     mask = torch.zeros(b, length, length, dtype=torch.bool)
@@ -133,7 +133,7 @@ def test_visibility_is_the_written_rule(seed: int, per_user: bool) -> None:
 
 
 def bias_by_loop(module: InterSinkBias, sinks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The formula of METHOD 5, one pair at a time."""
+    """The formula of the inter-sink bias, one pair at a time."""
     b, k, d = sinks.shape
     out, width = torch.zeros(b, k, k, dtype=sinks.dtype), d // module.heads
     for row in range(b):

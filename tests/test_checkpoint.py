@@ -60,7 +60,7 @@ def test_the_newest_is_taken_also_past_nine_steps(tmp_path: Path) -> None:
     assert found is not None
     assert same(found, make(100))
     assert same(find_checkpoint(str(tmp_path), 20), make(20))
-    with pytest.raises(InputError, match=r"step-00000021 is incomplete"):
+    with pytest.raises(InputError, match=r"no checkpoint of step 21: choose one of those it has \(9, 20, 100\)"):
         find_checkpoint(str(tmp_path), 21)
     with pytest.raises(InputError, match="holds no whole checkpoint"):
         find_checkpoint(str(tmp_path / "empty"))

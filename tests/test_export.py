@@ -132,7 +132,7 @@ def test_a_chosen_checkpoint_is_exported_without_the_metrics_of_another(data: Pr
     assert "this checkpoint was not measured" in (tmp_path / "old" / "README.md").read_text()
     new, old = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))
     assert not torch.equal(new["ctr.head.linear.weight"], old["ctr.head.linear.weight"])
-    with pytest.raises(InputError, match=r"step-00000003 is incomplete"):
+    with pytest.raises(InputError, match=r"no checkpoint of step 3: choose one of those it has"):
         export_run(spec.run_dir, str(tmp_path / "none"), checkpoint=3)
     assert not (tmp_path / "none").exists()
 

@@ -28,7 +28,7 @@ class BackboneSpec(Section):
 
 
 class SinkSpec(Section):
-    """Sink tokens after each behaviour (CTR-Sink, section 3.2)."""
+    """Sink tokens after each behaviour (CTR-Sink, arXiv 2508.03668)."""
 
     signals: tuple[Signal, ...] = ("previous_gap",)
     """Signals whose embeddings are summed."""
@@ -46,7 +46,7 @@ class SinkSpec(Section):
 
 
 class BiasSpec(Section):
-    """Inter-sink attention (CTR-Sink, section 3.4): a learned addition to the logits between sinks."""
+    """Inter-sink attention (CTR-Sink, arXiv 2508.03668, inter-sink attention): a learned addition to the logits between sinks."""
 
     layers: float = Field(default=0.5, gt=0, le=1)
     """Share of the layers, from the first on, that carry it."""

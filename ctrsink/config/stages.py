@@ -1,4 +1,4 @@
-"""A training stage is data: what the prediction may read, what is trained, how fast and how long (METHOD section 6)."""
+"""A training stage is data: what the prediction may read, what is trained, how fast and how long (CTR-Sink, arXiv 2508.03668)."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""A piece of a user's chronology becomes one sequence: `prefix  text1 feedback1 sink1 ... textn` (METHOD sections 3 and 7)."""
+"""A piece of a chronology becomes one sequence: `prefix  text1 feedback1 sink1 ... textn` (CTR-Sink; DTI, arXiv 2503.01001)."""
 
 from dataclasses import dataclass
 from typing import Literal

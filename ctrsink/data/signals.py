@@ -1,4 +1,4 @@
-"""What a sink tells of its behaviour: integer buckets computed from the chronology (METHOD section 4)."""
+"""What a sink tells of its behaviour: integer buckets computed from the chronology (CTR-Sink, arXiv 2508.03668)."""
 
 import numpy as np
 

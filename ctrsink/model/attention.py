@@ -38,7 +38,7 @@ def visibility(batch: Batch, sinks_only: bool) -> torch.Tensor | None:
     """Which position may attend to which, bool [B, 1, L, L]; None means plain causal, the fastest kernel.
 
     With `sinks_only` (readout over sinks, form attend) an aligned position sees the prefix, its own event and, of other events,
-    the sinks (METHOD section 6). Padding comes after everything else, so causality hides it.
+    the sinks (CTR-Sink, arXiv 2508.03668, two-stage training). Padding comes after everything else, so causality hides it.
     """
     if not sinks_only:
         return None

@@ -1,4 +1,4 @@
-"""Inter-sink attention: a learned addition to the attention logits between sinks (CTR-Sink, section 3.4)."""
+"""Inter-sink attention: a learned addition to the attention logits between sinks (CTR-Sink, arXiv 2508.03668)."""
 
 import torch
 from torch import nn

@@ -30,7 +30,7 @@ class ClickHead(nn.Module):
 
 
 class CTRModel(nn.Module):
-    """Click probabilities of the targets in a Batch (CTR-Sink, section 3).
+    """Click probabilities of the targets in a Batch (CTR-Sink, arXiv 2508.03668).
 
     Args:
         backbone: a decoder without its vocabulary head, whose attention implementation is `ctrsink.model.attention.BACKEND`.

@@ -1,4 +1,4 @@
-"""What the click head reads: hidden states of a sequence become one vector per target (METHOD section 6)."""
+"""What the click head reads: hidden states of a sequence become one vector per target (CTR-Sink, arXiv 2508.03668)."""
 
 import torch
 

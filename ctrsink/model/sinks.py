@@ -5,7 +5,7 @@ from torch import nn
 
 
 class SinkEmbedding(nn.Module):
-    """Sum over signals of `Linear(Embedding(bucket))` (CTR-Sink, section 3.2: `Embedding(100, 256) -> Linear(256, hidden)`).
+    """Sum over signals of `Linear(Embedding(bucket))` (CTR-Sink, arXiv 2508.03668; published: `Embedding(100, 256)`).
 
     The linear map is shared by the signals, so that one signal is exactly the published form.
     """

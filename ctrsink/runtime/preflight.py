@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a worker is started: data set, tokenizer, run folder."""
+"""What can be known to be wrong before a worker is started: data set and tokenizer."""
 
 from transformers import AutoTokenizer
 
@@ -6,7 +6,6 @@ from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.tokenize import fingerprint, load_tokenizer
 from ctrsink.errors import InputError
-from ctrsink.train.rundir import claim
 
 
 def check(spec: RunSpec) -> int:
@@ -26,13 +25,6 @@ def check(spec: RunSpec) -> int:
     if fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
         raise InputError(
             f"the data set {spec.data.uri} was prepared with another tokenizer than that of {backbone.path}: "
-            f"prepare it again with prepare.tokenizer.path={backbone.path}"
+            f"prepare it again with prepare.tokenizer.path={backbone.path} prepare.tokenizer.train_vocabulary=null"
         )
     return len(tokenizer)
-
-
-def prepare_run(spec: RunSpec, resume: bool) -> int:
-    """`check`, then claim the run's folder; returns the tokenizer's size."""
-    vocabulary = check(spec)
-    claim(spec, resume)
-    return vocabulary

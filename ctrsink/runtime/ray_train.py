@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.rundir import read_result
+from ctrsink.train.rundir import RAY_NAME, read_result
 
 
 def connect(spec: RunSpec) -> None:
@@ -56,7 +56,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(runtime.start_timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
     gpu = runtime.device == "cuda"
-    filesystem, path = storage.arrow_filesystem(storage.join(spec.run_dir, "ray"))
+    filesystem, path = storage.arrow_filesystem(storage.join(spec.run_dir, RAY_NAME))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

@@ -3,16 +3,29 @@
 from typing import Any
 
 from ctrsink.config import RunSpec
-from ctrsink.runtime.preflight import prepare_run
+from ctrsink.errors import InputError
+from ctrsink.runtime.preflight import check
+from ctrsink.train.rundir import claim, release
 
 
 def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) -> dict[str, Any]:
     """Check, claim the run's folder, train, evaluate; see Trainer.run.
 
     Raises:
-        InputError: something about the data, the model or the run's folder is wrong; nothing was started.
+        InputError: something about the data, the model or the run's folder is wrong; a new run that has no checkpoint yet leaves
+            nothing behind.
     """
-    vocabulary = prepare_run(spec, resume)
+    vocabulary = check(spec)
+    new = claim(spec, resume)
+    try:
+        return _train(spec, vocabulary, stop_after)
+    except InputError:
+        if new:
+            release(spec.run_dir)
+        raise
+
+
+def _train(spec: RunSpec, vocabulary: int, stop_after: int | None) -> dict[str, Any]:
     if spec.runtime.kind == "local":
         from ctrsink.runtime.local import train_local
 

@@ -78,11 +78,28 @@ def find_checkpoint(run_dir: str, step: int | None = None) -> Checkpoint:
         InputError: there is none, or that of `step` is damaged.
     """
     if step is not None:
+        folders = list_checkpoints(run_dir)
+        if folder_of(run_dir, step) not in folders:
+            steps = ", ".join(str(int(folder.rpartition("-")[2])) for folder in reversed(folders)) or "none"
+            raise InputError(f"{run_dir} has no checkpoint of step {step}: choose one of those it has ({steps})")
         return load_checkpoint(folder_of(run_dir, step))
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise InputError(f"{run_dir} holds no whole checkpoint yet: train it first")
     return checkpoint
+
+
+def require_data(run_dir: str, checkpoint: Checkpoint, identity: str, uri: str) -> None:
+    """Refuse a data set other than the one that the checkpoint was trained on.
+
+    Raises:
+        InputError: the data set at `uri`, whose identity is given, is another.
+    """
+    if checkpoint.dataset != identity:
+        raise InputError(
+            f"{run_dir} was trained on another data set than the one now in {uri}: "
+            "give the old one back, or choose another run_dir"
+        )
 
 
 def load_checkpoint(folder: str) -> Checkpoint:

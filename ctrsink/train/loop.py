@@ -13,10 +13,9 @@ from ctrsink.data.examples import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, TrainStream
 from ctrsink.dist import Topology, all_sum, barrier
-from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import evaluate_splits
 from ctrsink.model.build import build_model, load_parameters
-from ctrsink.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from ctrsink.train.checkpoint import Checkpoint, latest_checkpoint, require_data, save_checkpoint
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.rundir import write_result
 from ctrsink.train.stages import StageWindow, plan
@@ -96,11 +95,7 @@ class Trainer:
         return result
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.dataset != self.dataset.manifest.identity:
-            raise InputError(
-                f"{self.spec.run_dir} was trained on another data set than the one now in {self.spec.data.uri}: "
-                "give the old one back, or choose another run_dir"
-            )
+        require_data(self.spec.run_dir, checkpoint, self.dataset.manifest.identity, self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d", checkpoint.step)
         self.progress = Progress(
             checkpoint.step,

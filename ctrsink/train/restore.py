@@ -9,7 +9,7 @@ from ctrsink.data.stream import SequenceSource
 from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel
-from ctrsink.train.checkpoint import Checkpoint, find_checkpoint
+from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, require_data
 from ctrsink.train.rundir import read_run
 from ctrsink.train.stages import plan
 
@@ -32,13 +32,14 @@ def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
     """The model of the run in `run_dir` after `step` optimiser steps (default: its latest whole checkpoint).
 
     Raises:
-        InputError: there is no such run or checkpoint, or its data set is missing or altered.
+        InputError: there is no such run or checkpoint, or its data set is missing, altered or another.
     """
     spec = read_run(run_dir)
     # The folder may have been moved or copied since; what it says of its own place counts for nothing.
     spec = spec.model_copy(update={"run_dir": run_dir})
     checkpoint = find_checkpoint(run_dir, step)
     dataset = Dataset(spec.data.uri, keep_shards=2 * spec.data.shuffle_shards)
+    require_data(run_dir, checkpoint, dataset.manifest.identity, spec.data.uri)
     layout = Layout.of(spec.data, spec.model.sinks)
     model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed)
     load_parameters(model, checkpoint.parameters)

@@ -8,9 +8,13 @@ import yaml
 from ctrsink import storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
 from ctrsink.errors import InputError
+from ctrsink.train.checkpoint import list_checkpoints
 
 CONFIG_NAME = "config.yaml"
 RESULT_NAME = "result.json"
+METRICS_NAME = "metrics.jsonl"
+BOARD_NAME = "tensorboard"
+RAY_NAME = "ray"  # what Ray Train writes of its own
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
 _FREE = (
     "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "model.gradient_checkpointing",
@@ -18,20 +22,32 @@ _FREE = (
 )  # fmt: skip
 
 
-def claim(spec: RunSpec, resume: bool) -> None:
-    """Make `spec.run_dir` the folder of this run, by its config.yaml.
+def claim(spec: RunSpec, resume: bool) -> bool:
+    """Make `spec.run_dir` the folder of this run, by its config.yaml; returns whether the run is new there.
 
     Raises:
         InputError: it holds a run and `resume` is false, or the run there computes something else.
     """
     path = storage.join(spec.run_dir, CONFIG_NAME)
-    if storage.exists(path):
+    new = not storage.exists(path)
+    if not new:
         if not resume:
             raise InputError(f"{spec.run_dir} already holds a run: give --resume to continue it, or choose another run_dir")
         difference = first_difference(read_run(spec.run_dir), spec)
         if difference is not None:
             raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
     storage.write_bytes(path, dump_run(spec).encode())
+    return new
+
+
+def release(run_dir: str) -> None:
+    """Take back the claim of a run that bad input ended; one with a checkpoint stays, it can be continued."""
+    if list_checkpoints(run_dir):
+        return
+    for name in (CONFIG_NAME, METRICS_NAME, BOARD_NAME, RAY_NAME):
+        storage.delete(storage.join(run_dir, name))
+    if not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
+        storage.delete(run_dir)
 
 
 def read_run(run_dir: str) -> RunSpec:
@@ -44,7 +60,7 @@ def read_run(run_dir: str) -> RunSpec:
     try:
         return parse_run(yaml.safe_load(storage.read_bytes(path)), path)
     except FileNotFoundError:
-        raise InputError(f"{run_dir} holds no run: there is no {CONFIG_NAME}") from None
+        raise InputError(f"{run_dir} holds no run: there is no {CONFIG_NAME}; give the run_dir of `ctrsink train`") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"{path} is damaged: it is no YAML; choose another run_dir") from None
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import tempfile
 import time
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrsink import storage, strict_json
+from ctrsink.train.rundir import BOARD_NAME, METRICS_NAME
 
-METRICS_NAME = "metrics.jsonl"
 log = logging.getLogger("ctrsink.train")
 
 
@@ -24,7 +25,7 @@ class Telemetry:
 
     def __init__(self, run_dir: str, step: int) -> None:
         self._path = storage.join(run_dir, METRICS_NAME)
-        self._board_uri = storage.join(run_dir, "tensorboard")
+        self._board_uri = storage.join(run_dir, BOARD_NAME)
         self._remote = storage.is_remote(run_dir)
         self._board_dir = tempfile.mkdtemp(prefix="ctrsink-tensorboard-") if self._remote else self._board_uri
         self._board = SummaryWriter(self._board_dir, purge_step=step + 1 if step else None)
@@ -50,6 +51,8 @@ class Telemetry:
     def close(self) -> None:
         self.flush()
         self._board.close()
+        if self._remote:
+            shutil.rmtree(self._board_dir, ignore_errors=True)
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:

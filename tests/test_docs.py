@@ -1,0 +1,90 @@
+"""The documentation holds: the generated page is current, links lead somewhere, the commands for one's own log work."""
+
+import re
+import shlex
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ctrsink.cli import main
+from ctrsink.config import PrepareSpec
+from ctrsink.data.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(p for p in [ROOT / "README.md", ROOT / "cluster/README.md", *ROOT.glob("docs/*.md")] if p.is_file())
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href|srcset)=\"([^\"\s]+)\"")
+
+
+def anchors(page: str) -> set[str]:
+    """What a heading is called in an address, as GitHub does it."""
+    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_page_of_the_configuration_is_the_one_that_the_code_gives(tmp_path: Path) -> None:
+    made = tmp_path / "configuration.md"
+    subprocess.run([sys.executable, ROOT / "docs/make_configuration.py", made], check=True, cwd=ROOT)
+    assert made.read_text("utf-8") == (ROOT / "docs/configuration.md").read_text("utf-8"), "run docs/make_configuration.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_relative_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    found = [a or b for a, b in LINK.findall(BLOCK.sub("", page.read_text("utf-8")))]
+    for link in found:
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name} links to {link}, which does not exist"
+        if anchor:
+            assert anchor in anchors(target.read_text("utf-8")), f"{page.name} links to {link}, but there is no such heading"
+
+
+@pytest.mark.parametrize("name", ["architecture.svg", "sequence.svg"])
+def test_pictures_are_well_formed_legible_and_bring_their_own_ground(name: str) -> None:
+    root = ElementTree.parse(ROOT / "docs" / name).getroot()
+    text = (ROOT / "docs" / name).read_text("utf-8")
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    ground = next(e for e in root if e.tag.endswith("}rect"))
+    assert ground.attrib["fill"] == "#ffffff"
+    assert (float(ground.attrib["width"]), float(ground.attrib["height"])) == (width - 2, height - 2)
+    assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)) >= 13
+
+
+def test_the_example_of_a_column_mapping_is_valid() -> None:
+    (body,) = [body for info, body in BLOCK.findall((ROOT / "docs/data.md").read_text("utf-8")) if info == "yaml"]
+    assert PrepareSpec.model_validate(yaml.safe_load(body)["prepare"]).source.columns.user == "viewer"
+
+
+def test_the_commands_for_ones_own_log_work_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/data.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    commands: list[str] = []
+    for info, body in BLOCK.findall(page):
+        kind, _, name = info.partition(" ")
+        if kind == "csv":
+            (tmp_path / name).write_text(body)
+        elif info == "bash tested":
+            commands += body.splitlines()
+    assert commands
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "ctrsink"
+        assert main(arguments) == 0, command
+    assert read_manifest("runs/data/shop").events == 11
+    assert read_manifest("runs/data/priced").text.item == "{title} for {price}"
+
+    with (tmp_path / "events.csv").open("a") as log:
+        log.write("dan,tea,yesterday,1\n")
+    capsys.readouterr()
+    assert main([*shlex.split(commands[0])[1:], "data.uri=runs/data/bad"]) == 2
+    assert "    " + capsys.readouterr().err.splitlines()[-1] in page
+    assert not (tmp_path / "runs/data/bad").exists()
