@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ctrsink import __version__, logs, strict_json
-from ctrsink.errors import InputError, RunError
+from ctrsink.errors import InputError, RunError, first_line
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
@@ -15,7 +16,13 @@ Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 good, 1 failure, 2 bad input, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes overrides on one side of an option only.
+    if rest and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     logs.configure()
     try:
         result = args.run(args)
@@ -25,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, error, FAILED)
     except KeyboardInterrupt:
         return _fail(args, "interrupted", INTERRUPTED)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(args, f"{type(error).__name__}: {first_line(error)}", FAILED)
     if args.json:
         print(strict_json.dumps(result))
     else:

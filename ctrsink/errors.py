@@ -10,3 +10,8 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The work itself failed although the input was good (exit code 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

@@ -1,6 +1,7 @@
 """The main job on MovieLens-100K, from the log to scores: CTR-Sink beside the same language model without sinks."""
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from ctrsink import logs, storage, strict_json
 from ctrsink.config import RunSpec, load_run
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.download import download
-from ctrsink.data.manifest import MANIFEST_NAME
 from ctrsink.data.prepare import prepare
 from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.baselines import smoothed_item_mean
+from ctrsink.evaluate.metrics import all_metrics
 from ctrsink.export.package import export_run
 from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
@@ -51,18 +53,19 @@ def main() -> int:
 
 
 def run_demo(model: str, folder: str, overrides: list[str]) -> None:
-    """Everything, step by step; `folder` is made anew."""
+    """Everything, step by step; what an earlier demo left in `folder` is replaced."""
     started = time.monotonic()
-    storage.delete(folder)
     specs = {label: load_run(path, [f"run_dir={folder}/{Path(path).stem}", *overrides]) for label, path in CONFIGS[model].items()}
     sink = specs["CTR-Sink"]
+    export = f"{folder}/export"
+    for old in (export, *(spec.run_dir for spec in specs.values())):
+        storage.delete(old)
     get_ready(model, sink)
     results = {label: start(spec) for label, spec in specs.items()}
     dataset = Dataset(sink.data.uri)
     rows = [row_of(label, result["evaluation"], result) for label, result in results.items()]
-    floor = {split: smoothed_item_mean(dataset, split).metrics() for split in ("valid", "test")}
+    floor = {split: floor_of(dataset, split, sink.run_dir) for split in ("valid", "test")}
     rows.insert(0, row_of("item mean", floor, None))
-    export = f"{folder}/export"
     export_run(sink.run_dir, export)
     figures = compare_runs({label: spec.run_dir for label, spec in specs.items()}, f"{folder}/figures/runs.png")
     example = score_one_user(dataset, export, folder)
@@ -87,8 +90,17 @@ def get_ready(model: str, spec: RunSpec) -> None:
         assert spec.model.backbone.path is not None
         get_pretrained("smollm2-135m", spec.model.backbone.path)
     download("movielens-100k", spec.prepare.source.path)
-    if not storage.exists(storage.join(spec.data.uri, MANIFEST_NAME)):
-        prepare(spec.prepare, spec.data.uri)
+    prepare(spec.prepare, spec.data.uri, overwrite=True)
+
+
+def floor_of(dataset: Dataset, split: str, run_dir: str) -> dict[str, float]:
+    """Metrics of the smoothed item mean on the impressions that the models were measured on."""
+    table = pq.read_table(io.BytesIO(storage.read_bytes(f"{run_dir}/evaluation/{split}.parquet")))
+    measured = set(zip(table["user"].to_pylist(), table["event"].to_pylist(), strict=True))
+    means = smoothed_item_mean(dataset, split)
+    names = [shard.users[row] for shard, row in map(dataset.locate, means.users.tolist())]
+    chosen = np.array([pair in measured for pair in zip(names, means.events.tolist(), strict=True)])
+    return all_metrics(means.labels[chosen], means.probabilities[chosen], means.users[chosen])
 
 
 def row_of(label: str, evaluation: dict[str, dict[str, float]], result: dict[str, Any] | None) -> dict[str, Any]:

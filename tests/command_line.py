@@ -51,7 +51,7 @@ def call(*args: object) -> Result:
 def call_process(*args: object) -> Result:
     """`python -m ctrsink ARGS` in a process of its own."""
     command = [sys.executable, "-m", "ctrsink", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

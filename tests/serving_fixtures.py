@@ -38,7 +38,10 @@ class Prepared:
 
 def prepared(folder: Path, users: int = 5, per_user: int = 8) -> Prepared:
     """A small data set below `folder`."""
-    spec = prepare_spec(table_source(folder / "raw", make_events(users, per_user)))
+    source = table_source(folder / "raw", make_events(users, per_user))
+    # Its requests hold several events; here each event is asked for by itself.
+    columns = source.columns.model_copy(update={"request": None})
+    spec = prepare_spec(source.model_copy(update={"columns": columns}))
     uri = str(folder / "data")
     prepare(spec, uri)
     return Prepared(uri, spec)
@@ -77,7 +80,8 @@ def run_spec(
 
 def write_run(spec: RunSpec, step: int = 5) -> None:
     """A run directory with a checkpoint of random values for everything that the run's stage trains."""
-    claim(spec, resume=True)
+    identity = read_manifest(spec.data.uri).identity
+    claim(spec, resume=True, dataset=identity)
     model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed)
     generator = torch.Generator().manual_seed(step)
     parameters = {
@@ -86,5 +90,4 @@ def write_run(spec: RunSpec, step: int = 5) -> None:
         for name, value in model.named_parameters()
         if trained_as(name, spec.stages[-1].trainable)
     }
-    identity = read_manifest(spec.data.uri).identity
     save_checkpoint(spec.run_dir, Checkpoint(step, step * spec.train.batch_size, parameters, {}, {}, identity))

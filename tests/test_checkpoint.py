@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ctrsink import storage
 from ctrsink.errors import InputError
 from ctrsink.train.checkpoint import (
     FILES,
@@ -139,3 +140,22 @@ def test_a_checkpoint_holds_no_pickle_and_loads_none(tmp_path: Path) -> None:
     (folder / "parameters.safetensors").write_bytes(payload)
     with pytest.raises(InputError, match=r"parameters\.safetensors does not match its hash"):
         load_checkpoint(str(folder))
+
+
+def test_an_outage_is_no_damage_and_lost_checkpoints_are_not_forgotten(tmp_path: Path) -> None:
+    """A run must never start anew because its checkpoints could not be read."""
+    folder = save_checkpoint(str(tmp_path), make(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "read_bytes", _outage)
+        with pytest.raises(InputError, match="cannot reach"):
+            latest_checkpoint(str(tmp_path))
+    path = Path(folder) / "parameters.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="no whole checkpoint left"):
+        latest_checkpoint(str(tmp_path))
+    (Path(folder) / "complete.json").unlink()
+    assert latest_checkpoint(str(tmp_path)) is None
+
+
+def _outage(uri: str) -> bytes:
+    raise InputError(f"{uri}: cannot reach the S3 endpoint")

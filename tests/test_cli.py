@@ -290,7 +290,7 @@ def test_scoring_is_a_process_without_the_engines_of_training(model: Path, tmp_p
         "print(sorted({'ray', 'deepspeed', 'tensorboard'} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     )
     score = ["score", "--model", str(model), "--input", str(tmp_path / "in.jsonl"), "--json"]
-    done = subprocess.run([sys.executable, "-c", program, *score], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program, *score], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "[]")
     here = call(*score)
     assert done.stdout == here.out
@@ -339,7 +339,7 @@ def test_a_real_process_keeps_stdout_for_the_result(config: Path) -> None:
     assert trained.json["evaluation"]["valid"]["impressions"] > 0
     assert "step 4/4 stage all loss" in trained.err
     assert "step 4/4" not in trained.out
-    refused(call_process("train", "--config", config, *SHORT), "already holds a run: give --resume")
+    refused(call_process("config", "show", config, "train.batch_sze=4"), "unknown key train.batch_sze")
 
 
 def test_ctrl_c_ends_with_130_and_the_run_goes_on_later(config: Path) -> None:
@@ -353,7 +353,7 @@ def test_ctrl_c_ends_with_130_and_the_run_goes_on_later(config: Path) -> None:
             seen.append(process.stderr.readline())
             assert seen[-1], "".join(seen)
         os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

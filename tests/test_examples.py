@@ -1,18 +1,23 @@
 """Sequences and batches against a slow builder that is right by being obvious."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
-from ctrsink.config.data import Signal
+from ctrsink.config.data import PrepareSpec, Signal
 from ctrsink.data.collate import MULTIPLE, collate
+from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
+from ctrsink.data.prepare import prepare
 from ctrsink.data.signals import signal_ids
+from ctrsink.errors import InputError
 from tests import builders
 from tests.builders import FEEDBACKS, TEXTS, layout_of, random_sequence
 
@@ -199,3 +204,39 @@ def test_a_batch_moves_whole() -> None:
     chance = np.random.default_rng(0)
     moved = collate([random_sequence(chance, layout_of(), 4)], [0]).to("meta")
     assert {getattr(moved, f.name).device for f in dataclasses.fields(moved)} == {torch.device("meta")}
+
+
+def test_impressions_of_one_request_share_a_history_and_do_not_see_each_other(tmp_path: Path) -> None:
+    """Two users' events with requests: a target knows what was known when its request was made."""
+    log = "user,item,timestamp,click,page\n" + "".join(
+        f"{user},i{n % 3},{100 * n + user},{(n + user) % 2},{page}\n"
+        for user in (1, 2)
+        for n, page in enumerate(["a", "a", "", "b", "b", "b", "", "c", "c", "d", "e", "f"])
+    )
+    (tmp_path / "events.csv").write_text(log)
+    tree = {
+        "source": {
+            "kind": "table",
+            "path": str(tmp_path / "events.csv"),
+            "columns": {"feedback": "click", "label": "click", "request": "page"},
+        },
+        "text": {"item": "{item}"},
+        "tokenizer": {"train_vocabulary": 300},
+    }
+    prepare(PrepareSpec.model_validate(tree), str(tmp_path / "data"))
+    dataset = Dataset(str(tmp_path / "data"))
+    shard, row = dataset.locate(0)
+    chronology = shard.chronology(row)
+    assert chronology.known is not None
+    assert chronology.known.tolist() == [0, 0, 2, 3, 3, 3, 6, 7, 7, 9, 10, 11]
+    alone = Layout("per_target", 4, 1, ("recency_rank", "time_gap"), 100)
+    tokens = (shard.tokens, dataset.feedbacks, dataset.prefix)
+    for target, history in ((1, 0), (4, 3), (5, 3), (8, 4)):
+        sequence = build_sequence(chronology, np.array([target]), alone, *tokens)
+        assert len(sequence.sink_positions) == history
+        assert sequence.signals[:, 0].tolist() == list(range(history))[::-1]
+        assert sequence.targets.tolist() == [target]
+    together = Layout("per_user", 4, 3, ("previous_gap",), 100)
+    with pytest.raises(InputError, match=r"use data\.examples per_target"):
+        build_sequence(chronology, np.array([3, 4, 5]), together, *tokens)
+    assert build_sequence(chronology, np.array([9, 10, 11]), together, *tokens).targets.tolist() == [9, 10, 11]

@@ -13,7 +13,7 @@ from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec
 from ctrsink.config.stages import Group, ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.model.build import build_model, load_parameters
-from ctrsink.model.ctr import CTRModel
+from ctrsink.model.ctr import CTRModel, decoder_layers
 from ctrsink.model.groups import group_of, set_trainable, trained_as
 from ctrsink.model.readout import read
 from ctrsink.model.sinks import SinkEmbedding
@@ -254,3 +254,18 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.backbone\.path .*none") as caught:
         build_model(spec, VOCABULARY, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_holds_where_the_caller_switched_autocast_off(precision: str) -> None:
+    """DeepSpeed runs the model in a context like this one; matrix products follow the run's precision all the same."""
+    model = tiny_model(tiny_spec(), precision=precision)
+    set_trainable(model, ("sink", "bias", "head", "backbone"))
+    seen: set[torch.dtype] = set()
+    for layer in decoder_layers(model.backbone):
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    with torch.autocast("cpu", enabled=False):
+        loss, logits = model(random_batch(0, layout_of(), (6, 4)), ReadoutSpec())
+    loss.backward()
+    assert seen == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    assert logits.dtype == torch.float32

@@ -36,6 +36,7 @@ class RunSpec(Section):
     def _consistent(self) -> "RunSpec":
         self._check_batch()
         self._check_signals()
+        self._check_bias()
         self._check_stages()
         return self
 
@@ -61,6 +62,10 @@ class RunSpec(Section):
                     f"model.sinks.signals: {signal} depends on the target, which per_user sequences share a history of; "
                     "use previous_gap, random or none, or data.examples per_target"
                 )
+
+    def _check_bias(self) -> None:
+        if self.model.bias is not None and not self.model.bias.causal and self.data.examples == "per_user":
+            raise ValueError("model.bias.causal: false shows a target later behaviours in per_user sequences; use per_target")
 
     def _check_stages(self) -> None:
         names = [s.name for s in self.stages]

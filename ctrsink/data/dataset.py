@@ -25,13 +25,15 @@ class Shard:
     labels: np.ndarray
     items: np.ndarray
     """Rows of the item table, [N]."""
+    known: np.ndarray
+    """See Chronology."""
     tokens: Ragged
     """Token table of the items of this shard; `texts` are its rows."""
     users: list[str]
 
     def chronology(self, row: int) -> Chronology:
         a, b = self.offsets[row], self.offsets[row + 1]
-        return Chronology(self.texts[a:b], self.feedbacks[a:b], self.timestamps[a:b], self.labels[a:b])
+        return Chronology(self.texts[a:b], self.feedbacks[a:b], self.timestamps[a:b], self.labels[a:b], self.known[a:b])
 
 
 class Dataset:
@@ -100,6 +102,7 @@ def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
         timestamps=flat("timestamp"),
         labels=labels,
         items=items,
+        known=_known(events["request"].combine_chunks().flatten(), lengths),
         tokens=Ragged(token_lists.flatten().to_numpy().astype(np.int64), offsets),
         users=events["user"].to_pylist(),
     )
@@ -107,3 +110,14 @@ def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
 
 def _lengths(lists: pa.ListArray) -> np.ndarray:
     return np.diff(lists.offsets.to_numpy())
+
+
+def _known(requests: pa.StringArray, lengths: np.ndarray) -> np.ndarray:
+    """How many events of its user come before the request of each event, int64 [N]; without a request an event stands alone."""
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    alone = np.arange(len(requests))
+    codes = requests.dictionary_encode().indices.fill_null(-1).to_numpy()
+    # Events of one user and one request meet in the place of the first of them.
+    keys = np.stack([starts, np.where(codes < 0, -1 - alone, codes)], axis=1)
+    _, firsts, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return firsts[inverse.ravel()] - starts

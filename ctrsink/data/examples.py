@@ -9,6 +9,7 @@ from ctrsink.batch import FEEDBACK, PREFIX, SINK, TEXT
 from ctrsink.config.data import DataSpec, Signal
 from ctrsink.config.model import SinkSpec
 from ctrsink.data.signals import signal_ids
+from ctrsink.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Chronology:
     """int64 [N], seconds."""
     labels: np.ndarray
     """int8 [N]; 0, 1, or -1 where the event is no impression."""
+    known: np.ndarray | None = None
+    """int64 [N]; how many events were known when this one was asked: those before its request. None: all before it."""
 
     def piece(self, lo: int, hi: int, number: int, targets: int) -> np.ndarray:
         """Events that are the targets of piece `number` of the events [lo, hi): the impressions there, `targets` to a piece."""
@@ -94,9 +97,21 @@ def build_sequence(
 
     A target's readout is the last token of its text, so it knows neither its own feedback nor anything later. The last event
     has no feedback and no sink: nothing comes after it.
+
+    Raises:
+        InputError: a `per_user` sequence would show an impression the answers of its own request.
     """
-    start, last = max(0, int(targets[0]) - layout.history), int(targets[-1])
-    events = np.arange(start, last + 1)
+    past, last = int(targets[0]), int(targets[-1])
+    if chronology.known is not None and (chronology.known[targets] < targets).any():
+        if len(targets) > 1 or layout.examples == "per_user":
+            raise InputError(
+                "impressions of one request share a history, which per_user sequences cannot keep apart: "
+                "use data.examples per_target, or prepare the log without its request column"
+            )
+        past = int(chronology.known[last])
+    # One target: what was known when its request was made, then the target. Several: everything from the first to the last.
+    start = max(0, past - layout.history)
+    events = np.append(np.arange(start, last if len(targets) > 1 else past), last)
     count, sinks = len(events), int(bool(layout.signals))
     text_rows, feedback_rows = chronology.texts[events], chronology.feedbacks[events]
     # Three parts per event: text, feedback, sink.
@@ -117,7 +132,8 @@ def build_sequence(
     # Signals are taken from the whole past, so the oldest behaviour of the window knows the gap before it.
     signals = np.empty((0, 0), np.int64)
     if layout.signals:
-        signals = signal_ids(layout.signals, chronology.timestamps[: last + 1], layout.buckets)[start:last]
+        whole = np.append(np.arange(start), events)
+        signals = signal_ids(layout.signals, chronology.timestamps[whole], layout.buckets)[start:-1]
     return Sequence(
         input_ids=np.concatenate([prefix, ids]),
         kinds=kinds,
@@ -125,7 +141,7 @@ def build_sequence(
         aligned=aligned,
         sink_positions=np.flatnonzero(kinds == SINK),
         signals=signals,
-        readout_positions=ends[targets - start],
+        readout_positions=ends[np.searchsorted(events, targets)],
         labels=chronology.labels[targets],
         targets=targets,
     )

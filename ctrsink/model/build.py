@@ -24,7 +24,7 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
 
     Args:
         vocabulary: size of the tokenizer; used by a backbone from `config`, checked against a pretrained one.
-        precision: of the backbone's weights; sink, bias, head and LoRA are fp32.
+        precision: of the backbone's weights and of matrix products; sink, bias, head and LoRA are fp32.
 
     Raises:
         InputError: the backbone cannot be loaded or is of a kind that cannot carry sinks.
@@ -37,6 +37,7 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
         if spec.lora is not None:
             add_lora(backbone, spec.lora)
         model = CTRModel(backbone, spec)
+    model.mixed_precision = precision == "bf16"
     if spec.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -113,7 +114,14 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
 
 
 def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Put checkpointed values into `model`, in fp32; every name must exist there."""
+    """Put checkpointed values into `model`, in fp32.
+
+    Raises:
+        InputError: a name does not exist there, or has another shape.
+    """
     named = dict(model.named_parameters())
     for name, value in parameters.items():
+        if name not in named or named[name].shape != value.shape:
+            found = tuple(named[name].shape) if name in named else "absent"
+            raise InputError(f"the checkpoint does not fit the model: {name} is {tuple(value.shape)} there and {found} here")
         named[name].data = value.clone()

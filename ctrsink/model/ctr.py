@@ -42,6 +42,8 @@ class CTRModel(nn.Module):
         config: Any = backbone.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         hidden, heads = config.hidden_size, config.num_attention_heads
         self.backbone = backbone
+        self.mixed_precision = False
+        """Matrix products in bfloat16 whatever the weights are held in."""
         self.head = ClickHead(hidden)
         self.sinks = None
         self.biases = nn.ModuleList()
@@ -86,7 +88,9 @@ class CTRModel(nn.Module):
 
     def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (sum of the log losses of the valid targets, logits [B, T]), both in fp32."""
-        states = read(self.hidden_states(batch, readout), batch, readout)
+        # In here and not around the call: DeepSpeed switches off whatever autocast surrounds it.
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            states = read(self.hidden_states(batch, readout), batch, readout)
         # Under autocast the head's matrix product would round logits to bfloat16's three digits, and make ties of them.
         with torch.autocast(states.device.type, enabled=False):
             logits = self.head(states.float())

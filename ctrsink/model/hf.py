@@ -3,7 +3,6 @@
 Importing this module registers both classes with AutoConfig and AutoModel; it needs neither PEFT nor anything of training.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -66,10 +65,8 @@ class CTRSinkModel(PreTrainedModel):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [B, T] in fp32, computed as in training: a bfloat16 backbone runs under autocast."""
-        kind, dtype = self.device.type, self.ctr.backbone.dtype
-        context = torch.autocast(kind, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
-        with context:
-            return self.ctr(batch, self.readout)[1]
+        self.ctr.mixed_precision = self.ctr.backbone.dtype == torch.bfloat16
+        return self.ctr(batch, self.readout)[1]
 
 
 AutoConfig.register(CTRSinkConfig.model_type, CTRSinkConfig)

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.tokenize import fingerprint, load_tokenizer
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, first_line
 
 
 def check(spec: RunSpec) -> int:
@@ -15,13 +15,18 @@ def check(spec: RunSpec) -> int:
         InputError: it does not, or was not.
     """
     manifest = read_manifest(spec.data.uri)
+    for split in ("train", *spec.evaluate.splits):
+        if not manifest.splits[split].impressions:
+            raise InputError(
+                f"the data set {spec.data.uri} has no impression in its {split} split: leave it out of evaluate.splits"
+            )
     backbone = spec.model.backbone
     if backbone.path is None:
         return len(load_tokenizer(spec.data.uri))
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone.path, revision=backbone.revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.backbone.path {backbone.path}: no tokenizer ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"model.backbone.path {backbone.path}: no tokenizer ({first_line(error)})") from None
     if fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
         raise InputError(
             f"the data set {spec.data.uri} was prepared with another tokenizer than that of {backbone.path}: "

@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
-from ctrsink.errors import InputError, RunError
+from ctrsink.errors import InputError, RunError, first_line
 from ctrsink.train.rundir import RAY_NAME, read_result
 
 
@@ -37,7 +37,7 @@ def connect(spec: RunSpec) -> None:
                 _node_ip_address="127.0.0.1",
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"runtime.address {address}: cannot join the Ray cluster ({str(error).splitlines()[0]})") from None
+        raise InputError(f"runtime.address {address}: cannot join the Ray cluster ({first_line(error)})") from None
 
 
 def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
@@ -50,6 +50,11 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
         InputError: a worker found the input to be at fault.
         RunError: training failed.
     """
+    elsewhere = spec.runtime.address or os.environ.get("RAY_ADDRESS")
+    if elsewhere and not storage.is_remote(spec.run_dir) and not Path(spec.run_dir).is_absolute():
+        raise InputError(
+            f"run_dir {spec.run_dir} is relative, which means nothing on a cluster: use s3://, or an absolute shared folder"
+        )
     connect(spec)
     spec = _without_working_folder(spec)
     runtime = spec.runtime
@@ -120,8 +125,11 @@ def _translate(error: TrainingFailedError) -> InputError | RunError:
     """The first worker's own error, with its rank, as one line."""
     if not isinstance(error, WorkerGroupError):
         return RunError(f"Ray Train failed: {str(error).strip().splitlines()[-1]}")
-    rank, failure = min(error.worker_failures.items())
-    cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
+    causes = {rank: getattr(f, "cause", None) or getattr(f, "_base_exc", None) or f for rank, f in error.worker_failures.items()}
+    # A rank that lost its neighbour says so too: what names the trouble comes first.
+    rank, cause = min(
+        causes.items(), key=lambda item: (not isinstance(item[1], InputError), not isinstance(item[1], RunError), item[0])
+    )
     if isinstance(cause, InputError):
         return InputError(str(cause))
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ctrsink.config import RunSpec
+from ctrsink.data.manifest import read_manifest
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
 from ctrsink.train.rundir import claim, release
@@ -16,7 +17,7 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
             nothing behind.
     """
     vocabulary = check(spec)
-    new = claim(spec, resume)
+    new = claim(spec, resume, read_manifest(spec.data.uri).identity)
     try:
         return _train(spec, vocabulary, stop_after)
     except InputError:

@@ -10,7 +10,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ctrsink.config import load_run
-from ctrsink.errors import InputError, RunError
+from ctrsink.errors import InputError, RunError, first_line
 
 
 def submit(config: str, overrides: list[str], address: str | None, working_dir: str, resume: bool) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def submit(config: str, overrides: list[str], address: str | None, working_dir: 
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(entry), runtime_env={"working_dir": str(root)})
     except (AuthenticationError, ConnectionError, RuntimeError) as error:
-        raise InputError(f"the job server at {address} did not take the job: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"the job server at {address} did not take the job: {first_line(error)}") from None
     print(f"job {job} on {address}", file=sys.stderr)
     status = asyncio.run(_follow(client, job))
     if status != JobStatus.SUCCEEDED:

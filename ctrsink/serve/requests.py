@@ -87,7 +87,7 @@ def _text(value: Any) -> str:
 
 
 def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int] | None = None) -> dict[str, Any]:
-    """The request that a user met at one of their events, as a JSON object; everything before the event is its history.
+    """The request that a user met at one of their events, as a JSON object; its history is what came before that request.
 
     `user` is a row of the data set's index, `event` a number in that user's chronology, `candidates` are rows of the item table,
     by default the event's own item.
@@ -100,12 +100,13 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     if not 0 <= event < len(log["item"]):
         raise InputError(f"user {shard.users[row]} has {len(log['item'])} events, there is no event {event}")
     chosen = [log["item"][event]] if candidates is None else list(candidates)
-    items = _items(dataset, [*log["item"][:event], *chosen])
+    known = int(shard.known[shard.offsets[row] + event])
+    items = _items(dataset, [*log["item"][:known], *chosen])
     history = [
         {"item": item, "feedback": feedback, "timestamp": timestamp}
-        for item, feedback, timestamp in zip(items, log["feedback"][:event], log["timestamp"][:event], strict=False)
+        for item, feedback, timestamp in zip(items, log["feedback"][:known], log["timestamp"][:known], strict=False)
     ]
-    return {"history": history, "candidates": items[event:], "timestamp": log["timestamp"][event]}
+    return {"history": history, "candidates": items[known:], "timestamp": log["timestamp"][event]}
 
 
 def _items(dataset: Dataset, rows: list[int]) -> list[Item]:

@@ -21,6 +21,10 @@ MARKER = "complete.json"
 log = logging.getLogger("ctrsink.train")
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint's file is missing or is not what was written; an outage of the storage is not this."""
+
+
 @dataclass
 class Checkpoint:
     """State of a run after `step` optimiser steps."""
@@ -35,12 +39,17 @@ class Checkpoint:
     """See EngineState."""
     dataset: str
     """Identity of the data set, see Manifest.identity."""
+    impressions: int = 0
+    """Trained on so far."""
+    seconds: float = 0.0
+    """Spent in training steps so far."""
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
     """Write `checkpoint` below `run_dir` and return its folder."""
     folder = folder_of(run_dir, checkpoint.step)
-    state = {"step": checkpoint.step, "position": checkpoint.position, "steps": checkpoint.steps, "dataset": checkpoint.dataset}
+    kept = ("step", "position", "steps", "dataset", "impressions", "seconds")
+    state = {name: getattr(checkpoint, name) for name in kept}
     contents = (save(checkpoint.parameters), save(checkpoint.moments), json.dumps(state).encode())
     files = dict(zip(FILES, contents, strict=True))
     for name, content in files.items():
@@ -62,12 +71,20 @@ def list_checkpoints(run_dir: str) -> list[str]:
 
 
 def latest_checkpoint(run_dir: str) -> Checkpoint | None:
-    """The newest checkpoint that is whole; each newer one that is not is named in a warning. None where there is none."""
+    """The newest checkpoint that is whole; each newer one that is not is named in a warning. None where none was ever finished.
+
+    Raises:
+        InputError: checkpoints were finished, but none is whole any more: to start anew is the user's to say.
+    """
+    finished = False
     for folder in list_checkpoints(run_dir):
         try:
             return load_checkpoint(folder)
-        except InputError as error:
-            log.warning("%s; taking the checkpoint before it", error)
+        except DamagedCheckpoint as error:
+            finished = finished or storage.exists(storage.join(folder, MARKER))
+            log.warning("%s; looking for one before it", error)
+    if finished:
+        raise InputError(f"{run_dir} has no whole checkpoint left: restore one, or delete {FOLDER}/ there to start anew")
     return None
 
 
@@ -112,26 +129,20 @@ def load_checkpoint(folder: str) -> Checkpoint:
         entries = json.loads(_read(folder, MARKER))
         expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in FILES}
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None
     contents: dict[str, bytes] = {}
     for name in FILES:
         content = _read(folder, name)
         if (len(content), storage.sha256(content)) != expected[name]:
-            raise InputError(f"the checkpoint {folder} is damaged: {name} does not match its hash")
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its hash")
         contents[name] = content
     state: dict[str, Any] = json.loads(contents["state.json"])
-    return Checkpoint(
-        step=state["step"],
-        position=state["position"],
-        parameters=load(contents["parameters.safetensors"]),
-        moments=load(contents["moments.safetensors"]),
-        steps=state["steps"],
-        dataset=state["dataset"],
-    )
+    parameters, moments = (load(contents[f"{name}.safetensors"]) for name in ("parameters", "moments"))
+    return Checkpoint(parameters=parameters, moments=moments, **state)
 
 
 def _read(folder: str, name: str) -> bytes:
     try:
         return storage.read_bytes(storage.join(folder, name))
     except FileNotFoundError:
-        raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing") from None
+        raise DamagedCheckpoint(f"the checkpoint {folder} is incomplete: {name} is missing") from None

@@ -1,7 +1,7 @@
 """One DeepSpeed engine: what a stage trains, under any ZeRO stage, with its state readable and writable by parameter name."""
 
-import contextlib
 import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ class StepResult:
     """Mean log loss over the impressions of the global batch, and the gradient's norm before clipping."""
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
 
 
 class Engine:
@@ -59,7 +59,6 @@ class Engine:
     def __init__(self, model: CTRModel, spec: RunSpec, stage: StageSpec, topology: Topology, state: EngineState | None) -> None:
         self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
         self.trainable = stage.trainable
-        self._autocast = spec.train.precision == "bf16"
         self._accumulation = spec.accumulation
         set_trainable(model, stage.trainable)
         groups = parameter_groups(model, stage.trainable, spec.train.weight_decay)
@@ -79,10 +78,7 @@ class Engine:
 
     def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """See CTRModel.forward; every rank must call it equally often."""
-        device = self.topology.device
-        context = torch.autocast(device.split(":")[0], torch.bfloat16) if self._autocast else contextlib.nullcontext()
-        with context:
-            return self.engine(batch.to(device), readout)
+        return self.engine(batch.to(self.topology.device), readout)
 
     def step(self, batches: list[Batch], impressions: int, stage: StageSpec, factor: float) -> StepResult:
         """One optimiser step over the micro-batches of this rank.
@@ -91,7 +87,7 @@ class Engine:
         is shared out: `impressions` is the number in the global batch.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss or the gradient is not finite.
         """
         for group, name in zip(self.optimizer.param_groups, self._group_names, strict=True):
             group["lr"] = stage.lr[name.split("/")[0]] * factor
@@ -104,10 +100,14 @@ class Engine:
             self.engine.step()
             total += float(loss.detach())
         mean = all_sum([total], self.topology)[0] / impressions
-        if not torch.isfinite(torch.tensor(mean)):
+        if not math.isfinite(mean):
             raise RunError(f"the loss is {mean}: lower the learning rates of stage {stage.name} or check its data")
         norm = self.engine.get_global_grad_norm()
-        return StepResult(mean, float(norm) if norm is not None else float("nan"))
+        if norm is None:  # DeepSpeed does not keep it under ZeRO 0
+            return StepResult(mean, None)
+        if not math.isfinite(norm):
+            raise RunError(f"the gradient's norm is {norm}: lower the learning rates of stage {stage.name} or check its data")
+        return StepResult(mean, float(norm))
 
     def state(self) -> EngineState:
         """Collective: every rank must call it; every rank gets the whole state, on the CPU."""

@@ -15,7 +15,7 @@ from ctrsink.data.stream import SequenceSource, TrainStream
 from ctrsink.dist import Topology, all_sum, barrier
 from ctrsink.evaluate.evaluator import evaluate_splits
 from ctrsink.model.build import build_model, load_parameters
-from ctrsink.train.checkpoint import Checkpoint, latest_checkpoint, require_data, save_checkpoint
+from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, require_data, save_checkpoint
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.rundir import write_result
 from ctrsink.train.stages import StageWindow, plan
@@ -67,12 +67,10 @@ class Trainer:
         """Train to the end, or for `stop_after` optimiser steps; evaluates once the last stage is done.
 
         Returns:
-            `steps` of the run so far, whether it is `finished`, `impressions` and `seconds` of the steps made now, and
-            `evaluation` by split; also in the run's result.json.
+            `steps` of the run so far, whether it is `finished`, `impressions` trained on and `seconds` of training so
+            far, and `evaluation` by split; also in the run's result.json.
         """
-        checkpoint = latest_checkpoint(self.spec.run_dir)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self._restore()
         stop = self.total_steps if stop_after is None else min(self.total_steps, self.progress.step + stop_after)
         if self.topology.is_first:
             self.telemetry = Telemetry(self.spec.run_dir, self.progress.step)
@@ -94,7 +92,14 @@ class Trainer:
         barrier(self.topology)
         return result
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self) -> None:
+        """Take up the latest checkpoint, the one that the first rank sees: all ranks go on from the same step or none does."""
+        run_dir = self.spec.run_dir
+        checkpoint = latest_checkpoint(run_dir) if self.topology.is_first else None
+        step = int(all_sum([checkpoint.step if checkpoint else 0], self.topology)[0])
+        if step == 0:
+            return
+        checkpoint = checkpoint or find_checkpoint(run_dir, step)
         require_data(self.spec.run_dir, checkpoint, self.dataset.manifest.identity, self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d", checkpoint.step)
         self.progress = Progress(
@@ -103,18 +108,20 @@ class Trainer:
             checkpoint.parameters,
             EngineState({}, checkpoint.moments, checkpoint.steps),
         )
+        self.impressions, self.seconds = checkpoint.impressions, checkpoint.seconds
 
     def _run_stage(self, window: StageWindow, stop: int) -> None:
         engine = self._engine_for(window)
         progress, train = self.progress, self.spec.train
         pace = Pace()
-        started = waiting = time.monotonic()
+        waiting = time.monotonic()
         for step in self.stream.steps(progress.position, stop - progress.step):
             waited = time.monotonic() - waiting
             seed_step(self.spec.seed, progress.step, self.topology.rank)
             result = engine.step(step.micro_batches, step.impressions, window.spec, window.factor(progress.step))
             progress.step, progress.position = progress.step + 1, step.position
             self.impressions += step.impressions
+            self.seconds += time.monotonic() - waiting
             pace.count(step.impressions, sum(b.tokens for b in step.micro_batches), waited)
             if progress.step % train.log_every == 0 or progress.step in (1, stop):
                 self._report(
@@ -123,7 +130,6 @@ class Trainer:
             if progress.step % train.checkpoint_every == 0 or progress.step == stop:
                 self._checkpoint(engine)
             waiting = time.monotonic()
-        self.seconds += waiting - started
 
     def _engine_for(self, window: StageWindow) -> Engine:
         """The engine of this stage; a new one, on a model built anew, where what is trained changes.
@@ -162,11 +168,18 @@ class Trainer:
         if self.telemetry is not None:
             parameters = self.progress.parameters | state.parameters
             checkpoint = Checkpoint(
-                self.progress.step, self.progress.position, parameters, state.moments, state.steps, self.dataset.manifest.identity
+                step=self.progress.step,
+                position=self.progress.position,
+                parameters=parameters,
+                moments=state.moments,
+                steps=state.steps,
+                dataset=self.dataset.manifest.identity,
+                impressions=self.impressions,
+                seconds=self.seconds,
             )
-            folder = save_checkpoint(self.spec.run_dir, checkpoint)
+            # The metrics first: a resumed run drops rows behind its checkpoint, but could not make missing ones again.
             self.telemetry.flush()
-            log.info("checkpoint %s", folder)
+            log.info("checkpoint %s", save_checkpoint(self.spec.run_dir, checkpoint))
         barrier(self.topology)
 
     def _evaluate(self) -> dict[str, dict[str, float]]:

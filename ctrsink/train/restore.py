@@ -41,7 +41,8 @@ def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
     dataset = Dataset(spec.data.uri, keep_shards=2 * spec.data.shuffle_shards)
     require_data(run_dir, checkpoint, dataset.manifest.identity, spec.data.uri)
     layout = Layout.of(spec.data, spec.model.sinks)
-    model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed)
+    model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()
+    model.mixed_precision = False
     load_parameters(model, checkpoint.parameters)
     windows = plan(spec.stages, sum(SequenceSource(dataset, "train", layout).per_shard), spec.train.batch_size)
     window = next((w for w in windows if checkpoint.step <= w.end), windows[-1])

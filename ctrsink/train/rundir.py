@@ -12,6 +12,7 @@ from ctrsink.train.checkpoint import list_checkpoints
 
 CONFIG_NAME = "config.yaml"
 RESULT_NAME = "result.json"
+DATA_NAME = "data.sha256"  # identity of the data set, see Manifest.identity
 METRICS_NAME = "metrics.jsonl"
 BOARD_NAME = "tensorboard"
 RAY_NAME = "ray"  # what Ray Train writes of its own
@@ -22,11 +23,14 @@ _FREE = (
 )  # fmt: skip
 
 
-def claim(spec: RunSpec, resume: bool) -> bool:
+def claim(spec: RunSpec, resume: bool, dataset: str) -> bool:
     """Make `spec.run_dir` the folder of this run, by its config.yaml; returns whether the run is new there.
 
+    Args:
+        dataset: identity of the data set at `spec.data.uri`.
+
     Raises:
-        InputError: it holds a run and `resume` is false, or the run there computes something else.
+        InputError: it holds a run and `resume` is false, or the run there computes something else, or on other data.
     """
     path = storage.join(spec.run_dir, CONFIG_NAME)
     new = not storage.exists(path)
@@ -36,15 +40,21 @@ def claim(spec: RunSpec, resume: bool) -> bool:
         difference = first_difference(read_run(spec.run_dir), spec)
         if difference is not None:
             raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
+        if storage.read_bytes(storage.join(spec.run_dir, DATA_NAME)).decode() != dataset:
+            raise InputError(
+                f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
+                "give the old one back, or choose another run_dir"
+            )
+    storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), dataset.encode())
     storage.write_bytes(path, dump_run(spec).encode())
     return new
 
 
 def release(run_dir: str) -> None:
-    """Take back the claim of a run that bad input ended; one with a checkpoint stays, it can be continued."""
-    if list_checkpoints(run_dir):
+    """Take back the claim of a run that bad input ended before its first step; one that has trained can be continued."""
+    if storage.exists(storage.join(run_dir, METRICS_NAME)) or list_checkpoints(run_dir):
         return
-    for name in (CONFIG_NAME, METRICS_NAME, BOARD_NAME, RAY_NAME):
+    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, RAY_NAME):
         storage.delete(storage.join(run_dir, name))
     if not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
         storage.delete(run_dir)

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrsink import storage, strict_json
+from ctrsink.errors import InputError
 from ctrsink.train.rundir import BOARD_NAME, METRICS_NAME
 
 log = logging.getLogger("ctrsink.train")
@@ -33,20 +34,24 @@ class Telemetry:
         self._flushed = time.monotonic()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Record a row; it has the key `step`. Flushed at most every five seconds."""
+        """Record a row; it has the key `step`. Flushed every five seconds at most, on S3 every minute."""
         self._rows.append(row)
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(key, value, row["step"])
-        if time.monotonic() - self._flushed > 5:
+        if time.monotonic() - self._flushed > (60 if self._remote else 5):
             self.flush()
 
     def flush(self) -> None:
+        """Write everything; a storage that fails is tried again at the next flush and does not end the training."""
         self._flushed = time.monotonic()
-        storage.write_bytes(self._path, "".join(strict_json.dumps(row) + "\n" for row in self._rows).encode())
         self._board.flush()
-        if self._remote:
-            storage.upload_dir(self._board_dir, self._board_uri)
+        try:
+            storage.write_bytes(self._path, "".join(strict_json.dumps(row) + "\n" for row in self._rows).encode())
+            if self._remote:
+                storage.upload_dir(self._board_dir, self._board_uri)
+        except (InputError, OSError) as error:
+            log.warning("metrics are not written, they are tried again with the next ones: %s", error)
 
     def close(self) -> None:
         self.flush()
@@ -68,6 +73,9 @@ class Pace:
     """Rates since the last report: impressions/s, tokens/s, share of time that waited for data."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._start = time.monotonic()
         self._impressions = self._tokens = 0
         self._steps = 0
@@ -89,7 +97,7 @@ class Pace:
             "data_wait": self._waited / seconds,
             "seconds_left": steps_left * seconds / max(1, self._steps),
         }
-        self.__init__()
+        self._begin()
         return row
 
 
