@@ -44,5 +44,7 @@ COPY configs ./configs
 RUN userdel --remove ubuntu \
     && useradd --create-home --uid 1000 --shell /bin/bash ctrsink
 USER 1000
+# Relative paths of a configuration (runs/...) begin here, where the user may write.
+WORKDIR /home/ctrsink
 
 CMD ["ctrsink", "--help"]

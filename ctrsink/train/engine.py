@@ -157,6 +157,9 @@ class Engine:
 
     def _load(self, state: EngineState) -> None:
         for name, parameter in self.named.items():
+            # Without the step count of its group (it was trained as part of another) a moment would be corrected wrongly.
+            if group_key(name, parameter, self.trainable) not in state.steps:
+                continue
             for key in MOMENTS:
                 value = state.moments.get(f"{name}/{key}")
                 if value is not None:
@@ -181,13 +184,21 @@ def parameter_groups(model: nn.Module, trainable: tuple[Group, ...], weight_deca
     """Adam's parameter groups: one per trained group and whether its matrices decay; vectors and scalars never do."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        group = trained_as(name, trainable)
-        if group is not None:
-            found.setdefault(f"{group}/{'decay' if parameter.dim() > 1 else 'plain'}", []).append(parameter)
+        key = group_key(name, parameter, trainable)
+        if key is not None:
+            found.setdefault(key, []).append(parameter)
     return [
         {"name": key, "params": found[key], "weight_decay": weight_decay if key.endswith("/decay") else 0.0}
         for key in sorted(found)
     ]
+
+
+def group_key(name: str, parameter: nn.Parameter, trainable: tuple[Group, ...]) -> str | None:
+    """Name of the parameter group that a stage trains the parameter in; None where it is frozen."""
+    group = trained_as(name, trainable)
+    # Under ZeRO-3 the parameter itself is empty; its shape is kept beside it.
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return None if group is None else f"{group}/{'decay' if len(shape) > 1 else 'plain'}"
 
 
 def deepspeed_config(spec: RunSpec, named: dict[str, nn.Parameter]) -> dict[str, Any]:
