@@ -345,7 +345,14 @@ def test_a_real_process_keeps_stdout_for_the_result(config: Path) -> None:
 def test_ctrl_c_ends_with_130_and_the_run_goes_on_later(config: Path) -> None:
     train = ["train", "--config", str(config), "stages.1.steps=2000", "train.checkpoint_every=3", "evaluate.splits=[valid]"]
     command = [sys.executable, "-m", "ctrsink", *train, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Whoever starts the tests in the background leaves SIGINT ignored, and a child would inherit that.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert process.stderr is not None
         seen: list[str] = []

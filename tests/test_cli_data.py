@@ -15,7 +15,7 @@ from tests.data_fixtures import event_rows, item_rows, make_events, write_table
 from tests.runs import run_tree
 from tests.services.seaweed import SeaweedServer
 
-MAPPING = {"user": "who", "item": "what", "timestamp": "when", "feedback": "stars", "request": "shown"}
+MAPPING = {"user": "who", "item": "what", "timestamp": "when", "feedback": "stars"}
 
 
 def own_log(folder: Path, ending: str = "csv") -> Path:
