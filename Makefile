@@ -20,8 +20,13 @@ help:
 	@echo 'make test-slow | test-gpu       the tests that take minutes | need CUDA'
 	@echo 'make lint | format | clean      static checks | rewrite the layout | remove .venv and caches'
 
-demo: .venv/installed
+demo: .venv/warm
 	$(BIN)/python launchers/demo.py --model $(MODEL)
+
+# DeepSpeed's operator and the bytecode are compiled as a part of the installation, not by the first run.
+.venv/warm: .venv/installed
+	$(BIN)/python launchers/warm_up.py > /dev/null
+	@touch $@
 
 test: lint
 	$(BIN)/pytest -m "not slow and not gpu"

@@ -1,5 +1,6 @@
 """Start a run where its configuration says."""
 
+import os
 from typing import Any
 
 from ctrsink.config import RunSpec
@@ -31,6 +32,9 @@ def _train(spec: RunSpec, vocabulary: int, stop_after: int | None) -> dict[str, 
         from ctrsink.runtime.local import train_local
 
         return train_local(spec, vocabulary, stop_after)
+    if not (spec.runtime.address or os.environ.get("RAY_ADDRESS")):
+        # A cluster of our own stays on loopback; Ray reads this when it is imported, and else listens on every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from ctrsink.runtime.ray_train import train_ray
 
     return train_ray(spec, vocabulary, stop_after)
