@@ -64,7 +64,7 @@ def test_ray_version_is_the_one_that_the_package_pins(cluster: dict[str, Any], r
 
 
 def test_entrypoint_runs_files_of_the_image_with_a_valid_configuration(job: dict[str, Any], repository: Path) -> None:
-    (root,) = arguments(instructions(repository / "Dockerfile"), "WORKDIR")
+    root, *_ = arguments(instructions(repository / "Dockerfile"), "WORKDIR")
     python, script, flag, config, *overrides = shlex.split(job["spec"]["entrypoint"])
     assert (python, flag) == ("python", "--config")
     assert (repository / Path(script).relative_to(root)).is_file()
