@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink.batch import FEEDBACK, SINK, Batch
-from ctrsink.data.dataset import SPLITS, Dataset
+from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
-from ctrsink.data.manifest import FileEntry, read_file
+from ctrsink.data.manifest import SPLITS, FileEntry, read_file
 from ctrsink.data.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
 from ctrsink.errors import InputError
 from tests.builders import layout_of, make_dataset, make_log

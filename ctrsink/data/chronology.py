@@ -3,17 +3,14 @@
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from ctrsink.config.data import SplitSpec
-from ctrsink.data.manifest import INDEX_SCHEMA, SplitCounts, SplitTimes
+from ctrsink.data.manifest import INDEX_SCHEMA, SPLITS, Split, SplitCounts, SplitTimes
 from ctrsink.errors import InputError
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 NO_LABEL = -1
 
 
@@ -110,5 +107,5 @@ def user_index(offsets: np.ndarray, split: np.ndarray, label: np.ndarray, shards
     impressions = np.bincount(cell[label != NO_LABEL], minlength=users * len(SPLITS)).reshape(users, len(SPLITS))
     shard = np.concatenate([np.full(end - first, i) for i, (first, end) in enumerate(shards)])
     row = np.concatenate([np.arange(end - first) for first, end in shards])
-    columns = [shard, row, *events.T, *impressions.T]
+    columns = [shard, row, np.zeros(users), *events.T, *impressions.T]
     return pa.Table.from_arrays([pa.array(c.astype(np.int32)) for c in columns], schema=INDEX_SCHEMA)

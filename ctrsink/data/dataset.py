@@ -9,9 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrsink.data.examples import Chronology, Ragged
-from ctrsink.data.manifest import Manifest, read_file, read_manifest
-
-SPLITS = ("train", "valid", "test")
+from ctrsink.data.manifest import SPLITS, Manifest, read_file, read_manifest
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Dataset:
 
     def events(self, split: str, user: int) -> tuple[int, int]:
         """Range [lo, hi) of the user's events that lie in the split."""
-        counts = [int(self.index[f"{s}_events"][user]) for s in SPLITS]
-        at = SPLITS.index(split)
+        counts = [int(self.index[f"{s}_events"][user]) for s in ("past", *SPLITS)]
+        at = 1 + SPLITS.index(split)  # pyright: ignore[reportArgumentType]
         return sum(counts[:at]), sum(counts[: at + 1])
 
     def locate(self, user: int) -> tuple[Shard, int]:

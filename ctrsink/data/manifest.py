@@ -12,6 +12,10 @@ from ctrsink.config.data import TextSpec
 from ctrsink.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
+FORMAT = "ctrsink-dataset/2"
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 # A row is one user's chronology; the lists run over its events, oldest first.
 SHARD_SCHEMA = pa.schema(
@@ -27,10 +31,11 @@ SHARD_SCHEMA = pa.schema(
 )
 # The token sidecar of a shard: just the items that the shard mentions, by item.
 TOKENS_SCHEMA = pa.schema([("item", pa.int32()), ("tokens", pa.list_(pa.int32()))])
-# One row per user, in shard order: enough to know every sequence of an epoch without opening a shard.
-# Events and impressions (events with a label) are counted per split; a user's splits follow each other in time.
+# One row per chronology, in shard order: enough to know every sequence of an epoch without opening a shard.
+# Events and impressions (events with a label) are counted per split; a user's splits follow each other in time. Before them lie
+# `past_events`: in a part that was appended, the user's latest events of earlier parts, there as history only.
 INDEX_SCHEMA = pa.schema(
-    [("shard", pa.int32()), ("row", pa.int32())]
+    [("shard", pa.int32()), ("row", pa.int32()), ("past_events", pa.int32())]
     + [(f"{split}_{what}", pa.int32()) for what in ("events", "impressions") for split in ("train", "valid", "test")]
 )
 
@@ -46,8 +51,11 @@ class FileEntry(Section):
 class ShardEntry(Section):
     """A shard and its token sidecar."""
 
+    part: int
+    """Number of the part that it belongs to."""
     users: int
     events: int
+    """Past events not counted."""
     events_file: FileEntry
     tokens_file: FileEntry
 
@@ -66,11 +74,27 @@ class SplitCounts(Section):
     positives: int
 
 
+class PartEntry(Section):
+    """What one preparation brought: part 0 is the first log, each later one was appended and is newer than all before it."""
+
+    split_times: SplitTimes
+    splits: dict[Split, SplitCounts]
+    users: int
+    """Chronologies; a user may have one in several parts."""
+    events: int
+    first_time: int
+    last_time: int
+    """Seconds since 1970 of the oldest and the newest event."""
+    skipped_rows: int
+
+
 class Manifest(Section):
     """Everything a reader must know of a data set before it opens a shard."""
 
-    format: Literal["ctrsink-dataset/1"]
+    format: Literal["ctrsink-dataset/2"]
+    parts: tuple[PartEntry, ...]
     shards: tuple[ShardEntry, ...]
+    """Part after part."""
     index: FileEntry
     items: FileEntry
     """Parquet with a row per item: `id`, its text fields, and `text`, the rendered template."""
@@ -81,17 +105,51 @@ class Manifest(Section):
     prefix_tokens: tuple[int, ...]
     feedback_tokens: tuple[tuple[int, ...], ...]
     """Tokens after a behaviour's item text (feedback, then separator), by `feedback_id`."""
-    split_times: SplitTimes
-    splits: dict[Literal["train", "valid", "test"], SplitCounts]
-    users: int
-    events: int
     item_count: int
-    skipped_rows: int
+
+    @property
+    def split_times(self) -> SplitTimes:
+        """Those of the newest part."""
+        return self.parts[-1].split_times
+
+    @property
+    def splits(self) -> dict[Split, SplitCounts]:
+        """Summed over the parts."""
+        return {
+            name: SplitCounts(
+                impressions=sum(part.splits[name].impressions for part in self.parts),
+                positives=sum(part.splits[name].positives for part in self.parts),
+            )
+            for name in SPLITS
+        }
+
+    @property
+    def users(self) -> int:
+        """Chronologies: rows of the index."""
+        return sum(part.users for part in self.parts)
+
+    @property
+    def events(self) -> int:
+        return sum(part.events for part in self.parts)
+
+    @property
+    def skipped_rows(self) -> int:
+        return sum(part.skipped_rows for part in self.parts)
 
     @property
     def identity(self) -> str:
         """A hash that is equal for data sets of equal content, wherever they lie."""
-        return storage.sha256(self.model_dump_json().encode())
+        return self.identities[-1]
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """The identity that the data set had when it ended with each of its parts: appending adds one and keeps the others."""
+        fixed = self.model_dump_json(include={"tokenizer_fingerprint", "text", "positive_from", "prefix_tokens"})
+        found: list[str] = []
+        for number, part in enumerate(self.parts):
+            shards = [shard.model_dump_json() for shard in self.shards if shard.part == number]
+            found.append(storage.sha256("\n".join([*found[-1:], fixed, part.model_dump_json(), *shards]).encode()))
+        return tuple(found)
 
 
 def read_manifest(uri: str) -> Manifest:
@@ -103,6 +161,9 @@ def read_manifest(uri: str) -> Manifest:
     path = storage.join(uri, MANIFEST_NAME)
     try:
         tree: Any = json.loads(storage.read_bytes(path))
+        found = str(tree.get("format")) if isinstance(tree, dict) else ""
+        if found.startswith("ctrsink-dataset/") and found != FORMAT:
+            raise InputError(f"{path} is of format {found}, this version reads {FORMAT}: prepare the data set again")
         return Manifest.model_validate(tree)
     except FileNotFoundError:
         raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None

@@ -14,7 +14,7 @@ from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology, tokenize
 from ctrsink.data.chronology import NO_LABEL, Chronologies
 from ctrsink.data.events import EventLog, OnBadRow
-from ctrsink.data.manifest import MANIFEST_NAME, SHARD_SCHEMA, TOKENS_SCHEMA, FileEntry, Manifest, ShardEntry
+from ctrsink.data.manifest import FORMAT, MANIFEST_NAME, SHARD_SCHEMA, TOKENS_SCHEMA, FileEntry, Manifest, PartEntry, ShardEntry
 from ctrsink.data.render import feedback_texts, item_texts
 from ctrsink.data.sources import read_source
 from ctrsink.errors import InputError
@@ -70,7 +70,18 @@ def prepare(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", overwrite
         storage.delete(storage.join(to, old))
     entries = _write_shards(to, flat, users, tokens, shards)
     result = Manifest(
-        format="ctrsink-dataset/1",
+        format=FORMAT,
+        parts=(
+            PartEntry(
+                split_times=times,
+                splits=counts,
+                users=len(users.users),
+                events=events.num_rows,
+                first_time=int(timestamp.min()),
+                last_time=int(timestamp.max()),
+                skipped_rows=source.skipped_rows,
+            ),
+        ),
         shards=entries,
         index=_put(to, "index.parquet", _parquet(chronology.user_index(users.offsets, split, label, shards))),
         items=_put(to, "items.parquet", _parquet(_items(source.items, texts))),
@@ -83,12 +94,7 @@ def prepare(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", overwrite
         positive_from=spec.positive_from,
         prefix_tokens=tuple(tokenize.prefix_tokens(tokenizer, spec.text.prefix)),
         feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode(tokenizer, feedback_rows)),
-        split_times=times,
-        splits=counts,
-        users=len(users.users),
-        events=events.num_rows,
         item_count=source.items.num_rows,
-        skipped_rows=source.skipped_rows,
     )
     storage.write_bytes(storage.join(to, MANIFEST_NAME), (result.model_dump_json(indent=1) + "\n").encode())
     log.info("prepared %d users and %d events in %d shards at %s", result.users, result.events, len(shards), to)
@@ -121,6 +127,7 @@ def _write_shards(
         mentioned = table.column("item").combine_chunks().flatten().unique().sort()
         sidecar = pa.Table.from_arrays([mentioned, tokens.take(mentioned)], schema=TOKENS_SCHEMA)
         entry = ShardEntry(
+            part=0,
             users=end - first,
             events=int(users.offsets[end] - users.offsets[first]),
             events_file=_put(to, f"shards/{number:05d}.parquet", _parquet(table)),

@@ -10,8 +10,9 @@ import numpy as np
 
 from ctrsink.batch import Batch
 from ctrsink.data.collate import collate
-from ctrsink.data.dataset import SPLITS, Dataset
+from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout, Sequence, build_sequence
+from ctrsink.data.manifest import SPLITS
 from ctrsink.data.order import Order, deal
 from ctrsink.errors import InputError
 
@@ -30,8 +31,7 @@ class SequenceSource:
         self._impressions = impressions
         shards = np.bincount(dataset.index["shard"], self._pieces, len(dataset.manifest.shards))
         self.per_shard = tuple(int(n) for n in shards)
-        before = [dataset.index[f"{s}_events"] for s in SPLITS[: SPLITS.index(split)]]
-        self._past = np.sum(before, axis=0) if before else np.zeros_like(impressions)
+        self._past = np.sum([dataset.index[f"{s}_events"] for s in ("past", *SPLITS[: SPLITS.index(split)])], axis=0)
         if not sum(self.per_shard):
             raise InputError(f"the data set {dataset.uri} has no impression in its {split} split")
 
