@@ -5,10 +5,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctrsink import __version__, logs, strict_json
 from ctrsink.errors import InputError, RunError, first_line
+
+if TYPE_CHECKING:
+    from ctrsink.config import RunSpec
+    from ctrsink.data.manifest import Manifest
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
@@ -65,24 +69,75 @@ def _data_get(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.runtime.prepare import prepare_run
+
+    spec = _with_log(args)
+    return _prepared(args.to or spec.data.uri, prepare_run(spec, args.to, args.on_bad_row, args.overwrite))
+
+
+def _data_append(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.runtime.prepare import append_run
+
+    spec = _with_log(args)
+    return _prepared(args.to or spec.data.uri, append_run(spec, args.to, args.on_bad_row))
+
+
+def _with_log(args: argparse.Namespace) -> "RunSpec":
     from ctrsink.config import load_run
-    from ctrsink.data.prepare import prepare
 
     spec = load_run(args.config, args.overrides)
     if spec.prepare is None:
         raise InputError(f"{args.config} has no section prepare: say there what the raw log is")
-    to = args.to or spec.data.uri
-    manifest = prepare(spec.prepare, to, args.on_bad_row, args.overwrite)
-    splits = {name: f"{counts.impressions} impressions, {counts.positives} positive" for name, counts in manifest.splits.items()}
+    return spec
+
+
+def _prepared(to: str, manifest: "Manifest") -> dict[str, Any]:
+    """The data set, and what the last preparation brought."""
+    part = manifest.parts[-1]
+    splits = {name: f"{counts.impressions} impressions, {counts.positives} positive" for name, counts in part.splits.items()}
     return {
         "data": to,
-        "users": manifest.users,
+        "parts": len(manifest.parts),
+        "users": part.users,
         "items": manifest.item_count,
-        "events": manifest.events,
-        "skipped_rows": manifest.skipped_rows,
-        "shards": len(manifest.shards),
+        "events": part.events,
+        "skipped_rows": part.skipped_rows,
+        "shards": sum(shard.part == len(manifest.parts) - 1 for shard in manifest.shards),
         "splits": splits,
     }
+
+
+def _data_synth(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.data.synth import synth
+
+    truth = synth(args.to, args.events, args.users, args.items, args.seed, args.format)
+    return (
+        {"log": args.to}
+        | {key: truth[key] for key in ("events", "users", "items")}
+        | {"test_auc": truth["splits"]["test"]["auc"]}
+    )
+
+
+def _data_inspect(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.data.inspect import as_table, inspect, summarise
+
+    found = inspect(args.uri)
+    summary = summarise(found)
+    figures: dict[str, Any] = {}
+    if args.figures:
+        from ctrsink.report.data_figures import draw_data
+
+        figures = {"figures": draw_data(found, args.figures)}
+    if args.json:
+        return summary | figures
+    print(as_table(summary))
+    return figures
+
+
+def _data_verify(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.data.verify import verify
+
+    return verify(args.uri, print)
 
 
 def _model_get(args: argparse.Namespace) -> dict[str, Any]:
@@ -142,13 +197,29 @@ def _parser() -> argparse.ArgumentParser:
 
     data = verbs.add_parser("data", help="get and prepare data").add_subparsers(required=True, metavar="VERB")
     get = _verb(data, "get", _data_get, "download a public data set")
-    get.add_argument("name", choices=["movielens-100k", "movielens-1m"])
+    sizes = ("100k", "1m", "latest-small", "10m", "20m", "25m", "32m")
+    get.add_argument("name", choices=[f"movielens-{size}" for size in sizes])
     get.add_argument("--to", required=True, metavar="DIR")
     prepare = _verb(data, "prepare", _data_prepare, "turn the raw log of a configuration into tokenised shards")
-    _configured(prepare)
-    prepare.add_argument("--to", metavar="URI", help="folder of the data set, local or s3:// (default: data.uri)")
-    prepare.add_argument("--on-bad-row", choices=["fail", "skip"], default="fail")
+    append = _verb(data, "append", _data_append, "add a newer log to a data set, as shards of their own")
+    for verb in (prepare, append):
+        _configured(verb)
+        verb.add_argument("--to", metavar="URI", help="folder of the data set, local or s3:// (default: data.uri)")
+        verb.add_argument("--on-bad-row", choices=["fail", "skip"], default="fail")
     prepare.add_argument("--overwrite", action="store_true", help="replace a data set that is there already")
+
+    synth = _verb(data, "synth", _data_synth, "write a made-up log whose best AUC is known")
+    synth.add_argument("--to", required=True, metavar="DIR")
+    synth.add_argument("--events", required=True, type=_count, metavar="N")
+    synth.add_argument("--users", type=_count, metavar="U", help="default: one for 50 events")
+    synth.add_argument("--items", type=_count, metavar="I", help="default: one for 500 events, at least 1000")
+    synth.add_argument("--seed", type=int, default=0, metavar="S")
+    synth.add_argument("--format", choices=["csv", "parquet"], default="csv", help="of the event files")
+    inspect = _verb(data, "inspect", _data_inspect, "say what is in a prepared data set")
+    inspect.add_argument("uri", metavar="URI")
+    inspect.add_argument("--figures", metavar="DIR", help="draw figures into this folder, as PNG")
+    verify = _verb(data, "verify", _data_verify, "check every file of a prepared data set and name the bad ones")
+    verify.add_argument("uri", metavar="URI")
 
     model = verbs.add_parser("model", help="get a pretrained model").add_subparsers(required=True, metavar="VERB")
     get = _verb(model, "get", _model_get, "download a small pretrained decoder")

@@ -17,7 +17,7 @@ from ctrsink import logs, storage, strict_json
 from ctrsink.config import RunSpec, load_run
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.download import download
-from ctrsink.data.prepare import prepare
+from ctrsink.data.prepare.build import prepare
 from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.metrics import all_metrics

@@ -13,7 +13,7 @@ from ctrsink.config.data import ColumnSpec, PrepareSpec, Signal, SourceSpec, Spl
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
-from ctrsink.data.prepare import prepare
+from ctrsink.data.prepare.build import prepare
 from ctrsink.model.build import build_model
 from ctrsink.model.ctr import CTRModel
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ctrsink.config import PrepareSpec
 from ctrsink.config.load import merge
-from ctrsink.data.prepare import prepare
+from ctrsink.data.prepare.build import prepare
 from tests.data_fixtures import make_events, write_published_100k
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ctrsink.config import PrepareSpec, RunSpec, parse_run
 from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare import prepare
+from ctrsink.data.prepare.build import prepare
 from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.model.build import build_model
 from ctrsink.model.groups import trained_as
@@ -81,7 +81,7 @@ def run_spec(
 def write_run(spec: RunSpec, step: int = 5) -> None:
     """A run directory with a checkpoint of random values for everything that the run's stage trains."""
     identity = read_manifest(spec.data.uri).identity
-    claim(spec, resume=True, dataset=identity)
+    claim(spec, resume=True, datasets=(identity,))
     model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed)
     generator = torch.Generator().manual_seed(step)
     parameters = {

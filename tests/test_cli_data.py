@@ -119,7 +119,7 @@ def test_bad_rows_are_skipped_when_asked_and_counted(tmp_path: Path) -> None:
     write_table(tmp_path / "log.csv", rows)
     made = good("data", "prepare", "--config", config, "--on-bad-row", "skip")
     assert (made["events"], made["skipped_rows"]) == (237, 3)
-    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["skipped_rows"] == 3
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["parts"][0]["skipped_rows"] == 3
     result = call("data", "prepare", "--config", config, "--on-bad-row", "skip", "--overwrite")
     assert "skipped 3 bad rows; the first: " in result.err
     assert "skipped_rows: 3" in result.out.splitlines()

@@ -15,7 +15,7 @@ from ctrsink.config.data import PrepareSpec, Signal
 from ctrsink.data.collate import MULTIPLE, collate
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
-from ctrsink.data.prepare import prepare
+from ctrsink.data.prepare.build import prepare
 from ctrsink.data.signals import signal_ids
 from ctrsink.errors import InputError
 from tests import builders

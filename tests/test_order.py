@@ -1,5 +1,6 @@
 """The canonical order: what every rank, worker count and restart must agree on."""
 
+import random
 from itertools import pairwise
 
 import numpy as np
@@ -121,13 +122,50 @@ def test_deal_brings_like_lengths_together(dealing: tuple[np.ndarray, int, int])
             assert longest[:, slot].min() >= longest[:, slot + 1].max()
 
 
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
-def test_deal_refuses_what_cannot_be_shared_out(count: int, world: int, accumulation: int) -> None:
-    if count % (world * accumulation):
-        with pytest.raises(ValueError, match=f"{count} sequences cannot be dealt to {world} ranks x {accumulation}"):
-            deal(np.ones(count), world, accumulation)
-    else:
-        assert deal(np.ones(count), world, accumulation).size == count
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_deal_shares_out_what_cannot_be_divided(count: int, world: int, accumulation: int, chance: random.Random) -> None:
+    lengths = np.array([chance.randint(1, 30) for _ in range(count)])
+    dealt = deal(lengths, world, accumulation)
+    assert dealt.shape[:2] == (world, accumulation)
+    taken = dealt >= 0
+    assert sorted(dealt[taken].tolist()) == list(range(count))
+    sizes = taken.sum(2)
+    assert sizes.max() - sizes.min() <= 1
+    by_step = [lengths[dealt[:, step][taken[:, step]]] for step in range(accumulation)]
+    for step, following in pairwise([step for step in by_step if len(step)]):
+        assert step.min() >= following.max()
+
+
+@given(st.lists(per_shards, min_size=1, max_size=6), seeds, st.integers(1, 4), st.data())
+def test_chronological_order_is_one_pass_of_part_after_part(
+    shards: list[tuple[int, ...]], seed: int, block: int, data: st.DataObject
+) -> None:
+    """Parts that are appended later change nothing before them."""
+    per_shard, parts = sum(shards, ()), tuple(len(part) for part in shards)
+    order = Order(per_shard, seed, block, parts)
+    ids = order.ids(0, order.total)
+    end = 0
+    for number, part in enumerate(shards):
+        first, end = end, end + sum(part)
+        assert sorted(ids[first:end].tolist()) == list(range(first, end))
+        earlier = Order(sum(shards[: number + 1], ()), seed, block, parts[: number + 1])
+        assert earlier.ids(0, earlier.total).tolist() == ids[:end].tolist()
+        if end < order.total:
+            with pytest.raises(ValueError, match="outside"):
+                earlier.ids(end, 1)
+    start = data.draw(st.integers(0, order.total - 1))
+    count = data.draw(st.integers(0, order.total - start))
+    assert order.ids(start, count).tolist() == ids[start : start + count].tolist()
+
+
+def test_the_shards_after_a_position_are_those_of_the_next_block() -> None:
+    endless, single = Order((5,) * 6, 3, 2), Order((5,) * 6, 3, 2, (4, 2))
+    for order, positions in ((endless, range(50)), (single, range(20))):
+        shards = order.ids(0, positions.stop + 10) // 5
+        blocks = [set(shards[i : i + 10].tolist()) for i in range(0, len(shards), 10)]
+        for position in positions:
+            assert set(order.shards_after(position)) == blocks[position // 10 + 1]
+    assert single.shards_after(29) == ()
 
 
 @given(

@@ -9,16 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
 from ctrsink.data import chronology, tokenize
-from ctrsink.data.chronology import NO_LABEL, SPLITS
-from ctrsink.data.manifest import INDEX_SCHEMA, SHARD_SCHEMA, TOKENS_SCHEMA, FileEntry, read_file, read_manifest
-from ctrsink.data.prepare import prepare
-from ctrsink.data.render import feedback_texts, item_texts
+from ctrsink.data.chronology import NO_LABEL, PAST, PREFIXES
+from ctrsink.data.manifest import INDEX_SCHEMA, SHARD_SCHEMA, SPLITS, TOKENS_SCHEMA, FileEntry, read_file, read_manifest
+from ctrsink.data.prepare.build import prepare
+from ctrsink.data.prepare.survey import Survey, Totals, count_splits, count_times, split_times
+from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts
 from ctrsink.errors import InputError
 from tests.data_fixtures import (
     MOVIES,
@@ -55,52 +56,73 @@ def test_order_of_users_does_not_depend_on_the_log(events: list[tuple[str, int]]
     assert orders[0] == orders[1]
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 50))
-def test_shards_hold_every_user_whole(events_per_user: list[int], shard_events: int) -> None:
-    offsets = np.concatenate([[0], np.cumsum(events_per_user)])
-    shards = chronology.cut_shards(offsets, shard_events)
-    assert [user for first, end in shards for user in range(first, end)] == list(range(len(events_per_user)))
-    for first, end in shards:
-        assert end > first
-        assert sum(events_per_user[first : end - 1]) < shard_events  # it was not full before its last user
-    for first, end in shards[:-1]:
-        assert sum(events_per_user[first:end]) >= shard_events
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(1, 50))
+def test_shards_are_ranges_of_prefixes_with_enough_events(events: list[int], shard_events: int) -> None:
+    shards = chronology.cut_shards(np.array(events), shard_events)
+    assert [prefix for first, end in shards for prefix in range(first, end)] == (list(range(len(events))) if sum(events) else [])
+    for number, (first, end) in enumerate(shards):
+        assert sum(events[first:end]) > 0
+        if number < len(shards) - 1:
+            assert sum(events[first : end - 1]) < shard_events <= sum(events[first:end])
+
+
+@given(st.lists(st.text("abcdefgh", max_size=3), min_size=1, max_size=60))
+def test_users_come_prefix_by_prefix(users: list[str]) -> None:
+    ordered = chronology.chronologies(pa.array(users), np.zeros(len(users))).users
+    prefixes = chronology.prefixes(pa.array(ordered)).tolist()
+    assert prefixes == sorted(prefixes)
 
 
 shares = st.tuples(st.integers(1, 98), st.integers(0, 98)).filter(lambda s: sum(s) < 100)
 
 
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=100), shares)
-def test_splits_follow_time_and_shares(times: list[int], share: tuple[int, int]) -> None:
+@given(st.lists(st.lists(st.integers(-20000, 20000), max_size=30), min_size=1, max_size=5), shares, st.randoms())
+def test_splits_follow_time_and_shares(blocks: list[list[int]], share: tuple[int, int], chance: random.Random) -> None:
+    """The split times found block by block are those of the whole log in order of time."""
+    labels = [[chance.choice([NO_LABEL, 0, 1]) for _ in block] for block in blocks]
+    surveys = [survey_of(block, label) for block, label in zip(blocks, labels, strict=True)]
+    impressions = sorted(
+        (t, label) for block, own in zip(blocks, labels, strict=True) for t, label in zip(block, own, strict=True) if label >= 0
+    )
+    assume(impressions)
+    totals = Totals()
+    for survey in surveys:
+        totals.add(Survey.from_bytes(survey.to_bytes()))
+    assert (totals.first_time, totals.last_time) == (min(t for b in blocks for t in b), max(t for b in blocks for t in b))
     spec = SplitSpec(train=share[0] / 100, valid=share[1] / 100)
-    timestamp = np.array(times)
-    cuts = chronology.split_times(timestamp, spec)
-    split = chronology.split_of(timestamp, cuts)
-    assert all(a <= b for a, b in zip(split[np.argsort(timestamp)], split[np.argsort(timestamp)][1:], strict=False))
-    if len(set(times)) == len(times):
-        train, valid = share[0] * len(times) // 100, sum(share) * len(times) // 100
-        assert [int((split == s).sum()) for s in range(3)] == [train, valid - train, len(times) - valid]
+    cuts = split_times(totals, lambda: iter(surveys), spec)
+    ranks = [min(s * len(impressions) // 100, len(impressions) - 1) for s in (share[0], sum(share))]
+    assert [cuts.train_end, cuts.valid_end] == [impressions[rank][0] for rank in ranks]
+    split = chronology.split_of(np.array([t for t, _ in impressions]), cuts)
+    for number, counts in enumerate(count_splits(iter(surveys), cuts).values()):
+        own = [label for (_, label), s in zip(impressions, split, strict=True) if s == number]
+        assert (counts.impressions, counts.positives) == (len(own), sum(own))
 
 
-@given(logs, st.integers(1, 20), st.integers(0, 15), st.integers(0, 15), st.randoms())
-def test_index_counts_every_event(
-    events: list[tuple[str, int]], shard_events: int, train_end: int, valid: int, chance: random.Random
-) -> None:
+def survey_of(times: list[int], labels: list[int]) -> Survey:
+    seconds, counts = count_times(np.array(times, np.int64), np.array(labels, np.int8))
+    return Survey(
+        len(times), len(times), None, None, np.zeros(PREFIXES, np.int64), seconds, counts, {}, None, np.zeros(1, np.int64)
+    )
+
+
+@given(logs, st.integers(0, 15), st.integers(0, 15), st.randoms())
+def test_index_counts_every_event(events: list[tuple[str, int]], train_end: int, valid: int, chance: random.Random) -> None:
     times = np.array([t for _, t in events])
     found = chronology.chronologies(pa.array([u for u, _ in events]), times)
     cuts = chronology.SplitTimes(train_end=train_end, valid_end=train_end + valid)
-    split = chronology.split_of(times[found.order], cuts)
+    split = np.where(times[found.order] < 5, PAST, chronology.split_of(times[found.order], cuts))
     label = np.array([chance.choice([NO_LABEL, 0, 1]) for _ in events], np.int8)
-    shards = chronology.cut_shards(found.offsets, shard_events)
-    index = chronology.user_index(found.offsets, split, label, shards)
+    index = chronology.user_index(found.offsets, split, label, 7)
     assert index.schema.equals(INDEX_SCHEMA)
-    places = list(zip(index.column("shard").to_pylist(), index.column("row").to_pylist(), strict=True))
-    assert places == [(s, row) for s, (first, end) in enumerate(shards) for row in range(end - first)]
-    for number, name in enumerate(SPLITS):
+    assert index.column("shard").to_pylist() == [7] * len(found.users)
+    assert index.column("row").to_pylist() == list(range(len(found.users)))
+    for number, name in ((PAST, "past"), *enumerate(SPLITS)):
         for user, (first, end) in enumerate(zip(found.offsets, found.offsets[1:], strict=False)):
             mine = split[first:end] == number
             assert index.column(f"{name}_events")[user].as_py() == mine.sum()
-            assert index.column(f"{name}_impressions")[user].as_py() == (mine & (label[first:end] != NO_LABEL)).sum()
+            if number != PAST:
+                assert index.column(f"{name}_impressions")[user].as_py() == (mine & (label[first:end] != NO_LABEL)).sum()
 
 
 def test_labels_come_from_the_log_or_from_feedback() -> None:
@@ -113,7 +135,14 @@ def test_labels_come_from_the_log_or_from_feedback() -> None:
 @given(st.lists(st.one_of(st.none(), st.floats(-5, 5, width=32)), min_size=1, max_size=50))
 def test_feedback_texts_render_each_event(feedback: list[float | None]) -> None:
     values = np.array([np.nan if f is None else f for f in feedback], np.float32)
-    texts, ids = feedback_texts(TextSpec(feedback=" {feedback:.1f}", separator=";"), values)
+    text = TextSpec(feedback=" {feedback:.1f}", separator=";")
+    halves = [feedback_minima(text, half) for half in np.array_split(values, 2)]
+    minima = {t: min(half[t] for half in halves if t in half) for half in halves for t in half}
+    assert minima == feedback_minima(text, values)
+    texts = feedback_table(text, (), minima)
+    ids = feedback_ids(text, texts, values)
+    assert list(texts[1:]) == list(dict.fromkeys(f" {f:.1f};" for f in sorted(values[~np.isnan(values)] + np.float32(0))))
+    assert feedback_table(text, texts[:2], minima)[:2] == texts[:2]
     assert texts[0] == ";"
     assert len(set(texts)) == len(texts)
     assert [texts[i] for i in ids] == [";" if f is None else f" {f + 0:.1f};" for f in feedback]
@@ -296,28 +325,6 @@ def test_damaged_manifest_is_found(tmp_path: Path) -> None:
             read_manifest(str(tmp_path))
 
 
-def test_interrupted_preparation_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, to = prepare_spec(table_source(tmp_path, EVENTS)), str(tmp_path / "data")
-    prepare(spec, to)
-    written = []
-
-    def write_two(uri: str, content: bytes) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(uri)
-        Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        Path(uri).write_bytes(content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_bytes", write_two)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(spec, to, overwrite=True)
-    with pytest.raises(InputError, match=r"holds no manifest.json"):
-        read_manifest(to)
-    prepare(spec, to)
-    assert read_all(to)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -341,7 +348,7 @@ def test_wrong_template_is_named(tmp_path: Path, text: dict[str, str], message: 
 
 def test_too_many_feedback_texts() -> None:
     with pytest.raises(InputError, match=r"4099 different texts .* more than 4096: use a coarser format"):
-        feedback_texts(TextSpec(), np.arange(4098, dtype=np.float32))
+        feedback_minima(TextSpec(), np.arange(4098, dtype=np.float32))
 
 
 def test_item_fields_are_filled_in() -> None:

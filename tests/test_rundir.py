@@ -22,20 +22,20 @@ def stages(rate: float = 0.02, steps: int = 4) -> list[dict[str, Any]]:
 
 def test_a_claimed_folder_holds_the_configuration(tmp_path: Path) -> None:
     spec = run_in(tmp_path / "new/run")
-    claim(spec, resume=False, dataset="d")
+    claim(spec, resume=False, datasets=("d",))
     assert read_run(spec.run_dir) == spec
     assert {p.name for p in (tmp_path / "new/run").iterdir()} == {CONFIG_NAME, DATA_NAME}
 
 
 def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
-    claim(run_in(tmp_path), resume=False, dataset="d")
+    claim(run_in(tmp_path), resume=False, datasets=("d",))
     with pytest.raises(InputError, match=r"already holds a run: give --resume to continue it, or choose another run_dir"):
-        claim(run_in(tmp_path), resume=False, dataset="d")
-    claim(run_in(tmp_path), resume=True, dataset="d")
+        claim(run_in(tmp_path), resume=False, datasets=("d",))
+    claim(run_in(tmp_path), resume=True, datasets=("d",))
 
 
 def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
-    claim(run_in(tmp_path / "fresh"), resume=True, dataset="d")
+    claim(run_in(tmp_path / "fresh"), resume=True, datasets=("d",))
     assert read_run(str(tmp_path / "fresh")).stages[0].steps == 4
 
 
@@ -56,9 +56,9 @@ def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_that_computes_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    claim(run_in(tmp_path), resume=False, dataset="d")
+    claim(run_in(tmp_path), resume=False, datasets=("d",))
     with pytest.raises(InputError) as caught:
-        claim(run_in(tmp_path, **changes), resume=True, dataset="d")
+        claim(run_in(tmp_path, **changes), resume=True, datasets=("d",))
     assert f"{tmp_path} belongs to another configuration: " in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -80,9 +80,9 @@ def test_a_run_that_computes_something_else_is_refused(tmp_path: Path, changes: 
     ids=lambda changes: ",".join(changes),
 )
 def test_a_run_goes_on_elsewhere(tmp_path: Path, changes: dict[str, Any]) -> None:
-    claim(run_in(tmp_path), resume=False, dataset="d")
+    claim(run_in(tmp_path), resume=False, datasets=("d",))
     moved = run_in(tmp_path, **changes)
-    claim(moved, resume=True, dataset="d")
+    claim(moved, resume=True, datasets=("d",))
     assert read_run(str(tmp_path)) == moved
 
 
@@ -103,7 +103,7 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CONFIG_NAME).write_bytes(content)
     with pytest.raises(InputError, match=CONFIG_NAME) as caught:
-        claim(run_in(tmp_path), resume=True, dataset="d")
+        claim(run_in(tmp_path), resume=True, datasets=("d",))
     assert "\n" not in str(caught.value)
     assert (tmp_path / CONFIG_NAME).read_bytes() == content
 

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ctrsink.cli import main
 from ctrsink.config.data import ColumnSpec, SourceSpec
-from ctrsink.data.download import Archive, download
-from ctrsink.data.sources import read_source
+from ctrsink.data.download import ARCHIVES, Archive, download
+from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError
 from tests.data_fixtures import (
     MOVIES,
@@ -24,6 +25,7 @@ from tests.data_fixtures import (
     write_recbole_100k,
     write_table,
 )
+from tests.whole_log import read_source
 
 EVENTS = make_events()
 
@@ -39,7 +41,7 @@ def test_movielens_layouts_give_the_same_log(tmp_path: Path, write) -> None:
 
 
 def test_movielens_needs_a_known_layout(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no MovieLens log \(u.data, ml-100k.inter, ratings.dat\)"):
+    with pytest.raises(InputError, match=r"holds no MovieLens log \(u.data, ml-100k.inter, ratings.dat, ratings.csv\)"):
         read_source(SourceSpec(path=str(tmp_path)))
 
 
@@ -72,9 +74,10 @@ def test_table_from_s3_and_packed(tmp_path: Path, s3_server) -> None:
     assert read_source(spec.model_copy(update={"path": packed})).events.equals(read_source(spec).events)
 
 
-def test_items_are_the_ids_of_the_log_without_an_item_table(tmp_path: Path) -> None:
+def test_a_log_without_an_item_table_has_no_items(tmp_path: Path) -> None:
     spec = table_source(tmp_path, EVENTS).model_copy(update={"items": None})
-    assert read_source(spec).items.to_pydict() == {"item": sorted({f"i{item}" for _, item, _, _ in EVENTS})}
+    assert open_source(spec).items() is None
+    assert read_source(spec).events.num_rows == len(EVENTS)
 
 
 def test_parquet_times_and_typed_ids(tmp_path: Path) -> None:
@@ -128,7 +131,6 @@ def test_bad_cell_is_named_or_skipped(tmp_path: Path, ending: str, changes: dict
         read_source(spec)
     assert f"log.{ending}, row 3" in str(caught.value)
     assert ("(line 4)" in str(caught.value)) == (ending == "csv")
-    assert "--on-bad-row skip" in str(caught.value)
     skipping = read_source(spec, "skip")
     assert (skipping.events.num_rows, skipping.skipped_rows) == (3, 1)
 
@@ -177,12 +179,6 @@ def test_unusable_file_is_named(tmp_path: Path, name: str, content: str | bytes 
     assert "\n" not in str(caught.value)
 
 
-def test_all_rows_bad_is_no_log(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text("user,item,timestamp\nu,a,x\nu,,1\n")
-    with pytest.raises(InputError, match="holds no event: all 2 rows are bad"):
-        read_source(SourceSpec(kind="table", path=str(tmp_path / "log.csv")), "skip")
-
-
 def test_item_table_is_checked(tmp_path: Path) -> None:
     spec = bad_table(tmp_path, "csv", {})
     items = tmp_path / "items.csv"
@@ -227,6 +223,37 @@ def test_failed_download_names_what_was_tried_and_leaves_nothing(tmp_path: Path)
         download("movielens-1m", tmp_path / "out" / "ml", (missing, altered))
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(InputError, match="there are movielens-100k, movielens-1m"):
-        download("movielens-20m", tmp_path / "out")
+        download("movielens-2m", tmp_path / "out")
     with pytest.raises(InputError, match="holds something else"):
         download("movielens-1m", tmp_path, (missing,))
+
+
+def test_an_archive_of_changing_content_is_checked_by_its_own_checksums(tmp_path: Path) -> None:
+    whole = zip_archive(tmp_path / "whole.zip", EVENTS)
+    damaged = bytearray((tmp_path / "whole.zip").read_bytes())
+    damaged[damaged.index(b"::") + 2] ^= 1
+    (tmp_path / "damaged.zip").write_bytes(damaged)
+    sources = [Archive((tmp_path / name).as_uri(), "md5", None, whole.members) for name in ("damaged.zip", "whole.zip")]
+    with pytest.raises(InputError, match=r"damaged.zip: Bad CRC-32 for file 'ml-1m/"):
+        download("movielens-latest-small", tmp_path / "ml", (sources[0],))
+    assert not (tmp_path / "ml").exists()
+    download("movielens-latest-small", tmp_path / "ml", (sources[1],))
+    assert read_source(SourceSpec(path=str(tmp_path / "ml"))).events.num_rows == len(EVENTS)
+
+
+def test_members_of_the_same_names_are_told_apart_by_their_readme(tmp_path: Path) -> None:
+    for name in ("ratings.csv", "movies.csv"):
+        (tmp_path / name).touch()
+    (tmp_path / "README.txt").write_text("Summary\n=======\n\nThis dataset (ml-25m) describes 5-star ratings\n")
+    assert download("movielens-25m", tmp_path) == tmp_path
+    with pytest.raises(InputError, match="holds something else than movielens-20m"):
+        download("movielens-20m", tmp_path)
+
+
+def test_every_data_set_that_can_be_got_is_offered_and_pinned(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "get", "--help"])
+    offered = capsys.readouterr().out
+    for name, archives in ARCHIVES.items():
+        assert name in offered
+        assert all(archive.digest or name == "movielens-latest-small" for archive in archives)

@@ -8,12 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctrsink.config import parse_run
 from ctrsink.config.stages import ScheduleSpec, StageSpec
-from ctrsink.train.stages import plan, schedule
+from ctrsink.errors import InputError
+from ctrsink.train import stages as stage_plan
+from ctrsink.train.stages import StageWindow, schedule
+from tests.builders import run_tree
 
 
 def stage(name: str = "s", **fields: object) -> StageSpec:
     return StageSpec.model_validate({"name": name, "trainable": ["head"], "lr": {"head": 0.1}, **fields})
+
+
+def plan(stages: tuple[StageSpec, ...], sequences: int, batch: int, order: str = "shuffled") -> list[StageWindow]:
+    tree = run_tree(
+        stages=[s.model_dump() for s in stages],
+        train={"batch_size": batch, "micro_batch_size": batch},
+        data={"uri": "data", "order": order},
+    )
+    return stage_plan.plan(parse_run(tree, "test"), sequences)
 
 
 lengths = st.one_of(
@@ -85,3 +98,38 @@ def test_halfway_down_a_cosine_is_the_middle() -> None:
     spec = ScheduleSpec(kind="cosine", warmup=0, final=0.2)
     assert schedule(spec, 50, 101) == pytest.approx(0.6)
     assert schedule(spec, 10, 101) > 0.95
+
+
+ENDLESS = {"epochs": 1, "schedule": {"kind": "constant", "warmup": 0}}
+
+
+@given(st.integers(1, 64), st.integers(1, 20), st.integers(0, 5000), st.integers(0, 5000))
+def test_in_chronological_order_the_last_stage_ends_with_the_data_and_grows_with_them(
+    batch: int, warming: int, sequences: int, more: int
+) -> None:
+    stages = (stage("warm", steps=warming), stage("all", **ENDLESS))
+    sequences += (warming + 1) * batch
+    before, after = (plan(stages, n, batch, "chronological") for n in (sequences, sequences + more))
+    assert before[0] == after[0]
+    assert [w[-1].first for w in (before, after)] == [warming, warming]
+    assert [w[-1].end for w in (before, after)] == [sequences // batch, (sequences + more) // batch]
+    assert {w.factor(step) for w in (before[1], after[1]) for step in (warming, sequences // batch - 1)} == {1.0}
+
+
+def test_chronological_order_needs_data_for_its_last_stage() -> None:
+    with pytest.raises(InputError, match="100 sequences are 10 batches of 10, but the stages before all take 10 steps"):
+        plan((stage("warm", steps=10), stage("all", **ENDLESS)), 100, 10, "chronological")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        ({"epochs": 0.5}, ENDLESS, "stages.warm: data.order chronological needs steps"),
+        ({"steps": 5}, {"steps": 5}, "stages.all: the last stage in data.order chronological has epochs: 1"),
+        ({"steps": 5}, ENDLESS | {"epochs": 2}, "stages.all: the last stage in data.order chronological has epochs: 1"),
+        ({"steps": 5}, {"epochs": 1}, "stages.all: in data.order chronological the last stage grows with the data"),
+    ],
+)
+def test_what_would_change_with_the_data_is_refused(first: dict, last: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan((stage("warm", **first), stage("all", **last)), 100, 10, "chronological")

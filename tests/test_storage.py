@@ -40,9 +40,35 @@ def test_what_is_written_is_read_listed_and_deleted(folder: str) -> None:
     storage.delete(storage.join(folder, "never"))
 
 
+def test_files_are_found_with_size_and_version(folder: str) -> None:
+    assert storage.find(folder) == []
+    for name, content in {"b": b"123", "a/.hidden": b"", "a-b": b"1"}.items():
+        storage.write_bytes(storage.join(folder, "in", name), content)
+    storage.write_bytes(storage.join(folder, "into"), b"neighbour")
+    found = storage.find(storage.join(folder, "in"))
+    assert [(one.path, one.bytes) for one in found] == [("a-b", 1), ("a/.hidden", 0), ("b", 3)]
+    assert storage.info(storage.join(folder, "in", "b")) == found[2]
+    assert storage.info(storage.join(folder, "in", "a", ".hidden")).path == ".hidden"
+    storage.write_bytes(storage.join(folder, "in", "b"), b"321")
+    assert storage.info(storage.join(folder, "in", "b")).version != found[2].version
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 0), (0, 3), (2, 5), (3, 99), (5, 9), (99, 100), (4, 2)])
+def test_a_range_ends_with_the_file(folder: str, start: int, end: int) -> None:
+    storage.write_bytes(storage.join(folder, "x"), b"01234")
+    storage.write_bytes(storage.join(folder, "empty"), b"")
+    assert storage.read_range(storage.join(folder, "x"), start, end) == b"01234"[start:end]
+    assert storage.read_range(storage.join(folder, "empty"), start, end) == b""
+
+
 def test_missing_file_is_file_not_found(folder: str) -> None:
+    for name in ("nothing", ""):
+        with pytest.raises(FileNotFoundError):
+            storage.info(storage.join(folder, name))
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(folder, "nothing"))
+    with pytest.raises(FileNotFoundError):
+        storage.read_range(storage.join(folder, "nothing"), 0, 1)
     with pytest.raises(FileNotFoundError):
         storage.download_dir(storage.join(folder, "nothing"), "unused")
 
@@ -96,6 +122,9 @@ def attempt_everything(uri: str, tmp_path: Path) -> list[str]:
         lambda: storage.exists(uri),
         lambda: storage.list_files(uri),
         lambda: storage.list_dirs(uri),
+        lambda: storage.find(uri),
+        lambda: storage.info(uri),
+        lambda: storage.read_range(uri, 0, 1),
         lambda: storage.delete(uri),
         lambda: storage.upload_dir(tmp_path, uri),
         lambda: storage.download_dir(uri, tmp_path / "down"),
@@ -132,10 +161,10 @@ def test_no_credentials(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: p
 
 
 def test_unreachable_or_malformed_endpoint(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "0.2")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     for message in attempt_everything("s3://ctrsink-test/a", tmp_path):
-        assert "cannot reach the S3 endpoint" in message
+        assert "cannot reach the S3 endpoint (EndpointConnectionError), tried for " in message
         assert "AWS_ENDPOINT_URL" in message
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     for message in attempt_everything("s3://ctrsink-test/a", tmp_path):

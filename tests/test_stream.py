@@ -1,6 +1,8 @@
 """The stream over a prepared data set: the same global batches for any number of workers, each impression once in evaluation."""
 
 import dataclasses
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -235,6 +237,78 @@ def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path, how: str, name:
         list(stream_of(Dataset(uri)).steps(0, 8))
     assert "\n" not in str(caught.value)
     assert how in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_ends_the_stream_with_one_line(tmp_path: Path, workers: int) -> None:
+    uri = make_dataset(tmp_path)
+    stream = TrainStream(source_of(Dataset(uri)), 5, 1, 3, 1, 0, 1, workers=workers)
+    damage(Path(uri) / "shards/00002.parquet", "altered")
+    with pytest.raises(InputError, match=r"shards/00002.parquet .*prepare") as caught:
+        list(stream.steps(0, 60))
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_make_the_same_steps_and_leave_the_random_numbers_alone(uri: str) -> None:
+    def run(workers: int) -> tuple[list[Step], torch.Tensor]:
+        stream = TrainStream(source_of(Dataset(uri)), 5, 2, 12, 2, 1, 2, workers=workers)
+        torch.manual_seed(3)
+        return list(stream.steps(9, 7)), torch.rand(3)
+
+    (expected, number), (found, other) = run(0), run(2)
+    assert all(same_steps(a, b) for a, b in zip(expected, found, strict=True))
+    assert torch.equal(number, other)
+
+
+def test_a_process_does_not_run_the_program_that_started_it(tmp_path: Path) -> None:
+    """A script without a guard around its work would start again in each process, and bring Ray and DeepSpeed there."""
+    (tmp_path / "heavy.py").touch()
+    (tmp_path / "loaded.py").write_text("import sys\nimport ctrsink.data.stream\ndef names(i):\n    return list(sys.modules)\n")
+    (tmp_path / "program.py").write_text(
+        "print('started')\n"
+        "import heavy, loaded\n"
+        "from ctrsink.data.ahead import in_processes\n"
+        "(found,) = in_processes(loaded.names, 1, 1)\n"
+        "print(sorted({'ray', 'deepspeed', 'heavy', 'loaded', 'torch'} & set(found)))\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["started", "['loaded', 'torch']"]
+
+
+def test_the_state_is_what_was_handed_out(dataset: Dataset) -> None:
+    stream = stream_of(dataset)
+    steps = iter(stream)
+    assert stream.state_dict() == {"position": 0}
+    for number in (1, 2, 3):
+        assert next(steps).position == 12 * number
+        assert stream.state_dict() == {"position": 12 * number}  # more are built by now
+    other = stream_of(dataset)
+    other.load_state_dict(stream.state_dict())
+    assert same_steps(next(iter(other)), next(steps))
+
+
+def test_the_next_shards_are_read_while_a_block_is_consumed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def read(uri: str, entry: FileEntry) -> bytes:
+        opened.append(entry.path)
+        return read_file(uri, entry)
+
+    monkeypatch.setattr("ctrsink.data.dataset.read_file", read)
+    dataset = Dataset(uri, keep_shards=4)
+    stream = TrainStream(source_of(dataset), 5, 2, 1, 1, 0, 1)
+    now = {int(s) for s in np.unique(dataset.index["shard"][stream.step(0).micro_batches[0].targets[:, 0, 0].numpy()])}
+    after = stream.order.shards_after(0)
+    assert len(after) == 2
+    for number in (*now, *after):
+        dataset.shard(number)  # waits for those that are being read
+    assert sorted(opened) == sorted(
+        [
+            "index.parquet",
+            *(f.path for n in {*now, *after} for s in [dataset.manifest.shards[n]] for f in (s.events_file, s.tokens_file)),
+        ]
+    )
 
 
 def test_read_ahead_raises_an_error_in_its_turn() -> None:

@@ -30,13 +30,22 @@ class ColumnSpec(Section):
 class SourceSpec(Section):
     """The raw log."""
 
-    kind: Literal["movielens", "table"] = "movielens"
-    """`movielens`: MovieLens-100K or 1M as published. `table`: a log of one's own."""
+    kind: Literal["movielens", "kuairec", "mind", "table"] = "movielens"
+    """`movielens`, `kuairec`, `mind`: a public data set as published. `table`: a log of one's own."""
     path: str
-    """`movielens`: the folder with the ratings file. `table`: the event log (.csv, .jsonl or .parquet), local or s3://."""
+    """Local or s3://. `movielens`: the folder with the ratings file. `kuairec`: the folder with the matrices, or one of them.
+    `mind`: the folder with `behaviors.tsv`, or one of such folders. `table`: the event log (.csv, .jsonl or .parquet), a file or
+    a folder of files."""
     items: str | None = None
-    """`table` only: the item table, with a column `item` and the text fields that the template names."""
+    """`table` only: the item table, a file or a folder, with a column `item` and the text fields that the template names."""
     columns: ColumnSpec = ColumnSpec()
+    """`table` only: what the columns of the event log are called."""
+
+    @model_validator(mode="after")
+    def _only_tables(self) -> "SourceSpec":
+        if self.kind != "table" and (self.items or self.columns != ColumnSpec()):
+            raise ValueError(f"items and columns belong to kind table, the source {self.kind} has its own")
+        return self
 
 
 class TextSpec(Section):
@@ -95,6 +104,22 @@ class PrepareSpec(Section):
     split: SplitSpec = SplitSpec()
     shard_events: int = Field(default=250_000, ge=1)
     """A shard is closed once it holds this many events; a user is never torn apart."""
+    past_events: int = Field(default=200, ge=0)
+    """`ctrsink data append`: a user's latest events that go into the new shards as history."""
+    block_bytes: int = Field(default=32 * 2**20, ge=1)
+    """How much of the log one task reads at a time; the data set does not depend on it."""
+    workers: int = Field(default=1, ge=1)
+    """Tasks at a time: 1 runs them in this process; more let Ray Data run them, on this machine or the cluster at
+    `runtime.address`. The data set does not depend on it."""
+
+
+class CacheSpec(Section):
+    """Files of a remote data set that are kept on local disk, shared by all processes of a node."""
+
+    dir: str | None = None
+    """Local folder; left out, `ctrsink` below $XDG_CACHE_HOME or ~/.cache."""
+    limit_mib: int = Field(default=32 * 1024, ge=0)
+    """All files together take at most this many MiB: the one used longest ago makes room. 0 turns the cache off."""
 
 
 class DataSpec(Section):
@@ -110,6 +135,12 @@ class DataSpec(Section):
     """`per_user`: impressions trained in one sequence."""
     shuffle_shards: int = Field(default=8, ge=1)
     """Sequences are shuffled within blocks of this many shards, which are shuffled themselves."""
+    order: Literal["shuffled", "chronological"] = "shuffled"
+    """Epochs over all sequences, or one pass over the parts of the data set, oldest first, each shuffled in itself: what is
+    appended to the data set continues the run."""
+    workers: int = Field(default=0, ge=0)
+    """Processes of each rank that build batches ahead; 0 for a thread. The batches are the same."""
+    cache: CacheSpec = CacheSpec()
 
     @property
     def targets_per_sequence(self) -> int:

@@ -38,6 +38,7 @@ class RunSpec(Section):
         self._check_signals()
         self._check_bias()
         self._check_stages()
+        self._check_order()
         return self
 
     def _check_batch(self) -> None:
@@ -81,3 +82,19 @@ class RunSpec(Section):
                 raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")
             if self.model.lora is not None and "backbone" in stage.trainable and "lora" in stage.trainable:
                 raise ValueError(f"stages.{stage.name}: lora and backbone together train the same weights twice; choose one")
+
+    def _check_order(self) -> None:
+        """In chronological order the data may grow: what depends on their size would change for steps that were taken already."""
+        if self.data.order == "shuffled":
+            return
+        *earlier, last = self.stages
+        for stage in earlier:
+            if stage.steps is None:
+                raise ValueError(f"stages.{stage.name}: data.order chronological needs steps for every stage but the last")
+        if last.epochs != 1:
+            raise ValueError(f"stages.{last.name}: the last stage in data.order chronological has epochs: 1, the single pass")
+        if last.schedule.kind != "constant" or last.schedule.warmup:
+            raise ValueError(
+                f"stages.{last.name}: in data.order chronological the last stage grows with the data: its schedule must be "
+                "{kind: constant, warmup: 0}; warm up in a stage before it"
+            )

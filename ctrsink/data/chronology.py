@@ -1,4 +1,4 @@
-"""Pure functions from a log to shards: labels, split times, the order of users and events, where a shard ends."""
+"""Pure functions from a log to shards: labels, splits, the order of users and events, where a shard ends."""
 
 import hashlib
 import math
@@ -12,6 +12,8 @@ from ctrsink.data.manifest import INDEX_SCHEMA, SPLITS, Split, SplitCounts, Spli
 from ctrsink.errors import InputError
 
 NO_LABEL = -1
+PAST = -1
+PREFIXES = 2**16
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,11 @@ def labels(logged: np.ndarray, feedback: np.ndarray, mapped: bool, positive_from
     return np.where(np.isnan(feedback), NO_LABEL, feedback >= positive_from).astype(np.int8)
 
 
-def split_times(timestamp: np.ndarray, spec: SplitSpec) -> SplitTimes:
-    """Cut the time so that about `spec.train` and `spec.valid` of the impressions lie before the cuts.
-
-    `timestamp` holds the int64 seconds of every impression, in any order, at least one.
-    """
-    ordered = np.sort(timestamp)
+def split_ranks(impressions: int, spec: SplitSpec) -> list[int]:
+    """Ranks, among all impressions in order of time, of the two whose times are the split times."""
     # The sum of two decimal shares falls a little below or above the number that was meant.
-    cuts = [min(math.floor(share * len(ordered) + 1e-6), len(ordered) - 1) for share in (spec.train, spec.train + spec.valid)]
-    return SplitTimes(train_end=int(ordered[cuts[0]]), valid_end=int(ordered[cuts[1]]))
+    shares = (spec.train, spec.train + spec.valid)
+    return [min(math.floor(share * impressions + 1e-6), impressions - 1) for share in shares]
 
 
 def split_of(timestamp: np.ndarray, times: SplitTimes) -> np.ndarray:
@@ -50,17 +48,14 @@ def split_of(timestamp: np.ndarray, times: SplitTimes) -> np.ndarray:
     return np.searchsorted([times.train_end, times.valid_end], timestamp, side="right").astype(np.int8)
 
 
-def count_splits(split: np.ndarray, label: np.ndarray, spec: SplitSpec) -> dict[Split, SplitCounts]:
-    """Impressions and positives of each split.
+def check_splits(counts: dict[Split, SplitCounts], spec: SplitSpec) -> None:
+    """Refuse splits that nothing can be learned from, or measured on.
 
     Raises:
         InputError: a split that was asked for has no impression, or train has one class only.
     """
-    counts: dict[Split, SplitCounts] = {}
-    for index, name in enumerate(SPLITS):
-        chosen = label[(split == index) & (label != NO_LABEL)]
-        counts[name] = SplitCounts(impressions=len(chosen), positives=int(chosen.sum()))
-        if not len(chosen) and not (name == "valid" and spec.valid == 0):
+    for name in SPLITS:
+        if not counts[name].impressions and not (name == "valid" and spec.valid == 0):
             reason = "too many share one timestamp, or the log is too short for prepare.split"
             raise InputError(f"the {name} split has no impression: {reason}")
     train = counts["train"]
@@ -69,7 +64,13 @@ def count_splits(split: np.ndarray, label: np.ndarray, spec: SplitSpec) -> dict[
         raise InputError(
             f"all {train.impressions} impressions of the train split are {which}: check positive_from or the label column"
         )
-    return counts
+
+
+def prefixes(user: pa.Array) -> np.ndarray:
+    """uint16 per event: the first bits of the sha256 of its user's id; users in the order of their hash come prefix by prefix."""
+    encoded = user.dictionary_encode()
+    firsts = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:2], "big") for name in encoded.dictionary.to_pylist()]
+    return np.array(firsts, np.uint16)[encoded.indices.to_numpy()]
 
 
 def chronologies(user: pa.Array, timestamp: np.ndarray) -> Chronologies:
@@ -88,24 +89,35 @@ def chronologies(user: pa.Array, timestamp: np.ndarray) -> Chronologies:
     return Chronologies([names[i] for i in by_hash], offsets, order)
 
 
-def cut_shards(offsets: np.ndarray, shard_events: int) -> list[tuple[int, int]]:
-    """Ranges [first, end) of users: a shard is closed once it holds `shard_events` events; a user is never torn apart."""
-    shards = []
-    first, users = 0, len(offsets) - 1
-    while first < users:
-        end = min(int(np.searchsorted(offsets, offsets[first] + shard_events, side="left")), users)
+def cut_shards(events: np.ndarray, shard_events: int) -> list[tuple[int, int]]:
+    """Ranges [first, end) of prefixes: a shard is closed once it holds `shard_events` events; all of them have some.
+
+    Args:
+        events: number of events of each prefix, [PREFIXES].
+    """
+    ends = np.cumsum(events)
+    shards, first, done = [], 0, 0
+    while done < ends[-1]:
+        end = min(int(np.searchsorted(ends, done + shard_events, side="left")) + 1, len(events))
+        if ends[end - 1] == ends[-1]:
+            end = len(events)
         shards.append((first, end))
-        first = end
+        first, done = end, int(ends[end - 1])
     return shards
 
 
-def user_index(offsets: np.ndarray, split: np.ndarray, label: np.ndarray, shards: list[tuple[int, int]]) -> pa.Table:
-    """The index (INDEX_SCHEMA) of users in shard order; `split` and `label` are per event, in the order of chronologies."""
-    users = len(offsets) - 1
-    cell = np.repeat(np.arange(users), np.diff(offsets)) * len(SPLITS) + split
-    events = np.bincount(cell, minlength=users * len(SPLITS)).reshape(users, len(SPLITS))
-    impressions = np.bincount(cell[label != NO_LABEL], minlength=users * len(SPLITS)).reshape(users, len(SPLITS))
-    shard = np.concatenate([np.full(end - first, i) for i, (first, end) in enumerate(shards)])
-    row = np.concatenate([np.arange(end - first) for first, end in shards])
-    columns = [shard, row, np.zeros(users), *events.T, *impressions.T]
+def user_index(offsets: np.ndarray, split: np.ndarray, label: np.ndarray, shard: int) -> pa.Table:
+    """The index (INDEX_SCHEMA) of the users of one shard.
+
+    Args:
+        offsets: of the users' events, see Chronologies.
+        split: int8 per event, its index in SPLITS, or PAST.
+        label: int8 per event.
+        shard: number of the shard.
+    """
+    users, kinds = len(offsets) - 1, 1 + len(SPLITS)
+    cell = np.repeat(np.arange(users), np.diff(offsets)) * kinds + split + 1  # PAST is -1
+    events = np.bincount(cell, minlength=users * kinds).reshape(users, kinds)
+    impressions = np.bincount(cell[label != NO_LABEL], minlength=users * kinds).reshape(users, kinds)
+    columns = [np.full(users, shard), np.arange(users), *events.T, *impressions.T[1:]]
     return pa.Table.from_arrays([pa.array(c.astype(np.int32)) for c in columns], schema=INDEX_SCHEMA)

@@ -4,45 +4,66 @@ import numpy as np
 import torch
 
 from ctrsink.batch import Batch
-from ctrsink.data.examples import Sequence
+from ctrsink.data.examples import Sequence, Sequences, ranges
 
 MULTIPLE = 8  # lengths are rounded up to this: fewer distinct shapes, aligned kernels
 
 
 def collate(sequences: list[Sequence], users: list[int], counted: list[bool] | None = None) -> Batch:
-    """Pad `sequences` to one length, with at least one padded position per row (see Batch).
+    """The batch of all `sequences`; see collate_rows."""
+    return collate_rows(
+        Sequences.of(sequences), np.arange(len(sequences)), np.array(users), None if counted is None else np.array(counted)
+    )
+
+
+def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, counted: np.ndarray | None = None) -> Batch:
+    """Pad some of the sequences to one length, with at least one padded position per row (see Batch).
 
     Args:
-        sequences: B of them.
-        users: row of each one's user in the data set's index.
-        counted: False makes a row's readouts invalid: it only fills the batch.
+        sequences: N of them.
+        rows: int64 [B]; which ones, in the order of the batch.
+        users: int64 [B]; row of each one's user in the data set's index.
+        counted: bool [B]; False makes a row's readouts invalid: it only fills the batch.
     """
-    length = max(len(s.input_ids) for s in sequences) + 1
+    columns = sequences.columns
+    starts, stops = sequences.positions[rows], sequences.positions[rows + 1]
+    length = int((stops - starts).max()) + 1
     length += -length % MULTIPLE
+    long = [columns.input_ids, columns.kinds, columns.event_ids, columns.aligned]
+    padded = [np.zeros((len(rows), length), column.dtype) for column in long]
+    # Row by row: copying a stretch is faster than an index for each of its positions.
+    for row, (a, b) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        for column, out in zip(long, padded, strict=True):
+            out[row, : b - a] = column[a:b]
     # At least one slot where there are sinks at all: every rank runs every module, whatever its batch holds.
-    slots = max(max(len(s.sink_positions) for s in sequences), min(1, sequences[0].signals.shape[1]))
-    readouts = max(len(s.targets) for s in sequences)
-    valid = _pad(
-        [np.ones(len(s.targets), np.bool_) & (counted is None or counted[i]) for i, s in enumerate(sequences)], readouts, False
-    )
-    owners = [np.stack([np.full(len(s.targets), u), s.targets], axis=1) for s, u in zip(sequences, users, strict=True)]
-    return Batch(
-        input_ids=_pad([s.input_ids for s in sequences], length, 0),
-        kinds=_pad([s.kinds for s in sequences], length, 0),
-        event_ids=_pad([s.event_ids for s in sequences], length, 0),
-        aligned=_pad([s.aligned for s in sequences], length, False),
-        sink_positions=_pad([s.sink_positions for s in sequences], slots, length - 1),
-        sink_valid=_pad([np.ones(len(s.sink_positions), np.bool_) for s in sequences], slots, False),
-        signals=_pad([s.signals for s in sequences], slots, 0),
-        readout_positions=_pad([s.readout_positions for s in sequences], readouts, length - 1),
-        readout_valid=valid,
-        labels=_pad([s.labels.astype(np.float32) for s in sequences], readouts, 0.0),
-        targets=_pad(owners, readouts, -1),
-    )
+    sinks = _Slots(sequences.sinks, rows, min(1, columns.signals.shape[1]))
+    readouts = _Slots(sequences.targets, rows, 1)
+    owners = np.full((*readouts.valid.shape, 2), -1)
+    owners[..., 0][readouts.valid] = users.repeat(readouts.lengths)
+    owners[..., 1] = readouts.fill(columns.targets, -1)
+    arrays = [
+        *padded,
+        sinks.fill(columns.sink_positions, length - 1),
+        sinks.valid,
+        sinks.fill(columns.signals, 0),
+        readouts.fill(columns.readout_positions, length - 1),
+        readouts.valid if counted is None else readouts.valid & counted[:, None],
+        readouts.fill(columns.labels.astype(np.float32), 0),
+        owners,
+    ]
+    return Batch(*map(torch.from_numpy, arrays))
 
 
-def _pad(rows: list[np.ndarray], length: int, value: float) -> torch.Tensor:
-    out = np.full((len(rows), length, *rows[0].shape[1:]), value, rows[0].dtype)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out)
+class _Slots:
+    """A table [B, at least `least`] with a row for each of the `rows` of ragged columns that have these `bounds`."""
+
+    def __init__(self, bounds: np.ndarray, rows: np.ndarray, least: int) -> None:
+        starts = bounds[rows]
+        self.lengths = bounds[rows + 1] - starts
+        self.valid = np.arange(max(int(self.lengths.max()), least)) < self.lengths[:, None]
+        self._chosen = ranges(starts, self.lengths)
+
+    def fill(self, column: np.ndarray, value: float) -> np.ndarray:
+        out = np.full((*self.valid.shape, *column.shape[1:]), value, column.dtype)
+        out[self.valid] = column[self._chosen]
+        return out

@@ -1,33 +1,37 @@
 """A prepared data set as the stream sees it: counts of every user at once, chronologies of a shard on demand."""
 
 import io
+import threading
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrsink.data.examples import Chronology, Ragged
-from ctrsink.data.manifest import SPLITS, Manifest, read_file, read_manifest
+from ctrsink.data.cache import Cache
+from ctrsink.data.examples import Chronology, Events, Ragged
+from ctrsink.data.manifest import SPLITS, FileEntry, Manifest, read_file, read_manifest
+
+READERS = 4  # shards read at a time: one waits for storage while another is decoded
+COLUMNS = ["user", "item", "timestamp", "feedback_id", "label", "request"]
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A shard in memory, [N] events of all its users one after another."""
+class Shard(Events):
+    """A shard in memory, [N] events of all its users one after another; `texts` are rows of its own token table."""
 
     offsets: np.ndarray
-    texts: np.ndarray
-    feedbacks: np.ndarray
-    timestamps: np.ndarray
-    labels: np.ndarray
+    """int64 [users + 1]; rows of each user."""
     items: np.ndarray
     """Rows of the item table, [N]."""
-    known: np.ndarray
-    """See Chronology."""
-    tokens: Ragged
-    """Token table of the items of this shard; `texts` are its rows."""
-    users: list[str]
+    impressions: np.ndarray
+    """Rows with a label, ascending."""
+    users: np.ndarray
+    """Ids, strings of numpy."""
 
     def chronology(self, row: int) -> Chronology:
         a, b = self.offsets[row], self.offsets[row + 1]
@@ -40,20 +44,34 @@ class Dataset:
     Args:
         uri: its folder, local or s3://.
         keep_shards: shards held in memory.
+        cache: where files of a remote data set are kept on disk; left out, nowhere.
 
     Raises:
         InputError: the manifest or a file is missing, truncated or altered.
     """
 
-    def __init__(self, uri: str, keep_shards: int = 16) -> None:
+    def __init__(self, uri: str, keep_shards: int = 16, cache: Cache | None = None) -> None:
         self.uri = uri
         self.manifest: Manifest = read_manifest(uri)
-        table = pq.read_table(io.BytesIO(read_file(uri, self.manifest.index)))
+        self._keep, self._cache = keep_shards, cache
+        self._start()
+        table = pq.read_table(io.BytesIO(self._read(self.manifest.index)))
         self.index: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
         self.feedbacks = Ragged.of(self.manifest.feedback_tokens)
         self.prefix = np.array(self.manifest.prefix_tokens, np.int64)
-        self._keep = keep_shards
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+
+    def _start(self) -> None:
+        self._shards: OrderedDict[int, Future[Shard]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._readers = ThreadPoolExecutor(READERS, "ctrsink-shards")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: all but the shards, which it reads itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("_shards", "_lock", "_readers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
 
     def events(self, split: str, user: int) -> tuple[int, int]:
         """Range [lo, hi) of the user's events that lie in the split."""
@@ -66,56 +84,76 @@ class Dataset:
         return self.shard(int(self.index["shard"][user])), int(self.index["row"][user])
 
     def shard(self, number: int) -> Shard:
-        if number in self._shards:
-            self._shards.move_to_end(number)
-            return self._shards[number]
+        self.fetch([number])
+        with self._lock:
+            future = self._shards.get(number) or self._readers.submit(self._load, number)
+        try:
+            return future.result()
+        except BaseException:
+            with self._lock:
+                self._shards.pop(number, None)  # the next one who asks tries again
+            raise
+
+    def fetch(self, numbers: Iterable[int]) -> None:
+        """Begin to read shards that are needed now, all at once."""
+        with self._lock:
+            for number in numbers:
+                if number not in self._shards:
+                    self._shards[number] = self._readers.submit(self._load, number)
+                self._shards.move_to_end(number)
+            while len(self._shards) > self._keep:
+                self._shards.popitem(last=False)
+
+    def read_ahead(self, numbers: tuple[int, ...]) -> None:
+        """Begin to read shards that are needed later; they take at most half of the memory from those in use."""
+        self.fetch(numbers[: self._keep // 2])
+
+    def _read(self, entry: FileEntry) -> bytes:
+        return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)
+
+    def _load(self, number: int) -> Shard:
         entry = self.manifest.shards[number]
-        events = pq.read_table(io.BytesIO(read_file(self.uri, entry.events_file)))
-        tokens = pq.read_table(io.BytesIO(read_file(self.uri, entry.tokens_file)))
-        shard = _to_arrays(events, tokens)
-        self._shards[number] = shard
-        if len(self._shards) > self._keep:
-            self._shards.popitem(last=False)
-        return shard
+        events, tokens = (
+            pq.read_table(io.BytesIO(self._read(file)), columns=columns, use_threads=False)
+            for file, columns in ((entry.events_file, COLUMNS), (entry.tokens_file, None))
+        )
+        return _to_arrays(events, tokens)
 
     def read_items(self) -> pa.Table:
         """The item table: `id`, text fields, and `text`."""
-        return pq.read_table(io.BytesIO(read_file(self.uri, self.manifest.items)))
+        return pq.read_table(io.BytesIO(self._read(self.manifest.items)))
 
 
 def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
-    def flat(name: str) -> np.ndarray:
-        return events[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    def flat(name: str) -> pa.Array:
+        return events[name].combine_chunks().flatten()
 
-    lengths = _lengths(events["item"].combine_chunks())
-    labels = events["label"].combine_chunks().flatten().fill_null(-1).to_numpy()
-    items = flat("item")
-    known = tokens["item"].to_numpy()
-    token_lists = tokens["tokens"].combine_chunks()
-    offsets = np.concatenate([[0], np.cumsum(_lengths(token_lists))])
+    lists = tokens["tokens"].combine_chunks()
+    lengths = np.diff(events["item"].combine_chunks().offsets.to_numpy())
+    items = flat("item").to_numpy()
+    labels = flat("label").fill_null(-1).to_numpy()
     return Shard(
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        texts=np.searchsorted(known, items),
-        feedbacks=flat("feedback_id").astype(np.int64),
-        timestamps=flat("timestamp"),
+        texts=np.searchsorted(tokens["item"].to_numpy(), items).astype(np.int32),
+        feedbacks=flat("feedback_id").to_numpy(),
+        timestamps=flat("timestamp").to_numpy(),
         labels=labels,
+        known=_known(flat("request"), lengths),
+        tokens=Ragged(lists.flatten().to_numpy(), np.append(0, np.cumsum(np.diff(lists.offsets.to_numpy())))),
+        offsets=np.append(0, np.cumsum(lengths)),
         items=items,
-        known=_known(events["request"].combine_chunks().flatten(), lengths),
-        tokens=Ragged(token_lists.flatten().to_numpy().astype(np.int64), offsets),
-        users=events["user"].to_pylist(),
+        impressions=np.flatnonzero(labels >= 0).astype(np.int32),
+        users=np.array(events["user"].to_pylist(), np.dtypes.StringDType()),
     )
 
 
-def _lengths(lists: pa.ListArray) -> np.ndarray:
-    return np.diff(lists.offsets.to_numpy())
-
-
 def _known(requests: pa.StringArray, lengths: np.ndarray) -> np.ndarray:
-    """How many events of its user come before the request of each event, int64 [N]; without a request an event stands alone."""
-    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    alone = np.arange(len(requests))
-    codes = requests.dictionary_encode().indices.fill_null(-1).to_numpy()
+    """How many events of its user come before the request of each event, int32 [N]; without a request an event stands alone."""
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    firsts = np.arange(len(requests))
+    coded = requests.dictionary_encode()
+    codes = coded.indices.fill_null(-1).to_numpy()
+    asked = np.flatnonzero(codes >= 0)
     # Events of one user and one request meet in the place of the first of them.
-    keys = np.stack([starts, np.where(codes < 0, -1 - alone, codes)], axis=1)
-    _, firsts, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    return firsts[inverse.ravel()] - starts
+    _, where, inverse = np.unique(users[asked] * len(coded.dictionary) + codes[asked], return_index=True, return_inverse=True)
+    firsts[asked] = asked[where][inverse]
+    return (firsts - (np.cumsum(lengths) - lengths)[users]).astype(np.int32)

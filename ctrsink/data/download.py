@@ -2,13 +2,15 @@
 
 import hashlib
 import http.client
-import io
 import logging
+import shutil
 import subprocess
+import tempfile
 import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from ctrsink.errors import InputError
 from ctrsink.folder import new_folder
@@ -29,35 +31,37 @@ class Archive:
 
     source: str  # an address, or a pinned requirement of a Python package
     algorithm: str
-    digest: str
+    digest: str | None  # None where the content may change: then only the checksums within the archive are checked
     members: tuple[str, ...]
 
 
-_WHEEL = "recbole==1.2.1"
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
+
+
+def _published(name: str, md5: str | None, *members: str, folder: str | None = None) -> Archive:
+    """An archive of GroupLens, whose content lies in a folder; with the hash that they give."""
+    return Archive(f"{_GROUPLENS}/{name}.zip", "md5", md5, tuple(f"{folder or name}/{member}" for member in members))
+
+
+_CSV = ("ratings.csv", "movies.csv", "README.txt")
 ARCHIVES: dict[str, tuple[Archive, ...]] = {
     "movielens-100k": (
+        _published("ml-100k", "0e33842e24a9c977be4e0107933c0723", "u.data", "u.item", "u.genre", "README"),
         Archive(
-            f"{_GROUPLENS}/ml-100k.zip",
-            "md5",  # the one that the publisher gives
-            "0e33842e24a9c977be4e0107933c0723",
-            ("ml-100k/u.data", "ml-100k/u.item", "ml-100k/u.genre", "ml-100k/README"),
-        ),
-        Archive(
-            _WHEEL,
+            "recbole==1.2.1",
             "sha256",
             "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
             ("recbole/dataset_example/ml-100k/ml-100k.inter", "recbole/dataset_example/ml-100k/ml-100k.item"),
         ),
     ),
-    "movielens-1m": (
-        Archive(
-            f"{_GROUPLENS}/ml-1m.zip",
-            "md5",
-            "c4d9eecfca2ab87c1945afe126590906",
-            ("ml-1m/ratings.dat", "ml-1m/movies.dat", "ml-1m/README"),
-        ),
+    "movielens-1m": (_published("ml-1m", "c4d9eecfca2ab87c1945afe126590906", "ratings.dat", "movies.dat", "README"),),
+    "movielens-latest-small": (_published("ml-latest-small", None, *_CSV),),  # changes from time to time
+    "movielens-10m": (
+        _published("ml-10m", "ce571fd55effeba0271552578f2648bd", "ratings.dat", "movies.dat", "README.html", folder="ml-10M100K"),
     ),
+    "movielens-20m": (_published("ml-20m", "cd245b17a1ae2cc31bb14903e1204af3", *_CSV),),
+    "movielens-25m": (_published("ml-25m", "6b51fb2759a8657d3bfcbfc42b592ada", *_CSV),),
+    "movielens-32m": (_published("ml-32m", "d472be332d4daa821edc399621853b57", *_CSV),),
 }
 
 
@@ -71,7 +75,7 @@ def download(name: str, to: str | Path, archives: tuple[Archive, ...] | None = N
     if not sources:
         raise InputError(f"there is no data set {name!r} to get; there are {', '.join(ARCHIVES)}")
     folder = Path(to)
-    if any(all((folder / PurePosixPath(m).name).is_file() for m in archive.members) for archive in sources):
+    if any(_is_there(archive, folder) for archive in sources):
         log.info("%s is in %s already", name, folder)
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -79,7 +83,8 @@ def download(name: str, to: str | Path, archives: tuple[Archive, ...] | None = N
     failures = []
     for archive in sources:
         try:
-            _unpack(archive, _verified(archive), folder)
+            with new_folder(folder) as beside:
+                _fetch(archive, beside)
         except (
             OSError,
             http.client.HTTPException,
@@ -96,26 +101,37 @@ def download(name: str, to: str | Path, archives: tuple[Archive, ...] | None = N
     raise InputError(f"cannot get {name}; tried {'; '.join(failures)}; or put its files into {folder} yourself")
 
 
-def _verified(archive: Archive) -> bytes:
-    if "://" not in archive.source:
-        return fetch_wheel(archive.source, archive.digest)
-    content = _from_address(archive.source)
-    found = hashlib.new(archive.algorithm, content, usedforsecurity=False).hexdigest()
-    if found != archive.digest:
-        raise ValueError(f"its {archive.algorithm} is {found}, expected {archive.digest}")
-    return content
+def _is_there(archive: Archive, folder: Path) -> bool:
+    """Whether all members lie there, and no README.txt says that they are of another archive with members of the same names."""
+    readme = folder / "README.txt"
+    return all((folder / PurePosixPath(member).name).is_file() for member in archive.members) and (
+        not readme.is_file() or f"({PurePosixPath(archive.members[0]).parts[0]})" in readme.read_text("utf-8", "replace")
+    )
 
 
-def _from_address(address: str) -> bytes:
+def _fetch(archive: Archive, folder: Path) -> None:
+    """Put the members side by side into `folder`; raises ValueError where the archive is not the expected one."""
+    with tempfile.TemporaryFile(dir=folder.parent) as content:  # hundreds of MB: not in memory
+        if "://" in archive.source:
+            found = _copy(archive.source, content, archive.algorithm)
+            if archive.digest not in (None, found):
+                raise ValueError(f"its {archive.algorithm} is {found}, expected {archive.digest}")
+        else:
+            content.write(fetch_wheel(archive.source, str(archive.digest)))
+        with zipfile.ZipFile(content) as packed:
+            for member in archive.members:
+                with packed.open(member) as source, (folder / PurePosixPath(member).name).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)  # checks the member's CRC at its end
+
+
+def _copy(address: str, to: IO[bytes], algorithm: str) -> str:
+    """Download into the open file `to`; returns the hash."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer:
-        return answer.read()
-
-
-def _unpack(archive: Archive, content: bytes, folder: Path) -> None:
-    """Put the members side by side into `folder`, all or none."""
-    with new_folder(folder) as beside, zipfile.ZipFile(io.BytesIO(content)) as packed:
-        for member in archive.members:
-            (beside / PurePosixPath(member).name).write_bytes(packed.read(member))
+        while piece := answer.read(1 << 20):
+            digest.update(piece)
+            to.write(piece)
+    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:

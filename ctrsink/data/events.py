@@ -1,4 +1,4 @@
-"""The event log and its item table in memory, and the check that names the row and the column of what cannot be used."""
+"""Raw rows become events and items; the check names the row and the column of what cannot be used."""
 
 import logging
 from collections.abc import Callable
@@ -33,19 +33,6 @@ _LATEST = 10**11  # the year 5138; what lies beyond was counted in milliseconds
 
 
 @dataclass(frozen=True)
-class EventLog:
-    """What a source gives.
-
-    `events` has EVENTS_SCHEMA, in the order of the log. `items` has `item`, unique, and any text fields, all strings
-    without nulls. Every event's item is in `items`.
-    """
-
-    events: pa.Table
-    items: pa.Table
-    skipped_rows: int
-
-
-@dataclass(frozen=True)
 class RawRows:
     """A table as it was read, before any cell was looked at."""
 
@@ -54,11 +41,16 @@ class RawRows:
     numbers: np.ndarray  # 1-based number of each row in the file, without the header
     header_lines: int | None = None  # line = row number + this; None where lines are not rows
     broken: list[tuple[int, str]] = field(default_factory=list)  # rows that could not be split into columns: (number, why)
+    taken: int | None = None  # rows of the file that it was made of, where these are not the table's and the broken ones
+
+    @property
+    def file_rows(self) -> int:
+        """Rows of the file that it was made of."""
+        return self.table.num_rows + len(self.broken) if self.taken is None else self.taken
 
     def place(self, number: int) -> str:
         """Where row `number` is, in words."""
-        line = "" if self.header_lines is None else f" (line {number + self.header_lines})"
-        return f"{self.file}, row {number}{line}"
+        return place(self.file, number, self.header_lines)
 
     def column(self, name: str) -> pa.Array:
         """One column as a single array; raises InputError naming the columns there are."""
@@ -67,13 +59,43 @@ class RawRows:
         return self.table.column(name).combine_chunks()
 
 
-def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None, on_bad_row: OnBadRow) -> tuple[pa.Table, int]:
-    """Turn raw rows into a table of EVENTS_SCHEMA and the number of rows that were skipped.
+@dataclass(frozen=True)
+class Problem:
+    """The first row of a block that cannot be used."""
+
+    row: int
+    """Counted from 1 within the block."""
+    what: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The rows of a block that can be used, and what is known of the others."""
+
+    events: pa.Table
+    """EVENTS_SCHEMA, in the order of the log."""
+    rows: int
+    """Of the block, good and bad."""
+    problem: Problem | None
+
+    @property
+    def skipped(self) -> int:
+        return self.rows - self.events.num_rows
+
+
+def place(file: str, number: int, header_lines: int | None) -> str:
+    """Where row `number` of a file is, in words; `header_lines` as in RawRows."""
+    line = "" if header_lines is None else f" (line {number + header_lines})"
+    return f"{file}, row {number}{line}"
+
+
+def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> Checked:
+    """Look at every cell of raw rows.
 
     `items` holds the ids of the item table, or is None where every item is welcome.
 
     Raises:
-        InputError: a column is missing, no row is left, or (`on_bad_row="fail"`) a row cannot be used.
+        InputError: a column is missing or cannot hold what it should.
     """
     checks = _Checks()
     user, item = (checks.text(raw, name) for name in (columns.user, columns.item))
@@ -87,14 +109,7 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None, on_b
     request = pc.cast(raw.column(columns.request), pa.string()) if columns.request else pa.nulls(rows, pa.string())
 
     bad = checks.bad(rows)
-    skipped = int(bad.sum()) + len(raw.broken)
-    if skipped and on_bad_row == "fail":
-        raise InputError(_first_problem(raw, checks, bad) + "; correct it, or leave bad rows out with --on-bad-row skip")
-    if skipped:
-        log.warning("%s: skipped %d bad rows; the first: %s", raw.file, skipped, _first_problem(raw, checks, bad))
-    if skipped == rows + len(raw.broken):
-        reason = f"all {skipped} rows are bad" if skipped else "it has no row"
-        raise InputError(f"the event log {raw.file} holds no event: {reason}")
+    problem = _first_problem(raw, checks, bad) if bad.any() or raw.broken else None
     good = ~bad
     arrays = [
         user,
@@ -105,7 +120,7 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None, on_b
         request,
     ]
     table = pa.Table.from_arrays(arrays, schema=EVENTS_SCHEMA)
-    return (table.filter(pa.array(good)) if skipped else table), skipped
+    return Checked(table.filter(pa.array(good)) if bad.any() else table, rows + len(raw.broken), problem)
 
 
 def check_items(raw: RawRows, key: str = "item") -> pa.Table:
@@ -121,7 +136,8 @@ def check_items(raw: RawRows, key: str = "item") -> pa.Table:
     checks.add(key, _mask(pc.is_in(ids, value_set=repeated)), ids, "{value!r} appears more than once")
     bad = checks.bad(len(ids))
     if bad.any() or raw.broken:
-        raise InputError(_first_problem(raw, checks, bad))
+        problem = _first_problem(raw, checks, bad)
+        raise InputError(f"{raw.place(problem.row)}{problem.what}")
     if not len(ids):
         raise InputError(f"the item table {raw.file} is empty")
     fields = {n: pc.fill_null(_as_text(raw.column(n)), "") for n in raw.table.column_names if n != key}
@@ -201,11 +217,11 @@ def _as_text(cells: pa.Array) -> pa.Array:
         return pa.array([None if v is None else str(v) for v in values], pa.string())
 
 
-def _first_problem(raw: RawRows, checks: _Checks, bad: np.ndarray) -> str:
+def _first_problem(raw: RawRows, checks: _Checks, bad: np.ndarray) -> Problem:
     """The bad row that comes first in the file, and the first of its columns that is bad."""
     broken = min(raw.broken, default=None)
     if broken and (not bad.any() or broken[0] < raw.numbers[bad.argmax()]):
-        return f"{raw.place(broken[0])}: {broken[1]}"
+        return Problem(broken[0], f": {broken[1]}")
     index = int(bad.argmax())
     what = next(describe(index) for mask, describe in checks.found if mask[index])
-    return f"{raw.place(int(raw.numbers[index]))}, {' '.join(what.split())}"
+    return Problem(int(raw.numbers[index]), f", {' '.join(what.split())}")

@@ -1,6 +1,10 @@
-"""A piece of a chronology becomes one sequence: `prefix  text1 feedback1 sink1 ... textn` (CTR-Sink; DTI, arXiv 2503.01001)."""
+"""A piece of a chronology becomes one sequence: `prefix  text1 feedback1 sink1 ... textn` (CTR-Sink; DTI, arXiv 2503.01001).
 
-from dataclasses import dataclass
+Many sequences are built at once, by arrays over all their events: a loop over them would take most of the time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -47,10 +51,15 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The rows one after another, [sum of their lengths]."""
-        lengths = self.lengths(rows)
-        ends = np.cumsum(lengths)
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-        return self.values[np.repeat(self.offsets[rows], lengths) + within]
+        return self.values[ranges(self.offsets[rows], self.lengths(rows))]
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The integers `starts[i] .. starts[i] + lengths[i] - 1` of one range after another, int64 [sum of lengths]."""
+    ends = lengths.cumsum()
+    out = np.arange(ends[-1] if len(ends) else 0)
+    out += (starts - ends + lengths).repeat(lengths)
+    return out
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,37 @@ class Chronology:
 
 
 @dataclass(frozen=True)
+class Events:
+    """Events of any number of chronologies, one after another, oldest first in each; see Chronology for the columns, [N] each."""
+
+    texts: np.ndarray
+    feedbacks: np.ndarray
+    timestamps: np.ndarray
+    labels: np.ndarray
+    known: np.ndarray
+    tokens: Ragged
+    """Token table of the items' texts."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where n sequences are cut: `sizes[i]` of them from `events[i]`, whose rows they name."""
+
+    events: list[Events]
+    sizes: np.ndarray
+    begins: np.ndarray
+    """int64 [n]; row at which each sequence's chronology begins."""
+    targets: Ragged
+    """Rows of the targets of each sequence, ascending, at least one."""
+
+    def each(self, rows: np.ndarray, ends: np.ndarray) -> Iterator[tuple[Events, np.ndarray]]:
+        """The events and those of the `rows` that point there; `ends` [n] says where each sequence's rows end."""
+        stops = ends[self.sizes.cumsum() - 1].tolist()
+        for events, start, stop in zip(self.events, [0, *stops], stops, strict=False):
+            yield events, rows[start:stop]
+
+
+@dataclass(frozen=True)
 class Sequence:
     """One sequence of l positions, k sinks and t targets, not padded."""
 
@@ -90,10 +130,46 @@ class Sequence:
     """Numbers of the target events in the chronology."""
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """N sequences: the columns of all, one after another, and the bounds [N + 1] of each in its positions, sinks and targets."""
+
+    columns: Sequence
+    positions: np.ndarray
+    sinks: np.ndarray
+    targets: np.ndarray
+
+    def __getitem__(self, number: int) -> Sequence:
+        def part(of: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+            return of[bounds[number] : bounds[number + 1]]
+
+        c = self.columns
+        return Sequence(
+            *(part(of, self.positions) for of in (c.input_ids, c.kinds, c.event_ids, c.aligned)),
+            *(part(of, self.sinks) for of in (c.sink_positions, c.signals)),
+            *(part(of, self.targets) for of in (c.readout_positions, c.labels, c.targets)),
+        )
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> "Sequences":
+        columns = [np.concatenate([getattr(s, field.name) for s in sequences]) for field in fields(Sequence)]
+        sizes = [[len(of) for of in (s.input_ids, s.sink_positions, s.targets)] for s in sequences]
+        return cls(Sequence(*columns), *np.cumsum([[0, 0, 0], *sizes], axis=0).T)
+
+
 def build_sequence(
     chronology: Chronology, targets: np.ndarray, layout: Layout, texts: Ragged, feedbacks: Ragged, prefix: np.ndarray
 ) -> Sequence:
-    """The sequence of `targets` (numbers of events, ascending), behind `layout.history` behaviours at most.
+    """The sequence of `targets` (numbers of events in the chronology, ascending); see build_sequences."""
+    c = chronology
+    known = np.arange(len(c.texts)) if c.known is None else c.known
+    events = Events(c.texts, c.feedbacks, c.timestamps, c.labels, known, texts)
+    cuts = Cuts([events], np.array([1]), np.array([0]), Ragged.of([targets]))
+    return build_sequences(cuts, layout, feedbacks, prefix)[0]
+
+
+def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.ndarray) -> Sequences:
+    """The sequences in their order, each behind `layout.history` behaviours at most.
 
     A target's readout is the last token of its text, so it knows neither its own feedback nor anything later. The last event
     has no feedback and no sink: nothing comes after it.
@@ -101,47 +177,109 @@ def build_sequence(
     Raises:
         InputError: a `per_user` sequence would show an impression the answers of its own request.
     """
-    past, last = int(targets[0]), int(targets[-1])
-    if chronology.known is not None and (chronology.known[targets] < targets).any():
-        if len(targets) > 1 or layout.examples == "per_user":
-            raise InputError(
-                "impressions of one request share a history, which per_user sequences cannot keep apart: "
-                "use data.examples per_target, or prepare the log without its request column"
-            )
-        past = int(chronology.known[last])
-    # One target: what was known when its request was made, then the target. Several: everything from the first to the last.
-    start = max(0, past - layout.history)
-    events = np.append(np.arange(start, last if len(targets) > 1 else past), last)
-    count, sinks = len(events), int(bool(layout.signals))
-    text_rows, feedback_rows = chronology.texts[events], chronology.feedbacks[events]
-    # Three parts per event: text, feedback, sink.
-    parts = np.stack([texts.lengths(text_rows), feedbacks.lengths(feedback_rows), np.full(count, sinks)], axis=1)
-    parts[-1, 1:] = 0
-    kinds = np.repeat(np.tile(np.array([TEXT, FEEDBACK, SINK], np.uint8), count), parts.ravel())
-    event_ids = np.repeat(np.arange(1, count + 1, dtype=np.int32), parts.sum(1))
+    w, targets = _windows(cuts, layout), cuts.targets
+    # A sequence is a run of slots, the prefix and then its events; a slot has three parts: text, feedback, sink.
+    slots = w.counts + 1
+    ends = np.cumsum(slots)
+    firsts, lasts = ends - slots, ends - 1
+    event = np.ones(ends[-1], np.bool_)
+    event[firsts] = False
+    last = np.zeros_like(event)
+    last[lasts] = True
+    behaviour = event & ~last
+    text_lengths, text_ids, feedback_rows = _contents(w)
+    feedback_rows = feedback_rows[behaviour[event]]
+    parts = np.zeros((len(event), 3), np.int64)
+    parts[firsts, 0] = len(prefix)
+    parts[event, 0] = text_lengths
+    parts[behaviour, 1] = feedbacks.lengths(feedback_rows)
+    parts[behaviour, 2] = int(bool(layout.signals))
+    names = np.empty(parts.shape, np.uint8)
+    names[:] = (TEXT, FEEDBACK, SINK)
+    names[firsts, 0] = PREFIX
+    kinds = names.ravel().repeat(parts.ravel())
     ids = np.zeros(len(kinds), np.int64)
-    ids[kinds == TEXT] = texts.take(text_rows)
-    ids[kinds == FEEDBACK] = feedbacks.take(feedback_rows[:-1])
-    kinds = np.concatenate([np.full(len(prefix), PREFIX, np.uint8), kinds])
-    event_ids = np.concatenate([np.zeros(len(prefix), np.int32), event_ids])
-    # A per_user event is a target and then a behaviour with the same states, so the rule for targets holds for all of them.
-    aligned = kinds == TEXT
-    if layout.examples == "per_target":
-        aligned &= event_ids == count
-    ends = len(prefix) + np.cumsum(parts.sum(1)) - parts.sum(1) + parts[:, 0] - 1
-    # Signals are taken from the whole past, so the oldest behaviour of the window knows the gap before it.
-    signals = np.empty((0, 0), np.int64)
-    if layout.signals:
-        whole = np.append(np.arange(start), events)
-        signals = signal_ids(layout.signals, chronology.timestamps[whole], layout.buckets)[start:-1]
-    return Sequence(
-        input_ids=np.concatenate([prefix, ids]),
+    ids[kinds == TEXT] = text_ids
+    ids[kinds == FEEDBACK] = feedbacks.take(feedback_rows)
+    if len(prefix):
+        ids[kinds == PREFIX] = np.tile(prefix, len(slots))
+    slot_lengths = parts[:, 0] + parts[:, 1] + parts[:, 2]  # numpy's sum over rows this short is slow
+    slot_ends = slot_lengths.cumsum()
+    positions = np.append(0, slot_ends[lasts])
+    slot_ends -= positions[:-1].repeat(slots)  # counted from the start of the sequence
+    numbers = ranges(np.zeros_like(slots), slots).astype(np.int32)
+    owner = np.arange(len(slots)).repeat(targets.offsets[1:] - targets.offsets[:-1])
+    # A lone target follows its history at once, also where other impressions of its request lie between.
+    asked = firsts[owner] + np.minimum(targets.values - w.starts[owner] + 1, w.counts[owner])
+    columns = Sequence(
+        input_ids=ids,
         kinds=kinds,
-        event_ids=event_ids,
-        aligned=aligned,
-        sink_positions=np.flatnonzero(kinds == SINK),
-        signals=signals,
-        readout_positions=ends[np.searchsorted(events, targets)],
-        labels=chronology.labels[targets],
-        targets=targets,
+        event_ids=numbers.repeat(slot_lengths),
+        # A per_user event is a target and then a behaviour with the same states: the rule for targets holds for all of them.
+        aligned=kinds == TEXT if layout.examples == "per_user" else last.repeat(slot_lengths),
+        sink_positions=slot_ends[behaviour] - 1 if layout.signals else np.empty(0, np.int64),
+        signals=_signals(w, layout) if layout.signals else np.empty((0, 0), np.int64),
+        readout_positions=slot_ends[asked] - parts[asked, 1:].sum(1) - 1,
+        labels=np.concatenate([events.labels[rows] for events, rows in cuts.each(targets.values, targets.offsets[1:])]),
+        targets=targets.values - cuts.begins[owner],
     )
+    sinks = w.counts - 1 if layout.signals else np.zeros_like(slots)
+    return Sequences(columns, positions, np.append(0, sinks.cumsum()), targets.offsets)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Which rows each of n sequences takes: `starts .. starts + counts - 2`, and then the last target."""
+
+    cuts: Cuts
+    starts: np.ndarray
+    counts: np.ndarray
+    lasts: np.ndarray
+
+    def each(self, lead: np.ndarray | int = 0) -> Iterator[tuple[Events, np.ndarray]]:
+        """The events and those of all rows that point there, with `lead` more before each sequence's first."""
+        counts = self.counts + lead
+        ends = counts.cumsum()
+        rows = ranges(self.starts - lead, counts)
+        rows[ends - 1] = self.lasts
+        return self.cuts.each(rows, ends)
+
+
+def _windows(cuts: Cuts, layout: Layout) -> _Windows:
+    rows, offsets = cuts.targets.values, cuts.targets.offsets
+    firsts, ends = offsets[:-1], offsets[1:]
+    several = ends - firsts > 1
+    known = np.concatenate([events.known[own] for events, own in cuts.each(rows, ends)]) + cuts.begins.repeat(ends - firsts)
+    hidden = known < rows
+    if hidden.any() and (layout.examples == "per_user" or (hidden & several.repeat(ends - firsts)).any()):
+        raise InputError(
+            "impressions of one request share a history, which per_user sequences cannot keep apart: "
+            "use data.examples per_target, or prepare the log without its request column"
+        )
+    # One target: what was known when its request was made, then the target. Several: everything from the first to the last.
+    past, lasts = known[firsts], rows[ends - 1]
+    starts = np.maximum(cuts.begins, past - layout.history)
+    return _Windows(cuts, starts, np.where(several, lasts, past) - starts + 1, lasts)
+
+
+def _contents(windows: _Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all events: lengths of their texts, the texts' tokens, rows of the feedback table."""
+    lengths, ids, feedbacks = [], [], []
+    for events, rows in windows.each():
+        texts = events.texts[rows]
+        lengths.append(events.tokens.lengths(texts))
+        ids.append(events.tokens.values[ranges(events.tokens.offsets[texts], lengths[-1])])
+        feedbacks.append(events.feedbacks[rows])
+    return np.concatenate(lengths), np.concatenate(ids), np.concatenate(feedbacks)
+
+
+def _signals(windows: _Windows, layout: Layout) -> np.ndarray:
+    """Of all behaviours; one event more is read before the window, so that the oldest behaviour knows the gap before it."""
+    lead = (windows.starts > windows.cuts.begins).astype(np.int64)
+    lengths = windows.counts + lead
+    times = np.concatenate([events.timestamps[rows] for events, rows in windows.each(lead)])
+    ends = lengths.cumsum()
+    wanted = np.ones(len(times), np.bool_)
+    wanted[ends - 1] = False
+    wanted[(ends - lengths)[lead > 0]] = False
+    return signal_ids(layout.signals, times, layout.buckets, lengths)[wanted]

@@ -13,6 +13,7 @@ from ctrsink.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ctrsink-dataset/2"
+_READS = 3  # before a file is called damaged: it may have been damaged on its way
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -53,6 +54,8 @@ class ShardEntry(Section):
 
     part: int
     """Number of the part that it belongs to."""
+    prefixes: tuple[int, int]
+    """Its users are those of the part whose prefix, the first 16 bits of the sha256 of their id, is in [first, end)."""
     users: int
     events: int
     """Past events not counted."""
@@ -103,8 +106,9 @@ class Manifest(Section):
     text: TextSpec
     positive_from: float
     prefix_tokens: tuple[int, ...]
+    feedback_texts: tuple[str, ...]
+    """What follows a behaviour's item text (feedback, then separator), by `feedback_id`."""
     feedback_tokens: tuple[tuple[int, ...], ...]
-    """Tokens after a behaviour's item text (feedback, then separator), by `feedback_id`."""
     item_count: int
 
     @property
@@ -159,17 +163,19 @@ def read_manifest(uri: str) -> Manifest:
         InputError: there is none, or it is damaged.
     """
     path = storage.join(uri, MANIFEST_NAME)
-    try:
-        tree: Any = json.loads(storage.read_bytes(path))
-        found = str(tree.get("format")) if isinstance(tree, dict) else ""
-        if found.startswith("ctrsink-dataset/") and found != FORMAT:
-            raise InputError(f"{path} is of format {found}, this version reads {FORMAT}: prepare the data set again")
-        return Manifest.model_validate(tree)
-    except FileNotFoundError:
-        raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
-    except (ValueError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is damaged ({reason}): prepare the data set again with `ctrsink data prepare`") from None
+    problem = ""
+    for _ in range(_READS):
+        try:
+            tree: Any = json.loads(storage.read_bytes(path))
+            found = str(tree.get("format")) if isinstance(tree, dict) else ""
+            if found.startswith("ctrsink-dataset/") and found != FORMAT:
+                raise InputError(f"{path} is of format {found}, this version reads {FORMAT}: prepare the data set again")
+            return Manifest.model_validate(tree)
+        except FileNotFoundError:
+            raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
+        except (ValueError, ValidationError) as error:
+            problem = str(error).splitlines()[0]
+    raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")
 
 
 def read_file(uri: str, entry: FileEntry) -> bytes:
@@ -179,12 +185,16 @@ def read_file(uri: str, entry: FileEntry) -> bytes:
         InputError: the file is missing, truncated or altered.
     """
     path = storage.join(uri, entry.path)
-    try:
-        content = storage.read_bytes(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing, but the manifest lists it: prepare the data set again") from None
-    if len(content) != entry.bytes:
-        raise InputError(f"{path} has {len(content)} bytes, the manifest says {entry.bytes}: it is truncated; prepare again")
-    if storage.sha256(content) != entry.sha256:
-        raise InputError(f"{path} does not match the sha256 in the manifest: it was altered; prepare the data set again")
-    return content
+    problem = ""
+    for _ in range(_READS):
+        try:
+            content = storage.read_bytes(path)
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing, but the manifest lists it: prepare the data set again") from None
+        if len(content) < entry.bytes:
+            problem = f"has {len(content)} bytes, the manifest says {entry.bytes}: it is truncated"
+        elif storage.sha256(content) != entry.sha256:
+            problem = "does not match the sha256 in the manifest: it was altered or replaced"
+        else:
+            return content
+    raise InputError(f"{path} {problem}; prepare the data set again")

@@ -1,6 +1,6 @@
 """Templates: an item's fields and an event's feedback become text."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from string import Formatter
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink.config.data import TextSpec
+from ctrsink.data.arrow import pc
 from ctrsink.errors import InputError
 
 MAX_FEEDBACK_TEXTS = 4096
@@ -25,31 +26,64 @@ def item_texts(template: str, items: pa.Table) -> list[str]:
     return _render("text.item", template, rows)
 
 
-def feedback_texts(text: TextSpec, feedback: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """What follows a behaviour's item text: its feedback, then the separator.
+def feedback_minima(text: TextSpec, feedback: np.ndarray) -> dict[str, float]:
+    """The distinct texts of some events' feedback, and the smallest feedback that gives each.
 
-    Returns:
-        The distinct texts, that of an absent feedback (the separator alone) first, and int16 per event, its text;
-        `feedback` is float32 per event, NaN where there is none.
+    Args:
+        feedback: float32 per event, NaN where there is none.
 
     Raises:
         InputError: the template is wrong, or gives more texts than can be tokenised once for all.
     """
+    values = _values(feedback)
+    minima: dict[str, float] = {}
+    for rendered, value in zip(_rendered(text, values), values.tolist(), strict=True):
+        minima.setdefault(rendered, value)
+    _check_count(text, minima)
+    return minima
+
+
+def feedback_table(text: TextSpec, known: Sequence[str], minima: dict[str, float]) -> tuple[str, ...]:
+    """What may follow a behaviour's item text: its feedback, then the separator.
+
+    The text of an absent feedback, the separator alone, comes first; the others are ordered by their smallest feedback. Texts
+    that a data set has already (`known`) stay where they are.
+
+    Raises:
+        InputError: there are more than can be tokenised once for all.
+    """
+    _check_count(text, minima)
+    ordered = sorted(minima, key=lambda rendered: (minima[rendered], rendered))
+    return tuple(dict.fromkeys([*known, text.separator, *ordered]))
+
+
+def feedback_ids(text: TextSpec, table: Sequence[str], feedback: np.ndarray) -> np.ndarray:
+    """int16 per event: the row of its feedback's text in `table` (see feedback_table)."""
+    row = {rendered: number for number, rendered in enumerate(table)}
+    values = _values(feedback)
+    ids = np.array([*(row[rendered] for rendered in _rendered(text, values)), row[text.separator]], np.int16)
+    # NaN is found behind all values, where the id of the separator alone stands.
+    return ids[np.searchsorted(values, feedback + np.float32(0))]
+
+
+def _values(feedback: np.ndarray) -> np.ndarray:
+    """Distinct values that are there, ascending; -0 is 0."""
+    values = pc.unique(pa.array(feedback + np.float32(0))).to_numpy()
+    return np.sort(values[~np.isnan(values)])
+
+
+def _rendered(text: TextSpec, values: np.ndarray) -> list[str]:
     _fields("text.feedback", text.feedback, ["feedback"])
-    values, inverse = np.unique(feedback + np.float32(0), return_inverse=True)  # -0 becomes 0; one NaN, at the end
-    present = values[~np.isnan(values)]
-    rendered = _render("text.feedback", text.feedback, ({"feedback": float(value)} for value in present))
-    texts = list(dict.fromkeys([text.separator, *(r + text.separator for r in rendered)]))
-    if len(texts) > MAX_FEEDBACK_TEXTS:
-        example = rendered[len(rendered) // 2]
+    return [r + text.separator for r in _render("text.feedback", text.feedback, ({"feedback": v} for v in values.tolist()))]
+
+
+def _check_count(text: TextSpec, minima: dict[str, float]) -> None:
+    if len(minima) >= MAX_FEEDBACK_TEXTS:
+        example = list(minima)[len(minima) // 2].removesuffix(text.separator)
         raise InputError(
-            f"text.feedback {text.feedback!r} gives {len(texts)} different texts (such as {example!r}), more than "
+            f"text.feedback {text.feedback!r} gives {len(minima) + 1} different texts (such as {example!r}), more than "
             f"{MAX_FEEDBACK_TEXTS}: use a coarser format, such as {{feedback:.1f}}"
         )
-    row = {t: i for i, t in enumerate(texts)}
-    ids = np.zeros(len(values), np.int16)
-    ids[: len(present)] = [row[r + text.separator] for r in rendered]
-    return texts, ids[inverse]
 
 
 def _fields(key: str, template: str, known: list[str]) -> list[str]:

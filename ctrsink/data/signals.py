@@ -12,32 +12,36 @@ def log_bucket(seconds: np.ndarray, buckets: int) -> np.ndarray:
     return 1 + np.minimum(buckets - 2, np.floor(scale * np.log1p(np.maximum(seconds, 0)))).astype(np.int64)
 
 
-def signal_ids(signals: tuple[Signal, ...], timestamps: np.ndarray, buckets: int) -> np.ndarray:
-    """Buckets of a chronology whose last event is the target.
+def signal_ids(
+    signals: tuple[Signal, ...], timestamps: np.ndarray, buckets: int, lengths: np.ndarray | None = None
+) -> np.ndarray:
+    """Buckets of chronologies whose last event is the target.
 
     Args:
         signals: names, S of them.
-        timestamps: int64 [N], seconds, oldest first.
+        timestamps: int64 [N], seconds, oldest first within each chronology.
         buckets: rows of each signal's table.
+        lengths: events of each chronology, none of them 0; left out, there is one.
 
     Returns:
         int64 [N, S]. The target's own row is there too: a sequence of several targets, each becoming a behaviour, uses it.
     """
-    return np.stack([_bucket(signal, timestamps, buckets) for signal in signals], axis=1)
+    lengths = np.array([len(timestamps)]) if lengths is None else lengths
+    return np.stack([_bucket(signal, timestamps, buckets, lengths) for signal in signals], axis=1)
 
 
-def _bucket(signal: Signal, timestamps: np.ndarray, buckets: int) -> np.ndarray:
-    count = len(timestamps)
+def _bucket(signal: Signal, timestamps: np.ndarray, buckets: int, lengths: np.ndarray) -> np.ndarray:
+    ends = np.cumsum(lengths)
     match signal:
         case "recency_rank":
-            return np.clip(np.arange(count)[::-1] - 1, 0, buckets - 1)
+            return np.clip(np.repeat(ends, lengths) - np.arange(len(timestamps)) - 2, 0, buckets - 1)
         case "time_gap":
-            return log_bucket(timestamps[-1] - timestamps, buckets)
+            return log_bucket(np.repeat(timestamps[ends - 1], lengths) - timestamps, buckets)
         case "previous_gap":
             gaps = log_bucket(np.diff(timestamps, prepend=timestamps[:1]), buckets)
-            gaps[:1] = 0
+            gaps[ends - lengths] = 0
             return gaps
         case "random":
             return (mix64(timestamps) % np.uint64(buckets)).astype(np.int64)
         case "none":
-            return np.zeros(count, np.int64)
+            return np.zeros(len(timestamps), np.int64)

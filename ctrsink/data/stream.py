@@ -1,22 +1,23 @@
-"""The stream: position in, micro-batches out; the same global batches whatever the number of workers."""
+"""The stream: position in, micro-batches out; the same global batches whatever the number of ranks and loader processes."""
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
 from ctrsink.batch import Batch
-from ctrsink.data.collate import collate
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout, Sequence, build_sequence
+from ctrsink.data.ahead import in_processes, read_ahead
+from ctrsink.data.collate import collate_rows
+from ctrsink.data.dataset import Dataset, Shard
+from ctrsink.data.examples import Cuts, Layout, Ragged, build_sequences, ranges
 from ctrsink.data.manifest import SPLITS
 from ctrsink.data.order import Order, deal
 from ctrsink.errors import InputError
 
-T = TypeVar("T")
 WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
 
 
@@ -25,15 +26,21 @@ class SequenceSource:
 
     def __init__(self, dataset: Dataset, split: str, layout: Layout) -> None:
         self.dataset, self.split, self.layout = dataset, split, layout
-        impressions = dataset.index[f"{split}_impressions"].astype(np.int64)
-        self._pieces = -(-impressions // layout.targets)
-        self._starts = np.concatenate([[0], np.cumsum(self._pieces)])
-        self._impressions = impressions
-        shards = np.bincount(dataset.index["shard"], self._pieces, len(dataset.manifest.shards))
+        self._impressions = dataset.index[f"{split}_impressions"]
+        pieces = -(-self._impressions // layout.targets)
+        self._starts = np.append(0, np.cumsum(pieces, dtype=np.int64))
+        shards = np.bincount(dataset.index["shard"], pieces, len(dataset.manifest.shards))
         self.per_shard = tuple(int(n) for n in shards)
-        self._past = np.sum([dataset.index[f"{s}_events"] for s in ("past", *SPLITS[: SPLITS.index(split)])], axis=0)
+        before = ("past", *SPLITS[: SPLITS.index(split)])  # pyright: ignore[reportArgumentType]
+        self._past: np.ndarray = np.add.reduce([dataset.index[f"{name}_events"] for name in before])
         if not sum(self.per_shard):
             raise InputError(f"the data set {dataset.uri} has no impression in its {split} split")
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Number of shards of each part of the data set."""
+        owners = [shard.part for shard in self.dataset.manifest.shards]
+        return tuple(owners.count(number) for number in range(len(self.dataset.manifest.parts)))
 
     def owners(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """User (row of the index) and number of the piece of each sequence."""
@@ -42,25 +49,50 @@ class SequenceSource:
 
     def impressions(self, ids: np.ndarray) -> np.ndarray:
         """Targets of each sequence, known without opening a shard."""
-        users, pieces = self.owners(ids)
-        return np.minimum(self.layout.targets, self._impressions[users] - pieces * self.layout.targets)
+        return self._targets(*self.owners(ids))
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """Events of each sequence, about: exact where every event is an impression."""
         users, pieces = self.owners(ids)
-        return self.impressions(ids) + np.minimum(self.layout.history, self._past[users] + pieces * self.layout.targets)
+        past = self._past[users] + pieces * self.layout.targets
+        return self._targets(users, pieces) + np.minimum(self.layout.history, past)
 
     def build(self, ids: np.ndarray, counted: np.ndarray | None = None) -> Batch:
         """The sequences `ids` as one batch; where `counted` is False a row only fills it."""
-        users, pieces = self.owners(ids)
-        sequences = [self._sequence(int(u), int(p)) for u, p in zip(users, pieces, strict=True)]
-        return collate(sequences, users.tolist(), None if counted is None else counted.tolist())
+        return self.build_all([ids], [counted])[0]
 
-    def _sequence(self, user: int, piece: int) -> Sequence:
-        shard, row = self.dataset.locate(user)
-        chronology = shard.chronology(row)
-        targets = chronology.piece(*self.dataset.events(self.split, user), piece, self.layout.targets)
-        return build_sequence(chronology, targets, self.layout, shard.tokens, self.dataset.feedbacks, self.dataset.prefix)
+    def build_all(self, batches: list[np.ndarray], counted: list[np.ndarray | None]) -> list[Batch]:
+        """As `build`, of several batches, none of them empty; together they take less time."""
+        ids = np.concatenate(batches)
+        users, pieces = self.owners(ids)
+        shards = self.dataset.index["shard"][users]
+        by_shard = shards.argsort(kind="stable")
+        numbers, starts = np.unique(shards[by_shard], return_index=True)
+        self.dataset.fetch(numbers.tolist())
+        shards = [self.dataset.shard(number) for number in numbers.tolist()]
+        cuts = self._cuts(shards, np.append(starts[1:], len(ids)) - starts, users[by_shard], pieces[by_shard])
+        built = build_sequences(cuts, self.layout, self.dataset.feedbacks, self.dataset.prefix)
+        rows = by_shard.argsort()
+        ends = np.cumsum([len(batch) for batch in batches]).tolist()
+        return [collate_rows(built, rows[a:b], users[a:b], which) for a, b, which in zip([0, *ends], ends, counted, strict=False)]
+
+    def _cuts(self, shards: list[Shard], sizes: np.ndarray, users: np.ndarray, pieces: np.ndarray) -> Cuts:
+        """These pieces of users, `sizes[i]` of them in `shards[i]`."""
+        rows, past = self.dataset.index["row"][users], self._past[users]
+        bounds = np.append(0, sizes.cumsum())
+        spans = [slice(a, b) for a, b in pairwise(bounds.tolist())]
+        begins = np.concatenate([shard.offsets[rows[span]] for shard, span in zip(shards, spans, strict=True)])
+        # Searched for in their own type: numpy would convert the whole list otherwise.
+        opens = (begins + past).astype(np.int32)
+        firsts = np.concatenate([shard.impressions.searchsorted(opens[span]) for shard, span in zip(shards, spans, strict=True)])
+        counts = self._targets(users, pieces)
+        offsets = np.append(0, counts.cumsum())
+        places = ranges(firsts + pieces * self.layout.targets, counts)
+        found = [shard.impressions[places[a:b]] for shard, (a, b) in zip(shards, pairwise(offsets[bounds].tolist()), strict=True)]
+        return Cuts(list(shards), sizes, begins, Ragged(np.concatenate(found).astype(np.int64), offsets))
+
+    def _targets(self, users: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+        return np.minimum(self.layout.targets, self._impressions[users] - pieces * self.layout.targets)
 
 
 @dataclass(frozen=True)
@@ -75,25 +107,78 @@ class Step:
 
 
 class TrainStream:
-    """Steps of a global batch each, striped over ranks; its only state is the position that a caller passes in."""
+    """Steps of a global batch each, striped over ranks; iterating goes on from the position, which is the whole state.
+
+    Every rank gets the same number of steps with the same number of micro-batches in each. A global batch that ranks and
+    micro-batches do not divide is dealt out so that micro-batches differ by one sequence at most, and one without any holds a
+    row that is not counted. The stream runs over epoch after epoch, and a batch may reach into the next, so nothing is left out
+    at an epoch's end; in `chronological` order it ends, and what does not fill a last batch stays for the time when a part
+    was appended.
+
+    Args:
+        source: what it deals out.
+        seed, shuffle_shards: see Order.
+        batch_size: sequences of a global batch.
+        accumulation: micro-batches of a rank in a step.
+        rank, world: this rank and their number.
+        order: epochs over everything, or one pass over part after part.
+        workers: processes that build batches; 0 for a thread. The steps are the same.
+    """
 
     def __init__(
-        self, source: SequenceSource, seed: int, shuffle_shards: int, batch_size: int, accumulation: int, rank: int, world: int
+        self,
+        source: SequenceSource,
+        seed: int,
+        shuffle_shards: int,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        order: Literal["shuffled", "chronological"] = "shuffled",
+        workers: int = 0,
     ) -> None:
         self.source = source
-        self.order = Order(source.per_shard, seed, shuffle_shards)
+        self.order = Order(source.per_shard, seed, shuffle_shards, source.parts if order == "chronological" else ())
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
+        self.workers = workers
+        self.position = 0
+        """Sequences consumed since the run began, over all epochs: of steps that were handed out, not of those built ahead."""
 
-    def step(self, position: int) -> Step:
-        """The step that starts at `position`: sequences consumed since the run began, over all epochs."""
-        ids = self.order.ids(position, self.batch_size)
-        mine = deal(self.source.lengths(ids), self.world, self.accumulation)[self.rank]
-        batches = [self.source.build(ids[chosen]) for chosen in mine]
-        return Step(batches, int(self.source.impressions(ids).sum()), position + self.batch_size)
+    def state_dict(self) -> dict[str, int]:
+        """All that another stream, at any number of ranks, needs to go on behind the last step that was handed out."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there, in constant time; call it before iterating."""
+        self.position = state["position"]
+
+    def __iter__(self) -> Generator[Step, None, None]:
+        """Steps from the position on; without end but in chronological order."""
+        left = sys.maxsize if not self.order.parts else (self.order.total - self.position) // self.batch_size
+        for step in self.steps(self.position, max(0, left)):
+            self.position = step.position
+            yield step
 
     def steps(self, position: int, count: int) -> Iterator[Step]:
-        """`count` steps from `position` on, built in a thread while the caller computes."""
-        return read_ahead(lambda i: self.step(position + i * self.batch_size), count)
+        """`count` steps from `position` on, built while the caller computes; the stream's own position stays."""
+        make = partial(self._step_number, position)
+        return in_processes(make, count, self.workers) if self.workers else read_ahead(make, count)
+
+    def step(self, position: int) -> Step:
+        """The step that starts at `position`."""
+        ids = self.order.ids(position, self.batch_size)
+        lengths = self.source.lengths(ids)
+        mine = deal(lengths, self.world, self.accumulation)[self.rank]
+        fill = np.argmin(lengths)  # costs least
+        chosen = [dealt[dealt >= 0] if (dealt >= 0).any() else np.array([fill]) for dealt in mine]
+        counted = [None if (dealt >= 0).any() else np.zeros(1, np.bool_) for dealt in mine]
+        batches = self.source.build_all([ids[dealt] for dealt in chosen], counted)
+        end = position + self.batch_size
+        self.source.dataset.read_ahead(self.order.shards_after(end - 1))
+        return Step(batches, int(self.source.impressions(ids).sum()), end)
+
+    def _step_number(self, position: int, number: int) -> Step:
+        return self.step(position + number * self.batch_size)
 
 
 def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:
@@ -106,34 +191,3 @@ def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world
     padded = np.resize(ids, rounds * batch_size * world).reshape(rounds, batch_size, world)[:, :, rank]
     counted = (np.arange(padded.size * world) < len(ids)).reshape(rounds, batch_size, world)[:, :, rank]
     return read_ahead(lambda i: source.build(padded[i], counted[i]), rounds)
-
-
-def read_ahead(make: Callable[[int], T], count: int, depth: int = 2) -> Iterator[T]:
-    """`make(0) .. make(count - 1)`, at most `depth` of them made before they are asked for; an error is raised in its turn."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def work() -> None:
-        for i in range(count):
-            try:
-                made: tuple[T | None, BaseException | None] = (make(i), None)
-            except BaseException as error:
-                made = (None, error)
-            while not stopped.is_set():
-                try:
-                    ready.put(made, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if stopped.is_set() or made[1] is not None:
-                return
-
-    threading.Thread(target=work, daemon=True, name="ctrsink-read-ahead").start()
-    try:
-        for _ in range(count):
-            value, error = ready.get()
-            if error is not None:
-                raise error
-            yield value  # pyright: ignore[reportReturnType]
-    finally:
-        stopped.set()

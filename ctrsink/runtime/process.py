@@ -1,4 +1,4 @@
-"""What a training process sets before DeepSpeed and torch look at its environment."""
+"""What a process sets before Ray, DeepSpeed and torch look at its environment."""
 
 import logging
 import os
@@ -18,3 +18,12 @@ def prepare_process(device: str, threads: int, rank: int = 0) -> None:
 
     torch.set_num_threads(threads)
     logs.configure(logging.INFO if rank == 0 else logging.WARNING, rank)
+
+
+def stay_on_loopback(address: str | None) -> None:
+    """Let a Ray cluster of our own listen on loopback alone; call it before Ray is imported, which reads this then.
+
+    Nothing is set where a cluster at `address`, or that of a Ray job, is joined.
+    """
+    if not (address or os.environ.get("RAY_ADDRESS")):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -16,21 +16,21 @@ from ctrsink.errors import InputError, RunError, first_line
 from ctrsink.train.rundir import RAY_NAME, read_result
 
 
-def connect(spec: RunSpec) -> None:
-    """Join the cluster at `runtime.address` or the one that a Ray job runs in; else start one here, on loopback.
+def connect(address: str | None, cpus: int) -> None:
+    """Join the cluster at `address` or the one that a Ray job runs in; else start one here, on loopback, with `cpus` CPUs.
 
     Raises:
         InputError: the cluster cannot be reached.
     """
     if ray.is_initialized():
         return
-    address = spec.runtime.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
             ray.init(address=address, log_to_driver=True)
         else:
             ray.init(
-                num_cpus=_local_cpus(spec),
+                num_cpus=cpus,
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 log_to_driver=True,
@@ -55,7 +55,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
         raise InputError(
             f"run_dir {spec.run_dir} is relative, which means nothing on a cluster: use s3://, or an absolute shared folder"
         )
-    connect(spec)
+    connect(spec.runtime.address, _local_cpus(spec))
     spec = _without_working_folder(spec)
     runtime = spec.runtime
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(runtime.start_timeout_s)

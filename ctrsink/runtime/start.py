@@ -1,13 +1,13 @@
 """Start a run where its configuration says."""
 
-import os
 from typing import Any
 
 from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
-from ctrsink.train.rundir import claim, release
+from ctrsink.runtime.process import stay_on_loopback
+from ctrsink.train.rundir import claim, identities, release
 
 
 def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
             nothing behind.
     """
     vocabulary = check(spec)
-    new = claim(spec, resume, read_manifest(spec.data.uri).identity)
+    new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
     try:
         return _train(spec, vocabulary, stop_after)
     except InputError:
@@ -32,9 +32,7 @@ def _train(spec: RunSpec, vocabulary: int, stop_after: int | None) -> dict[str, 
         from ctrsink.runtime.local import train_local
 
         return train_local(spec, vocabulary, stop_after)
-    if not (spec.runtime.address or os.environ.get("RAY_ADDRESS")):
-        # A cluster of our own stays on loopback; Ray reads this when it is imported, and else listens on every interface.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    stay_on_loopback(spec.runtime.address)
     from ctrsink.runtime.ray_train import train_ray
 
     return train_ray(spec, vocabulary, stop_after)

@@ -13,7 +13,7 @@ from ctrsink import storage
 from ctrsink.config.data import TextSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
-from ctrsink.data.render import feedback_texts, item_texts
+from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts
 from ctrsink.data.tokenize import encode
 from ctrsink.errors import InputError
 from ctrsink.model.hf import CTRSinkModel
@@ -81,8 +81,9 @@ class Scorer:
         count = len(request.history)
         texts = self._item_tokens([*(b.item for b in request.history), *request.candidates])
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
-        rendered, feedback_rows = feedback_texts(self.text, given)
-        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode(self.tokenizer, rendered)])
+        rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
+        feedback_rows = feedback_ids(self.text, rendered, given)
+        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode(self.tokenizer, list(rendered))])
         timestamps = np.floor([*(b.timestamp for b in request.history), request.timestamp]).astype(np.int64)
         history = np.arange(count)
         return [

@@ -106,13 +106,13 @@ def find_checkpoint(run_dir: str, step: int | None = None) -> Checkpoint:
     return checkpoint
 
 
-def require_data(run_dir: str, checkpoint: Checkpoint, identity: str, uri: str) -> None:
+def require_data(run_dir: str, checkpoint: Checkpoint, datasets: tuple[str, ...], uri: str) -> None:
     """Refuse a data set other than the one that the checkpoint was trained on.
 
     Raises:
-        InputError: the data set at `uri`, whose identity is given, is another.
+        InputError: the data set at `uri` is another; `datasets` says what it may have been, see rundir.identities.
     """
-    if checkpoint.dataset != identity:
+    if checkpoint.dataset not in datasets:
         raise InputError(
             f"{run_dir} was trained on another data set than the one now in {uri}: "
             "give the old one back, or choose another run_dir"

@@ -2,22 +2,26 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
 from ctrsink.config import RunSpec
+from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
 from ctrsink.data.order import mix64
-from ctrsink.data.stream import SequenceSource, TrainStream
+from ctrsink.data.stream import SequenceSource, Step, TrainStream
 from ctrsink.dist import Topology, all_sum, barrier
 from ctrsink.evaluate.evaluator import evaluate_splits
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, require_data, save_checkpoint
 from ctrsink.train.engine import Engine, EngineState
-from ctrsink.train.rundir import write_result
+from ctrsink.train.rundir import identities, write_result
 from ctrsink.train.stages import StageWindow, plan
 from ctrsink.train.telemetry import Pace, Telemetry, progress_line
 
@@ -29,7 +33,6 @@ class Progress:
     """Where the run is, and what earlier stages left behind."""
 
     step: int = 0
-    position: int = 0
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """Values of everything trained so far, as of the last rebuild of the engine."""
     state: EngineState | None = None
@@ -46,14 +49,21 @@ class Trainer:
 
     def __init__(self, spec: RunSpec, topology: Topology, vocabulary: int) -> None:
         self.spec, self.topology, self.vocabulary = spec, topology, vocabulary
-        self.dataset = Dataset(spec.data.uri, keep_shards=2 * spec.data.shuffle_shards)
+        self.dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
         self.layout = Layout.of(spec.data, spec.model.sinks)
         source = SequenceSource(self.dataset, "train", self.layout)
-        train = spec.train
         self.stream = TrainStream(
-            source, spec.seed, spec.data.shuffle_shards, train.batch_size, spec.accumulation, topology.rank, topology.world
+            source,
+            spec.seed,
+            spec.data.shuffle_shards,
+            spec.train.batch_size,
+            spec.accumulation,
+            topology.rank,
+            topology.world,
+            spec.data.order,
+            spec.data.workers,
         )
-        self.windows = plan(spec.stages, sum(source.per_shard), train.batch_size)
+        self.windows = plan(spec, sum(source.per_shard))
         self.progress = Progress()
         self.impressions, self.seconds = 0, 0.0
         self.engine: Engine | None = None
@@ -74,9 +84,10 @@ class Trainer:
         stop = self.total_steps if stop_after is None else min(self.total_steps, self.progress.step + stop_after)
         if self.topology.is_first:
             self.telemetry = Telemetry(self.spec.run_dir, self.progress.step)
-        for window in self.windows:
-            if self.progress.step < min(window.end, stop):
-                self._run_stage(window, min(window.end, stop))
+        with closing(iter(self.stream)) as steps:
+            for window in self.windows:
+                if self.progress.step < min(window.end, stop):
+                    self._run_stage(window, min(window.end, stop), steps)
         finished = self.progress.step == self.total_steps
         evaluation = self._evaluate() if finished else {}
         result = {
@@ -100,26 +111,26 @@ class Trainer:
         if step == 0:
             return
         checkpoint = checkpoint or find_checkpoint(run_dir, step)
-        require_data(self.spec.run_dir, checkpoint, self.dataset.manifest.identity, self.spec.data.uri)
+        require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d", checkpoint.step)
         self.progress = Progress(
             checkpoint.step,
-            checkpoint.position,
             checkpoint.parameters,
             EngineState({}, checkpoint.moments, checkpoint.steps),
         )
+        self.stream.load_state_dict({"position": checkpoint.position})
         self.impressions, self.seconds = checkpoint.impressions, checkpoint.seconds
 
-    def _run_stage(self, window: StageWindow, stop: int) -> None:
+    def _run_stage(self, window: StageWindow, stop: int, steps: Iterator[Step]) -> None:
         engine = self._engine_for(window)
         progress, train = self.progress, self.spec.train
         pace = Pace()
         waiting = time.monotonic()
-        for step in self.stream.steps(progress.position, stop - progress.step):
+        for step in islice(steps, stop - progress.step):
             waited = time.monotonic() - waiting
             seed_step(self.spec.seed, progress.step, self.topology.rank)
             result = engine.step(step.micro_batches, step.impressions, window.spec, window.factor(progress.step))
-            progress.step, progress.position = progress.step + 1, step.position
+            progress.step += 1
             self.impressions += step.impressions
             self.seconds += time.monotonic() - waiting
             pace.count(step.impressions, sum(b.tokens for b in step.micro_batches), waited)
@@ -154,7 +165,7 @@ class Trainer:
         row = {
             "step": self.progress.step,
             "stage": window.spec.name,
-            "position": self.progress.position,
+            "position": self.stream.position,
             **row,
             "tokens_per_s": tokens,
         }
@@ -169,7 +180,7 @@ class Trainer:
             parameters = self.progress.parameters | state.parameters
             checkpoint = Checkpoint(
                 step=self.progress.step,
-                position=self.progress.position,
+                position=self.stream.position,
                 parameters=parameters,
                 moments=state.moments,
                 steps=state.steps,

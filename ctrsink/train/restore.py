@@ -10,7 +10,7 @@ from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel
 from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, require_data
-from ctrsink.train.rundir import read_run
+from ctrsink.train.rundir import identities, read_run
 from ctrsink.train.stages import plan
 
 
@@ -39,11 +39,11 @@ def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
     spec = spec.model_copy(update={"run_dir": run_dir})
     checkpoint = find_checkpoint(run_dir, step)
     dataset = Dataset(spec.data.uri, keep_shards=2 * spec.data.shuffle_shards)
-    require_data(run_dir, checkpoint, dataset.manifest.identity, spec.data.uri)
+    require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     layout = Layout.of(spec.data, spec.model.sinks)
     model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()
     model.mixed_precision = False
     load_parameters(model, checkpoint.parameters)
-    windows = plan(spec.stages, sum(SequenceSource(dataset, "train", layout).per_shard), spec.train.batch_size)
+    windows = plan(spec, sum(SequenceSource(dataset, "train", layout).per_shard))
     window = next((w for w in windows if checkpoint.step <= w.end), windows[-1])
     return TrainedRun(spec, dataset, layout, checkpoint, model.eval(), window.spec.readout)

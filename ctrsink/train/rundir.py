@@ -7,6 +7,7 @@ import yaml
 
 from ctrsink import storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
+from ctrsink.data.manifest import Manifest
 from ctrsink.errors import InputError
 from ctrsink.train.checkpoint import list_checkpoints
 
@@ -18,16 +19,21 @@ BOARD_NAME = "tensorboard"
 RAY_NAME = "ray"  # what Ray Train writes of its own
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
 _FREE = (
-    "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "model.gradient_checkpointing",
+    "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "data.cache", "data.workers", "model.gradient_checkpointing",
     "train.checkpoint_every", "train.log_every", "train.micro_batch_size", "train.zero_stage",
 )  # fmt: skip
 
 
-def claim(spec: RunSpec, resume: bool, dataset: str) -> bool:
+def identities(spec: RunSpec, manifest: Manifest) -> tuple[str, ...]:
+    """What the data set of a run may have been when it trained, the present one last: in one pass over its parts, also fewer."""
+    return manifest.identities if spec.data.order == "chronological" else (manifest.identity,)
+
+
+def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
     """Make `spec.run_dir` the folder of this run, by its config.yaml; returns whether the run is new there.
 
     Args:
-        dataset: identity of the data set at `spec.data.uri`.
+        datasets: see `identities`.
 
     Raises:
         InputError: it holds a run and `resume` is false, or the run there computes something else, or on other data.
@@ -40,12 +46,12 @@ def claim(spec: RunSpec, resume: bool, dataset: str) -> bool:
         difference = first_difference(read_run(spec.run_dir), spec)
         if difference is not None:
             raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
-        if storage.read_bytes(storage.join(spec.run_dir, DATA_NAME)).decode() != dataset:
+        if storage.read_bytes(storage.join(spec.run_dir, DATA_NAME)).decode() not in datasets:
             raise InputError(
                 f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
                 "give the old one back, or choose another run_dir"
             )
-    storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), dataset.encode())
+    storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
     storage.write_bytes(path, dump_run(spec).encode())
     return new
 

@@ -1,9 +1,11 @@
 """The stage plan: which stage an optimiser step belongs to and how fast it learns; pure functions of the configuration."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ctrsink.config import RunSpec
 from ctrsink.config.stages import ScheduleSpec, StageSpec
+from ctrsink.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,21 +22,32 @@ class StageWindow:
         return schedule(self.spec.schedule, step - self.first, self.end - self.first)
 
 
-def plan(stages: tuple[StageSpec, ...], sequences: int, batch_size: int) -> list[StageWindow]:
-    """The windows of all stages, one after another.
+def plan(spec: RunSpec, sequences: int) -> list[StageWindow]:
+    """The windows of all stages, one after another; `sequences` is the size of the train split.
 
     A stage of `epochs` takes `ceil(epochs * sequences / batch_size)` steps: its last batch reaches into the next epoch, whose
-    remaining sequences the next stage goes on with.
+    remaining sequences the next stage goes on with. In chronological order the last stage ends with the last whole batch.
+
+    Raises:
+        InputError: in chronological order the earlier stages leave nothing for the last.
     """
     windows: list[StageWindow] = []
-    step = 0
-    for index, stage in enumerate(stages):
+    step, batch_size = 0, spec.train.batch_size
+    for index, stage in enumerate(spec.stages):
         # Rounded, because a product such as 1.1 x 100 lies a hair above the number that is meant.
         steps = (
             stage.steps if stage.steps is not None else max(1, math.ceil(round((stage.epochs or 0) * sequences, 6) / batch_size))
         )
         windows.append(StageWindow(index, stage, step, step + steps))
         step += steps
+    if spec.data.order == "chronological":
+        last, end = windows[-1], sequences // batch_size
+        if end <= last.first:
+            raise InputError(
+                f"{sequences} sequences are {end} batches of {batch_size}, but the stages before {last.spec.name} take "
+                f"{last.first} steps: give them fewer, or append to the data set"
+            )
+        windows[-1] = replace(last, end=end)
     return windows
 
 

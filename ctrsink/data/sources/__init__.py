@@ -1,17 +1,23 @@
-"""Where a raw log comes from: each source gives an EventLog."""
+"""Where a raw log comes from: each source gives its items, and its events in blocks."""
 
 from ctrsink.config.data import SourceSpec
-from ctrsink.data.events import EventLog, OnBadRow
-from ctrsink.data.sources.movielens import read_movielens
-from ctrsink.data.sources.table import read_table
+from ctrsink.data.sources.kuairec import KuaiRec
+from ctrsink.data.sources.mind import Mind
+from ctrsink.data.sources.movielens import MovieLens
+from ctrsink.data.sources.source import Block, Source
+from ctrsink.data.sources.table import Tables
+
+__all__ = ["Block", "Source", "open_source"]
 
 
-def read_source(spec: SourceSpec, on_bad_row: OnBadRow = "fail") -> EventLog:
-    """Read the log that `spec` names.
-
-    Raises:
-        InputError: a file is missing or empty, a column is missing, a row cannot be used (unless it is to be skipped).
-    """
-    if spec.kind == "movielens":
-        return read_movielens(spec.path, on_bad_row)
-    return read_table(spec.path, spec.items, spec.columns, on_bad_row)
+def open_source(spec: SourceSpec) -> Source:
+    """The log that `spec` names; nothing is read yet."""
+    match spec.kind:
+        case "movielens":
+            return MovieLens(spec.path)
+        case "kuairec":
+            return KuaiRec(spec.path)
+        case "mind":
+            return Mind(spec.path)
+        case "table":
+            return Tables(spec.path, spec.items, spec.columns)

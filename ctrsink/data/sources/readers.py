@@ -1,135 +1,110 @@
-"""csv, jsonl and parquet become RawRows: text stays text, so that a bad cell can be named by its row."""
+"""jsonl and parquet become RawRows, and a whole table is read by the ending of its name."""
 
-import csv
-import gzip
-import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
-from ctrsink import storage
 from ctrsink.data.events import RawRows
+from ctrsink.data.sources.delimited import read_csv
+from ctrsink.data.sources.files import RangeFile, read_whole, size_of
 from ctrsink.errors import InputError
 
+ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
-def read_content(uri: str) -> bytes:
-    """The content of a file of the user's, unpacked where its name ends in .gz.
+
+def kind_of(uri: str) -> str:
+    """`csv`, `jsonl` or `parquet`, by the ending of the name.
 
     Raises:
-        InputError: it is missing, empty or no gzip file.
+        InputError: it ends otherwise.
     """
-    try:
-        content = storage.read_bytes(uri)
-        if uri.endswith(".gz"):
-            content = gzip.decompress(content)
-    except FileNotFoundError:
-        raise InputError(f"{uri} does not exist: correct the path") from None
-    except (gzip.BadGzipFile, EOFError):
-        raise InputError(f"{uri} is not a whole gzip file") from None
-    if not content.strip():
-        raise InputError(f"{uri} is empty")
-    return content
+    for ending, kind in ENDINGS.items():
+        if uri.endswith(ending) or (kind != "parquet" and uri.endswith(f"{ending}.gz")):
+            return kind
+    raise InputError(f"{uri}: a table is a .csv, .jsonl or .parquet file (csv and jsonl also with .gz)")
 
 
-def read_rows(uri: str) -> RawRows:
-    """Read a table by the ending of its name.
+def read_table(uri: str) -> RawRows:
+    """Read a whole table by the ending of its name.
 
     Raises:
         InputError: the file is missing, empty, damaged, or of another kind.
     """
-    name = uri.removesuffix(".gz")
-    if name.endswith(".csv"):
-        return read_delimited(uri, read_content(uri), ",")
-    if name.endswith((".jsonl", ".ndjson")):
-        return _read_jsonl(uri, read_content(uri))
-    if name.endswith(".parquet"):
-        return _read_parquet(uri, read_content(uri))
-    raise InputError(f"{uri}: a table is a .csv, .jsonl or .parquet file (csv and jsonl also with .gz)")
+    kind = kind_of(uri)
+    if kind == "csv":
+        return read_csv(uri)
+    if kind == "jsonl":
+        return read_jsonl(uri, read_whole(uri))
+    return read_row_groups(uri, open_parquet(uri))
 
 
-def read_delimited(uri: str, content: bytes, delimiter: str, names: list[str] | None = None, quoted: bool = True) -> RawRows:
-    """Split UTF-8 text into columns of strings; without `names` the first line is the header. An empty cell is null."""
-    header = names or next(csv.reader([_first_line(uri, content)], delimiter=delimiter))
-    broken: list[tuple[int, str]] = []
-    header_lines = 0 if names else 1
+def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None) -> RawRows:
+    """An object a line into columns of strings, all or those to `keep`, where a missing one is null.
 
-    def collect(row: Any) -> str:
-        broken.append((row.number - header_lines, f"{row.actual_columns} columns instead of {row.expected_columns}"))
-        return "skip"
-
-    try:
-        table = pyarrow.csv.read_csv(
-            io.BytesIO(content),
-            pyarrow.csv.ReadOptions(column_names=names, use_threads=False),  # with threads rows have no number
-            pyarrow.csv.ParseOptions(
-                delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted, invalid_row_handler=collect
-            ),
-            pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()),
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=True,
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{uri} cannot be read as text in columns: {_line(error)}") from None
-    rows = table.num_rows + len(broken)
-    # Cells that span lines, or empty lines, move rows away from lines: then only rows are counted.
-    is_line = content.rstrip(b"\r\n").count(b"\n") + 1 == rows + header_lines
-    numbers = np.setdiff1d(np.arange(1, rows + 1), [n for n, _ in broken])
-    return RawRows(uri, table, numbers, header_lines if is_line else None, broken)
-
-
-def _read_jsonl(uri: str, content: bytes) -> RawRows:
+    Numbers become text as they were written, the entries of a list are joined by spaces.
+    """
     records: list[dict[str, Any]] = []
     numbers: list[int] = []
     broken: list[tuple[int, str]] = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
+    lines = content.removeprefix(b"\xef\xbb\xbf").splitlines()
+    rows = [line for line in lines if line.strip()]
+    for number, line in enumerate(rows, start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = json.loads(line, parse_float=str, parse_int=str, parse_constant=_constant)
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
             numbers.append(number)
         else:
             broken.append((number, "the line is not a JSON object"))
-    if not records:
-        raise InputError(f"{uri}, line {broken[0][0]}: {broken[0][1]}, and no other line is")
-    names = list(dict.fromkeys(name for record in records for name in record))
-    table = pa.table({name: _column([record.get(name) for record in records]) for name in names})
-    return RawRows(uri, table, np.array(numbers, np.int64), 0, broken)
+    names = keep or list(dict.fromkeys(name for record in records for name in record))
+    table = pa.table({name: pa.array([_text(record.get(name)) for record in records], pa.string()) for name in names})
+    return RawRows(uri, table, np.array(numbers, np.int64), 0 if len(rows) == len(lines) else None, broken)
 
 
-def _read_parquet(uri: str, content: bytes) -> RawRows:
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """A parquet file from which row groups can be read.
+
+    Raises:
+        InputError: it is missing, empty or damaged.
+    """
     try:
-        table = pq.read_table(io.BytesIO(content))
+        return pq.ParquetFile(RangeFile(uri, size_of(uri)), pre_buffer=True)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{uri} is not a whole parquet file: {_line(error)}") from None
+        raise _damaged(uri, error) from None
+
+
+def read_row_groups(uri: str, file: pq.ParquetFile, groups: range | None = None, keep: Sequence[str] | None = None) -> RawRows:
+    """Row groups of a parquet file, all or those named, with all columns or those to `keep`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    wanted = range(file.num_row_groups) if groups is None else groups
+    try:
+        table = file.read_row_groups(list(wanted), columns=None if keep is None else list(keep), use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(uri, error) from None
     plain = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in table.columns]
     return RawRows(uri, pa.Table.from_arrays(plain, names=table.column_names), np.arange(1, table.num_rows + 1))
 
 
-def _column(values: list[Any]) -> pa.Array:
-    """Typed where all values agree, else text: the check of the events then finds the one that is different."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) for v in values], pa.string())
+def _damaged(uri: str, error: Exception) -> InputError:
+    return InputError(f"{uri} is not a whole parquet file: {' '.join(str(error).split())}")
 
 
-def _first_line(uri: str, content: bytes) -> str:
-    try:
-        return content.lstrip().split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
-    except UnicodeDecodeError:
-        raise InputError(f"{uri} is not UTF-8 text: convert it") from None
+def _constant(name: str) -> str | None:
+    return None if name == "NaN" else name  # what pandas and numpy write for an absent number
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return " ".join(_text(entry) or "" for entry in value)
+    return json.dumps(value, ensure_ascii=False)

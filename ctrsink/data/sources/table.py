@@ -1,21 +1,111 @@
-"""The user's own log: an event table and an item table (csv, jsonl, parquet; local or s3://) with a column mapping."""
+"""A log of the user's own: csv, jsonl or parquet, one file or a folder of many, by the names of its columns."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 
 from ctrsink.config.data import ColumnSpec
-from ctrsink.data.events import EventLog, OnBadRow, check_events, check_items
-from ctrsink.data.sources.readers import read_rows
+from ctrsink.data.events import RawRows, check_items
+from ctrsink.data.sources.cut import cut_lines
+from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
+from ctrsink.data.sources.files import files_at, read_head, read_part, read_whole, require_columns
+from ctrsink.data.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
+from ctrsink.data.sources.source import Block
+from ctrsink.errors import InputError
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no type checker sees them
 
 
-def read_table(path: str, items_path: str | None, columns: ColumnSpec, on_bad_row: OnBadRow) -> EventLog:
-    """Read both tables; without an item table the items are the ids of the log, in order, and have no field but `item`.
+@dataclass(frozen=True)
+class Tables:
+    """An event log and, perhaps, an item table; each a file or a folder of files of one kind."""
 
-    Raises:
-        InputError: a file, a column or (unless skipped) a row cannot be used.
-    """
-    items = check_items(read_rows(items_path)) if items_path else None
-    known = items.column("item").combine_chunks() if items is not None else None
-    events, skipped = check_events(read_rows(path), columns, known, on_bad_row)
-    if items is None:
-        items = pa.table({"item": events.column("item").unique().sort()})
-    return EventLog(events, items, skipped)
+    path: str
+    item_table: str | None
+    columns: ColumnSpec
+
+    def items(self) -> pa.Table | None:
+        """The item table; its files may have different fields, and a missing one is an empty text."""
+        if self.item_table is None:
+            return None
+        tables = [check_items(read_table(uri)) for uri, _ in _files(self.item_table)]
+        items = pa.concat_tables(tables, promote_options="default")
+        counts = items.column("item").value_counts()
+        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated):
+            raise InputError(f"{self.item_table}: item {repeated[0].as_py()!r} is in more than one file: leave one")
+        return pa.table({name: pc.fill_null(items.column(name), "") for name in items.column_names})
+
+    def blocks(self, block_bytes: int) -> list[Block]:
+        """csv and jsonl are cut at rows, parquet between row groups; a packed file is one block."""
+        cut = {"csv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
+        blocks = [block for uri, size in _files(self.path) for block in cut[kind_of(uri)](uri, size, block_bytes)]
+        if not blocks:
+            raise InputError(f"the event log {self.path} holds no event: it has no row")
+        return blocks
+
+    def read(self, block: Block) -> RawRows:
+        """The mapped columns of the rows of a block; `true` and `false` in the columns of numbers are 1 and 0."""
+        kind = kind_of(block.file)
+        if kind == "parquet":
+            groups = range(block.start, block.end)
+            return read_row_groups(block.file, open_parquet(block.file), groups, self._wanted)
+        if kind == "csv":
+            raw = read_csv_block(block, self._wanted)
+        else:
+            packed = block.file.endswith(".gz")
+            content = read_whole(block.file) if packed else read_part(block.file, block.start, block.end)
+            raw = read_jsonl(block.file, content, self._wanted)
+        return _with_numbers(raw, {self.columns.feedback, self.columns.label} - {None})
+
+    @property
+    def _wanted(self) -> list[str]:
+        mapped = (self.columns.user, self.columns.item, self.columns.timestamp)
+        optional = (self.columns.feedback, self.columns.label, self.columns.request)
+        return list(dict.fromkeys([*mapped, *(name for name in optional if name)]))
+
+    def _csv(self, uri: str, size: int, block_bytes: int) -> list[Block]:
+        return csv_blocks(uri, block_bytes, self._wanted)
+
+    def _jsonl(self, uri: str, size: int, block_bytes: int) -> list[Block]:
+        head = read_head(uri)
+        first = read_jsonl(uri, head[: head.rfind(b"\n") + 1] or head)
+        if not first.table.num_columns:
+            number, reason = first.broken[0] if first.broken else (1, "it has no key")
+            raise InputError(f"{uri}, line {number}: {reason}, and no other line at its start is")
+        require_columns(uri, first.table.column_names, self._wanted)
+        pieces = [(0, size)] if uri.endswith(".gz") else cut_lines(uri, 0, size, block_bytes)
+        return [Block(uri, start, end) for start, end in pieces]
+
+    def _parquet(self, uri: str, size: int, block_bytes: int) -> list[Block]:
+        file = open_parquet(uri)
+        require_columns(uri, file.schema_arrow.names, self._wanted)
+        blocks: list[Block] = []
+        start, held = 0, 0
+        for group in range(file.num_row_groups):
+            held += file.metadata.row_group(group).total_byte_size
+            if held >= block_bytes or group + 1 == file.num_row_groups:
+                blocks.append(Block(uri, start, group + 1))
+                start, held = group + 1, 0
+        return blocks
+
+
+def _files(uri: str) -> list[tuple[str, int]]:
+    """The files of a table, all of one kind."""
+    files = files_at(uri)
+    kinds = {kind_of(file): file for file, _ in files}
+    if len(kinds) > 1:
+        raise InputError(f"{uri} holds files of several kinds ({', '.join(sorted(kinds.values()))}): a table is of one kind")
+    return files
+
+
+def _with_numbers(raw: RawRows, names: set[str | None]) -> RawRows:
+    table = raw.table
+    for name in names:
+        cells = table.column(name)
+        words = pc.utf8_lower(cells)
+        cells = pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", cells))
+        table = table.set_column(table.column_names.index(name), name, cells)
+    return RawRows(raw.file, table, raw.numbers, raw.header_lines, raw.broken)

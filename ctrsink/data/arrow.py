@@ -1,0 +1,35 @@
+"""Arrow tables as bytes, the same bytes for the same table, and columns as numpy arrays."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no type checker sees them
+
+
+def column_numpy(table: pa.Table, column: str, absent: float) -> np.ndarray:
+    """A column of numbers, with `absent` where it is null."""
+    return pc.fill_null(table.column(column), absent).combine_chunks().to_numpy(zero_copy_only=False)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Deterministic bytes: one row group, no dictionary whose size would decide on the encoding."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, row_group_size=max(table.num_rows, 1))
+    return sink.getvalue().to_pybytes()
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """An Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def from_ipc(content: bytes) -> pa.Table:
+    """The table of an Arrow stream."""
+    return pa.ipc.open_stream(pa.py_buffer(content)).read_all()

@@ -1,0 +1,1 @@
+"""From the raw log to a data set: blocks of the log -> slices by user -> shards, by tasks whose results are kept to the end."""

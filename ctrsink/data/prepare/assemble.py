@@ -1,0 +1,131 @@
+"""Second task: the users of one range of prefixes become a shard, its token sidecar and its piece of the index."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from ctrsink import storage
+from ctrsink.data import chronology
+from ctrsink.data.arrow import column_numpy, from_ipc, pc, to_ipc, to_parquet
+from ctrsink.data.chronology import NO_LABEL, PAST, Chronologies
+from ctrsink.data.manifest import SHARD_SCHEMA, TOKENS_SCHEMA, FileEntry, ShardEntry, SplitTimes
+from ctrsink.data.prepare.partition import Partition, read_ids
+from ctrsink.data.prepare.past import Past
+from ctrsink.data.render import feedback_ids
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """All that the second tasks need."""
+
+    partition: Partition
+    to: str
+    """The data set."""
+    folder: str
+    """Where what is known of finished shards lies."""
+    slice_ends: tuple[np.ndarray, ...]
+    """Of each block, see Survey."""
+    ranges: tuple[tuple[int, int], ...]
+    """Prefixes [first, end) of each shard."""
+    split_times: SplitTimes
+    feedback_texts: tuple[str, ...]
+    items: str
+    """File of the ids of all items."""
+    tokens: str
+    """File of the tokens of all items."""
+    part: int
+    first_shard: int
+    """Number of the part's first shard in the data set."""
+    past: Past | None
+    """What came before the log, where it is appended."""
+
+    def __call__(self, number: int) -> int:
+        """Write shard `number` of the part; returns that number, once its entry is written, last."""
+        events, past = self._events(number)
+        found = chronology.chronologies(events.column("user").combine_chunks(), column_numpy(events, "timestamp", 0))
+        order = pa.array(found.order)
+        events, past = events.take(order).combine_chunks(), past[found.order]
+        feedback = column_numpy(events, "feedback", np.nan)
+        label = chronology.labels(
+            column_numpy(events, "label", NO_LABEL),
+            feedback,
+            self.partition.source.columns.label is not None,
+            self.partition.spec.positive_from,
+        )
+        split = np.where(past, PAST, chronology.split_of(column_numpy(events, "timestamp", 0), self.split_times))
+        texts = self.partition.spec.text
+        columns = {
+            "item": events.column("item"),
+            "timestamp": events.column("timestamp"),
+            "feedback": events.column("feedback"),
+            "feedback_id": pa.array(feedback_ids(texts, self.feedback_texts, feedback)),
+            "label": pa.array(label, mask=label == NO_LABEL),
+            "request": events.column("request"),
+        }
+        table = _shard(columns, found)
+        mentioned = pc.unique(columns["item"]).sort()
+        sidecar = pa.Table.from_arrays([mentioned, _tokens(self.tokens).take(mentioned)], schema=TOKENS_SCHEMA)
+        shard = self.first_shard + number
+        name = f"shards/{shard:05d}"
+        entry = ShardEntry(
+            part=self.part,
+            prefixes=self.ranges[number],
+            users=len(found.users),
+            events=int((~past).sum()),
+            events_file=put(self.to, f"{name}.parquet", to_parquet(table)),
+            tokens_file=put(self.to, f"{name}.tokens.parquet", to_parquet(sidecar)),
+        )
+        index = to_ipc(chronology.user_index(found.offsets, split, label, shard))
+        storage.write_bytes(self._path(number, "index"), index)
+        storage.write_bytes(self._path(number, "entry"), entry.model_dump_json().encode())
+        return number
+
+    def done(self) -> set[int]:
+        """Shards that an earlier preparation has finished already."""
+        return {int(name.removesuffix(".entry")) for name in storage.list_files(self.folder) if name.endswith(".entry")}
+
+    def result(self, number: int) -> tuple[ShardEntry, pa.Table]:
+        """A finished shard's entry and piece of the index."""
+        entry = ShardEntry.model_validate_json(storage.read_bytes(self._path(number, "entry")))
+        return entry, from_ipc(storage.read_bytes(self._path(number, "index")))
+
+    def _events(self, number: int) -> tuple[pa.Table, np.ndarray]:
+        """Events of all blocks in the order of the log, items by number, and which of them are past ones."""
+        first, end = self.ranges[number]
+        blocks = [self.partition.events(block, ends, first, end) for block, ends in enumerate(self.slice_ends)]
+        table = pa.concat_tables(blocks).drop_columns("prefix")
+        item = pc.cast(pc.index_in(table.column("item"), read_ids(self.items)), pa.int32())
+        table = table.set_column(table.column_names.index("item"), "item", item)
+        if self.past is None:
+            return table, np.zeros(table.num_rows, bool)
+        past = self.past.events(first, end, table.column("user").unique())
+        return pa.concat_tables([past, table]), np.arange(past.num_rows + table.num_rows) < past.num_rows
+
+    def _path(self, number: int, kind: str) -> str:
+        return storage.join(self.folder, f"{number:06d}.{kind}")
+
+
+def put(to: str, path: str, content: bytes) -> FileEntry:
+    """Write a file of the data set `to`, for its manifest."""
+    storage.write_bytes(storage.join(to, path), content)
+    return FileEntry(path=path, bytes=len(content), sha256=storage.sha256(content))
+
+
+def _shard(columns: dict[str, pa.ChunkedArray | pa.Array], users: Chronologies) -> pa.Table:
+    """The chronologies, in SHARD_SCHEMA; `columns` run over all events."""
+    offsets = pa.array(users.offsets.astype(np.int32))
+    arrays: list[pa.Array] = [pa.array(users.users, pa.string())]
+    for name in SHARD_SCHEMA.names[1:]:
+        values = columns[name]
+        arrays.append(
+            pa.ListArray.from_arrays(offsets, values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
+        )
+    return pa.Table.from_arrays(arrays, schema=SHARD_SCHEMA)
+
+
+@lru_cache(maxsize=2)
+def _tokens(path: str) -> pa.Array:
+    """Token ids of all items, list<int32>; a file of that name never changes."""
+    return from_ipc(storage.read_bytes(path)).column("tokens").combine_chunks()

@@ -1,0 +1,268 @@
+"""Prepare a log, or append one to a data set: what the tasks of partition.py and assemble.py do is put in order here."""
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from ctrsink import storage
+from ctrsink.config.data import PrepareSpec
+from ctrsink.data import chronology, tokenize
+from ctrsink.data.arrow import to_parquet
+from ctrsink.data.events import OnBadRow
+from ctrsink.data.manifest import FORMAT, MANIFEST_NAME, Manifest, PartEntry, ShardEntry, read_file, read_manifest
+from ctrsink.data.prepare.assemble import Assembly, put
+from ctrsink.data.prepare.execute import Execute, in_process
+from ctrsink.data.prepare.items import Items
+from ctrsink.data.prepare.partition import Partition
+from ctrsink.data.prepare.past import Past
+from ctrsink.data.prepare.places import Places
+from ctrsink.data.prepare.progress import reported
+from ctrsink.data.prepare.survey import Totals, count_splits, split_times
+from ctrsink.data.render import feedback_table
+from ctrsink.data.sources import open_source
+from ctrsink.errors import InputError
+
+log = logging.getLogger("ctrsink.data")
+WORK = "_work"  # below the data set, until its manifest is written
+_ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
+_MAX_SLICES = 1024
+
+
+def prepare(
+    spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", overwrite: bool = False, execute: Execute = in_process
+) -> Manifest:
+    """Prepare the log that `spec` names as a data set in the folder `to`, local or s3://.
+
+    The same log and `spec` give the same bytes, however the log is cut into blocks and by whomever they are read. Without a
+    manifest a folder is no data set, so an interrupted preparation leaves none behind; called again, it goes on from the tasks
+    that were done.
+
+    Raises:
+        InputError: the log or the configuration cannot be used, or `to` holds a data set and `overwrite` is not set.
+    """
+    if storage.exists(storage.join(to, MANIFEST_NAME)) and not overwrite:
+        raise InputError(f"{to} holds a data set already: choose another folder, or replace it with --overwrite")
+    return _build(spec, to, None, on_bad_row, execute)
+
+
+def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: Execute = in_process) -> Manifest:
+    """Append the log that `spec` names, newer than all there is, as a new part to the data set `to`.
+
+    Chronologies of the new shards begin with their users' latest `spec.past_events` events, as history. Nothing that the data set
+    holds changes, and readers of the old manifest are not disturbed. Tokenizer, templates and label rule are the data set's.
+
+    Raises:
+        InputError: there is no data set, the log or the configuration cannot be used, or an event is not newer.
+    """
+    base = read_manifest(to)
+    for name, wanted, there in (("text", spec.text, base.text), ("positive_from", spec.positive_from, base.positive_from)):
+        if wanted != there:
+            raise InputError(f"prepare.{name} is not that of the data set {to} ({there}): what is appended must be like it")
+    return _build(spec, to, base, on_bad_row, execute)
+
+
+def _build(spec: PrepareSpec, to: str, base: Manifest | None, on_bad_row: OnBadRow, execute: Execute) -> Manifest:
+    work = storage.join(to, WORK)
+    try:
+        manifest = _Build(spec, to, work, base, on_bad_row, execute).run()
+    except InputError:
+        # What bad input left behind is of no use; what an interruption left is, to the next attempt. A task that is under way
+        # elsewhere may still write there, and storage may be what failed: then it stays for the next attempt to remove.
+        with suppress(OSError, InputError):
+            storage.delete(work)
+            if not storage.is_remote(to) and not storage.list_files(to) and not storage.list_dirs(to):
+                storage.delete(to)
+        raise
+    storage.write_bytes(storage.join(to, MANIFEST_NAME), (manifest.model_dump_json(indent=1) + "\n").encode())
+    storage.delete(work)
+    log.info("%s now holds %d events of %d users in %d shards", to, manifest.events, manifest.users, len(manifest.shards))
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Build:
+    spec: PrepareSpec
+    to: str
+    work: str
+    base: Manifest | None
+    on_bad_row: OnBadRow
+    execute: Execute
+
+    def run(self) -> Manifest:
+        source = open_source(self.spec.source)
+        listed = source.items()
+        blocks = tuple(source.blocks(self.spec.block_bytes))
+        # A tokenizer that cannot be had is found before hours of work.
+        tokenizer = self._given_tokenizer()
+        items = Items.of(listed, self.spec.text) if listed is not None else None
+        if self.base is not None:
+            old = Items(pq.read_table(io.BytesIO(read_file(self.to, self.base.items))))
+            items = old if listed is None else old.extended(listed, self.spec.text)
+        welcome = items.write_ids(self.work) if items is not None and listed is not None else None
+        versions = {block.file: storage.info(block.file) for block in blocks}
+        partition = Partition(
+            spec=self.spec,
+            source=source,
+            blocks=blocks,
+            folder=self._folder("blocks", self.spec.source, self.spec.text, self.spec.positive_from, blocks, versions, welcome),
+            slices=_slices(sum(info.bytes for info in versions.values()), self.spec.shard_events),
+            items=welcome,
+        )
+        totals = self._read(partition)
+        surveys = lambda: (partition.survey(number) for number in range(len(blocks)))  # noqa: E731
+        self._check(totals)
+        times = split_times(totals, surveys, self.spec.split)
+        splits = count_splits(surveys(), times)
+        chronology.check_splits(splits, self.spec.split)
+
+        if listed is None:
+            found = pa.table({"item": pa.array(sorted(totals.items), pa.string())})
+            items = Items.of(found, self.spec.text) if items is None else items.extended(found, self.spec.text)
+        assert items is not None
+        texts = feedback_table(self.spec.text, self.base.feedback_texts if self.base else (), totals.feedback)
+        tokenizer = tokenizer or tokenize.make_tokenizer(self.spec.tokenizer, [*items.texts, *texts])
+        ids = items.write_ids(self.work)
+        tokens = items.write_tokens(self.work, tokenizer, self.spec.text.max_item_tokens)
+        ranges = tuple(chronology.cut_shards(totals.prefix_events, self.spec.shard_events))
+        past = Past(self.to, self.base, self.spec.past_events) if self.base else None
+        assembly = Assembly(
+            partition=partition,
+            to=self.to,
+            folder=self._folder("shards", partition.folder, ranges, times, texts, ids, tokens, past),
+            slice_ends=tuple(survey.slice_ends for survey in surveys()),
+            ranges=ranges,
+            split_times=times,
+            feedback_texts=texts,
+            items=ids,
+            tokens=tokens,
+            part=len(self.base.parts) if self.base else 0,
+            first_shard=len(self.base.shards) if self.base else 0,
+            past=past,
+        )
+        if self.base is None and not assembly.done():
+            # Only now, with all the input good, is anything at the place changed.
+            for old_file in (MANIFEST_NAME, "shards", tokenize.FOLDER):
+                storage.delete(storage.join(self.to, old_file))
+        shards, index = self._write(assembly, totals)
+        part = PartEntry(
+            split_times=times,
+            splits=splits,
+            users=index.num_rows,
+            events=totals.events,
+            first_time=totals.first_time,
+            last_time=totals.last_time,
+            skipped_rows=totals.rows - totals.events,
+        )
+        return self._manifest(part, shards, index, items, tokenizer, texts)
+
+    def _folder(self, name: str, *facts: object) -> str:
+        """Below the work folder, a name that depends on all that the results there depend on."""
+        return storage.join(self.work, f"{name}-{storage.sha256(repr(facts).encode())[:16]}")
+
+    def _given_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The one that there is, or None where it is to be trained on the texts of this log."""
+        if self.base is not None:
+            return tokenize.load_tokenizer(self.to, self.base)
+        return tokenize.make_tokenizer(self.spec.tokenizer, []) if self.spec.tokenizer.path is not None else None
+
+    def _read(self, partition: Partition) -> Totals:
+        """Run the first tasks; a bad row ends it as soon as it is known which is the first."""
+        blocks, done = partition.blocks, partition.done()
+        if done:
+            log.info("going on: %d of %d blocks have been read before", len(done), len(blocks))
+        totals, places = Totals(), Places()
+
+        def surveys() -> Iterator[tuple[float, int]]:
+            running = self.execute(partition, [n for n in range(len(blocks)) if n not in done])
+            for number, block in enumerate(blocks):
+                if number not in done:
+                    next(running)
+                survey = partition.survey(number)
+                where = places.next(block.file, survey.file_rows, survey.header_lines, survey.problem)
+                if where and self.on_bad_row == "fail":
+                    raise InputError(f"{where}; correct it, or leave bad rows out with --on-bad-row skip")
+                if where:
+                    log.warning("%s: skipped %d bad rows; the first: %s", block.file, survey.rows - survey.events, where)
+                totals.add(survey)
+                yield block.end - block.start, survey.rows
+
+        for _ in reported(surveys(), sum(block.end - block.start for block in blocks), "read"):
+            pass
+        return totals
+
+    def _check(self, totals: Totals) -> None:
+        path = self.spec.source.path
+        if not totals.events:
+            reason = f"all {totals.rows} rows are bad" if totals.rows else "it has no row"
+            raise InputError(f"the event log {path} holds no event: {reason}")
+        if not totals.impressions:
+            raise InputError(f"no event of {path} has a label: map source.columns.label or source.columns.feedback")
+        if self.base is not None and totals.first_time <= self.base.parts[-1].last_time:
+            raise InputError(
+                f"{path} begins at {totals.first_time}, but the data set {self.to} reaches to {self.base.parts[-1].last_time} "
+                "(seconds since 1970): append events that are newer than all there are"
+            )
+
+    def _write(self, assembly: Assembly, totals: Totals) -> tuple[tuple[ShardEntry, ...], pa.Table]:
+        """Run the second tasks."""
+        shards, done = range(len(assembly.ranges)), assembly.done()
+        if done:
+            log.info("going on: %d of %d shards have been written before", len(done), len(shards))
+        running = self.execute(assembly, [n for n in shards if n not in done])
+        results: list[tuple[ShardEntry, pa.Table]] = []
+
+        def finished() -> Iterator[tuple[float, int]]:
+            for number in shards:
+                if number not in done:
+                    next(running)
+                results.append(assembly.result(number))
+                yield results[-1][0].events, results[-1][0].events
+
+        for _ in reported(finished(), totals.events, "wrote"):
+            pass
+        return tuple(entry for entry, _ in results), pa.concat_tables([index for _, index in results])
+
+    def _manifest(
+        self,
+        part: PartEntry,
+        shards: tuple[ShardEntry, ...],
+        index: pa.Table,
+        items: Items,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: tuple[str, ...],
+    ) -> Manifest:
+        base, suffix = self.base, f"-{len(self.base.parts):05d}" if self.base else ""
+        if base is not None:
+            index = pa.concat_tables([pq.read_table(io.BytesIO(read_file(self.to, base.index))), index])
+            files = base.tokenizer
+        else:
+            contents = tokenize.tokenizer_files(tokenizer)
+            files = tuple(put(self.to, storage.join(tokenize.FOLDER, name), content) for name, content in contents.items())
+        return Manifest(
+            format=FORMAT,
+            parts=(*(base.parts if base else ()), part),
+            shards=(*(base.shards if base else ()), *shards),
+            index=put(self.to, f"index{suffix}.parquet", to_parquet(index)),
+            items=put(self.to, f"items{suffix}.parquet", to_parquet(items.table)),
+            tokenizer=files,
+            tokenizer_fingerprint=tokenize.fingerprint(tokenizer),
+            text=self.spec.text,
+            positive_from=self.spec.positive_from,
+            prefix_tokens=tuple(tokenize.prefix_tokens(tokenizer, self.spec.text.prefix)),
+            feedback_texts=texts,
+            feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode(tokenizer, list(texts))),
+            item_count=items.table.num_rows,
+        )
+
+
+def _slices(log_bytes: int, shard_events: int) -> int:
+    """Slices of a block's file: about twice as many as there will be shards, so that a shard reads little in vain."""
+    shards = log_bytes / _ROW_BYTES / shard_events
+    return next(2**power for power in count() if 2**power >= min(2 * shards, _MAX_SLICES))

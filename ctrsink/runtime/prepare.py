@@ -1,0 +1,37 @@
+"""Prepare or append the log of a configuration, in this process or with Ray Data."""
+
+from ctrsink import storage
+from ctrsink.config import RunSpec
+from ctrsink.config.data import PrepareSpec
+from ctrsink.data.events import OnBadRow
+from ctrsink.data.manifest import Manifest
+from ctrsink.data.prepare.build import append, prepare
+from ctrsink.data.prepare.execute import Execute, in_process
+from ctrsink.runtime.process import stay_on_loopback
+
+
+def prepare_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow, overwrite: bool) -> Manifest:
+    """Prepare the log of `spec.prepare`, which must be there, as the data set `to`, else `spec.data.uri`; see build.prepare."""
+    section, to, execute = _place(spec, to)
+    return prepare(section, to, on_bad_row, overwrite, execute)
+
+
+def append_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow) -> Manifest:
+    """Append the log of `spec.prepare`, which must be there, to the data set `to`, else `spec.data.uri`; see build.append."""
+    section, to, execute = _place(spec, to)
+    return append(section, to, on_bad_row, execute)
+
+
+def _place(spec: RunSpec, to: str | None) -> tuple[PrepareSpec, str, Execute]:
+    section, to = spec.prepare, to or spec.data.uri
+    assert section is not None
+    if section.workers == 1:
+        return section, to, in_process
+    stay_on_loopback(spec.runtime.address)
+    from ctrsink.runtime.ray_data import ray_data
+
+    # Ray's workers run in folders of their own: local paths become absolute.
+    source = section.source
+    places = {"path": storage.absolute(source.path), "items": source.items and storage.absolute(source.items)}
+    section = section.model_copy(update={"source": source.model_copy(update=places)})
+    return section, storage.absolute(to), ray_data(spec.runtime.address, section.workers)

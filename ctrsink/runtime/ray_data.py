@@ -1,0 +1,56 @@
+"""Ray Data runs the tasks of a preparation: on this machine's cores or on a cluster, repeated where a worker dies."""
+
+from collections.abc import Iterator, Sequence
+
+import ray
+from ray.data import DataContext, TaskPoolStrategy
+from ray.exceptions import RayTaskError
+
+from ctrsink.data.prepare.execute import Execute, Task
+from ctrsink.errors import InputError, RunError
+from ctrsink.runtime.ray_train import connect
+
+
+def ray_data(address: str | None, workers: int) -> Execute:
+    """At most `workers` tasks at a time, a core each, on the cluster at `address` or one that is started here.
+
+    Raises:
+        InputError: the cluster cannot be reached.
+    """
+    connect(address, workers)
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+
+    def execute(task: Task, numbers: Sequence[int]) -> Iterator[int]:
+        if not numbers:
+            return
+        rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
+        done = rows.map(_Row(task), compute=TaskPoolStrategy(size=workers), num_cpus=1)
+        try:
+            for row in done.iter_rows():
+                yield row["number"]
+        except RayTaskError as error:
+            raise _translate(error) from error
+
+    return execute
+
+
+class _Row:
+    """A task on a row of Ray Data."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, row: dict[str, int]) -> dict[str, int]:
+        return {"number": self.task(int(row["number"]))}
+
+
+def _translate(error: RayTaskError) -> Exception:
+    """The task's own error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return InputError(str(cause))
+        cause = cause.__cause__ or getattr(cause, "cause", None)
+    return RunError(f"a task of the preparation failed: {str(error).strip().splitlines()[-1]}")

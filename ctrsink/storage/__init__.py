@@ -1,0 +1,152 @@
+"""One way to open, list and put files on local disk and s3://; S3 credentials come from the environment only.
+
+Failures of S3 that may pass are repeated until a deadline (see `retry`). Where the bucket, the credentials or the endpoint are
+wrong, and where the deadline is over, every function here raises InputError.
+"""
+
+from pathlib import Path
+
+from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+from ctrsink.storage import local
+from ctrsink.storage.faults import explained
+from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, join, local_path, sha256
+from ctrsink.storage.s3 import Operation, connect, to_info
+
+__all__ = [
+    "Info", "absolute", "arrow_filesystem", "delete", "download_dir", "exists", "find", "info", "is_remote", "join", "list_dirs",
+    "list_files", "read_bytes", "read_range", "sha256", "upload_dir", "write_bytes",
+]  # fmt: skip
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file, or a folder with something in it."""
+    with explained(uri):
+        if not is_remote(uri):
+            return local_path(uri).exists()
+        s3 = Operation(uri)
+        return s3.run(s3.exists())
+
+
+def info(uri: str) -> Info:
+    """What is known of one file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with explained(uri):
+        name = uri.rpartition("/")[2]
+        if not is_remote(uri):
+            return local.info(local_path(uri), name)
+        s3 = Operation(uri)
+        entry = s3.run(s3.info(s3.key))
+        if entry is None:
+            raise FileNotFoundError(uri)
+        return to_info(entry, name)
+
+
+def find(uri: str) -> list[Info]:
+    """Every file below the folder `uri`, hidden ones included, sorted by path; none where it does not exist."""
+    with explained(uri):
+        if not is_remote(uri):
+            return local.find(local_path(uri))
+        s3 = Operation(uri)
+        return s3.run(s3.find())
+
+
+def list_files(uri: str) -> list[str]:
+    """Names of the files directly in the folder `uri`, sorted; none where it does not exist."""
+    with explained(uri):
+        if not is_remote(uri):
+            return local.names(local_path(uri), Path.is_file)
+        s3 = Operation(uri)
+        return s3.run(s3.names(files=True))
+
+
+def list_dirs(uri: str) -> list[str]:
+    """Names of the folders directly in the folder `uri`, sorted; none where it does not exist.
+
+    Some S3 servers go on showing a folder for a while after its last file was deleted.
+    """
+    with explained(uri):
+        if not is_remote(uri):
+            return local.names(local_path(uri), Path.is_dir)
+        s3 = Operation(uri)
+        return s3.run(s3.names(files=False))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with explained(uri):
+        if not is_remote(uri):
+            return local_path(uri).read_bytes()
+        s3 = Operation(uri)
+        return s3.run(s3.read())
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """The bytes [start, end) of a file; fewer where it is shorter.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with explained(uri):
+        if not is_remote(uri):
+            return local.read_range(local_path(uri), start, end)
+        s3 = Operation(uri)
+        return s3.run(s3.read_range(start, end))
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Put a file whole or not at all; folders above it are made, an older file is replaced."""
+    with explained(uri):
+        if is_remote(uri):
+            s3 = Operation(uri)
+            s3.run(s3.write(s3.key, len(content), lambda start, end: content[start:end]))
+        else:
+            local.write(local_path(uri), content)
+
+
+def delete(uri: str) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
+    with explained(uri):
+        if is_remote(uri):
+            s3 = Operation(uri)
+            s3.run(s3.delete())
+        else:
+            local.delete(local_path(uri))
+
+
+def upload_dir(source: str | Path, uri: str) -> None:
+    """Copy every file below the local folder `source` to the same place below `uri`."""
+    with explained(uri):
+        if is_remote(uri):
+            s3 = Operation(uri)
+            s3.run(s3.upload(Path(source)))
+        else:
+            local.copy_below(Path(source), local_path(uri))
+
+
+def download_dir(uri: str, target: str | Path) -> None:
+    """Copy every file below `uri` to the same place below the local folder `target`.
+
+    Raises:
+        FileNotFoundError: there is nothing below `uri`.
+    """
+    with explained(uri):
+        if is_remote(uri):
+            s3 = Operation(uri)
+            s3.run(s3.download(Path(target)))
+        else:
+            local.copy_below(local_path(uri), Path(target))
+
+
+def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
+    """`uri` as pyarrow, and through it Ray, wants it: a filesystem, which repeats requests by itself, and the path there."""
+    if is_remote(uri):
+        return PyFileSystem(FSSpecHandler(connect(attempts=10))), "/".join(bucket_and_key(uri)).rstrip("/")
+    return LocalFileSystem(), absolute(uri)

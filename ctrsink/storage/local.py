@@ -1,0 +1,73 @@
+"""Files and folders on local disk."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ctrsink.storage.places import Info
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, and a crash leaves one of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp keeps others out; a data set may be shared
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_range(path: Path, start: int, end: int) -> bytes:
+    """The bytes [start, end), fewer where the file is shorter."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(max(0, end - start))
+
+
+def info(path: Path, name: str) -> Info:
+    """What is known of a file, under the given name; a folder is none."""
+    status = path.stat()
+    if path.is_dir():
+        raise FileNotFoundError(path)
+    return Info(name, status.st_size, str(status.st_mtime_ns))
+
+
+def find(top: Path) -> list[Info]:
+    """Every file below `top`, sorted."""
+    return sorted(info(p, p.relative_to(top).as_posix()) for p in files_below(top))
+
+
+def files_below(top: Path) -> list[Path]:
+    """Every file below `top`, sorted."""
+    return sorted(p for p in top.rglob("*") if p.is_file())
+
+
+def names(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
+    """Names of what lies directly in a folder and is wanted, sorted; none where there is no folder."""
+    return sorted(p.name for p in folder.iterdir() if wanted(p)) if folder.is_dir() else []
+
+
+def delete(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def copy_below(source: Path, target: Path) -> None:
+    """Copy every file below the folder `source` to the same place below `target`."""
+    if not source.is_dir():
+        raise FileNotFoundError(source)
+    for path in files_below(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
