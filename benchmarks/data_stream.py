@@ -127,12 +127,11 @@ def write_forms(task: Task, packages: set[str | None]) -> dict[str, int]:
 
 
 def to_s3(task: Task, uri: str) -> Task:
-    """Copy all forms below `uri`; returns the task that reads them there."""
-    places = {name: storage.join(uri, name) for name in ("data", "mds", "parquet")}
-    for name, place in places.items():
-        if Path(getattr(task, name)).is_dir():
-            storage.upload_dir(getattr(task, name), place)
-    return dataclasses.replace(task, **places)
+    """Copy the forms that are local below `uri`; returns the task that reads them there."""
+    local = {name: folder for name in ("data", "mds", "parquet") if Path(folder := getattr(task, name)).is_dir()}
+    for name, folder in local.items():
+        storage.upload_dir(folder, storage.join(uri, name))
+    return dataclasses.replace(task, **{name: storage.join(uri, name) for name in local})
 
 
 def measure(args: argparse.Namespace, names: list[str], jobs: Jobs) -> dict[str, Any]:

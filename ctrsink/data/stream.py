@@ -22,11 +22,21 @@ WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
 
 
 class SequenceSource:
-    """The sequences of one split, numbered shard by shard, user by user, piece by piece."""
+    """The sequences of one split, numbered shard by shard, user by user, piece by piece.
 
-    def __init__(self, dataset: Dataset, split: str, layout: Layout) -> None:
+    Args:
+        newest: only those of the data set's newest part.
+
+    Raises:
+        InputError: there is none.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, layout: Layout, newest: bool = False) -> None:
         self.dataset, self.split, self.layout = dataset, split, layout
         self._impressions = dataset.index[f"{split}_impressions"]
+        if newest:
+            older = sum(shard.part < len(dataset.manifest.parts) - 1 for shard in dataset.manifest.shards)
+            self._impressions = np.where(dataset.index["shard"] < older, 0, self._impressions)
         pieces = -(-self._impressions // layout.targets)
         self._starts = np.append(0, np.cumsum(pieces, dtype=np.int64))
         shards = np.bincount(dataset.index["shard"], pieces, len(dataset.manifest.shards))
@@ -34,7 +44,7 @@ class SequenceSource:
         before = ("past", *SPLITS[: SPLITS.index(split)])  # pyright: ignore[reportArgumentType]
         self._past: np.ndarray = np.add.reduce([dataset.index[f"{name}_events"] for name in before])
         if not sum(self.per_shard):
-            raise InputError(f"the data set {dataset.uri} has no impression in its {split} split")
+            raise InputError(f"{'the newest part of ' * newest}the data set {dataset.uri} has no impression in its {split} split")
 
     @property
     def parts(self) -> tuple[int, ...]:

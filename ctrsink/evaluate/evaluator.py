@@ -42,14 +42,21 @@ class Predictions:
 
 
 def predict(
-    forward: Callable[[Batch], torch.Tensor], dataset: Dataset, split: str, layout: Layout, spec: EvaluateSpec, topology: Topology
+    forward: Callable[[Batch], torch.Tensor],
+    dataset: Dataset,
+    split: str,
+    layout: Layout,
+    spec: EvaluateSpec,
+    topology: Topology,
+    newest: bool = False,
 ) -> Predictions:
     """Predictions for every impression of the split, the same on every rank.
 
     Args:
         forward: Batch -> logits [B, T]; called equally often on every rank.
+        newest: only impressions of the data set's newest part.
     """
-    source = SequenceSource(dataset, split, layout)
+    source = SequenceSource(dataset, split, layout, newest)
     parts = [np.empty((0, 4))]
     for batch in evaluation_batches(source, spec.batch_size, topology.rank, topology.world, spec.max_sequences):
         with torch.no_grad():
@@ -92,12 +99,13 @@ def evaluate_splits(
     run_dir: str,
     step: int,
     topology: Topology,
+    newest: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Predict and measure every split of `spec`; the first rank writes the results, as of `step`, into the run's folder."""
     out: dict[str, dict[str, float]] = {}
     for split in spec.splits:
         started = time.monotonic()
-        predictions = predict(forward, dataset, split, layout, spec, topology)
+        predictions = predict(forward, dataset, split, layout, spec, topology, newest)
         out[split] = predictions.metrics()
         if topology.is_first:
             write_evaluation(run_dir, step, split, dataset, predictions)

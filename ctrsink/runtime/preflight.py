@@ -15,8 +15,9 @@ def check(spec: RunSpec) -> int:
         InputError: it does not, or was not.
     """
     manifest = read_manifest(spec.data.uri)
-    for split in ("train", *spec.evaluate.splits):
-        if not manifest.splits[split].impressions:
+    measured = manifest.parts[-1].splits if spec.data.order == "chronological" else manifest.splits
+    for split, counts in (("train", manifest.splits), *((split, measured) for split in spec.evaluate.splits)):
+        if not counts[split].impressions:
             raise InputError(
                 f"the data set {spec.data.uri} has no impression in its {split} split: leave it out of evaluate.splits"
             )

@@ -199,7 +199,9 @@ class Trainer:
         engine.engine.eval()
         spec = self.spec
         forward = lambda batch: engine.forward(batch, readout)[1]  # noqa: E731
-        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, self.progress.step, self.topology)
+        newest = spec.data.order == "chronological"
+        step, topology = self.progress.step, self.topology
+        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, step, topology, newest)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,0 +1,87 @@
+"""Daily training: a run in chronological order goes on with what was appended to its data set, as if it had been there at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctrsink.config import PrepareSpec, RunSpec, parse_run
+from ctrsink.data.manifest import read_manifest
+from ctrsink.data.prepare.build import append, prepare
+from ctrsink.errors import InputError
+from ctrsink.runtime.evaluate import evaluate_run
+from ctrsink.runtime.start import start
+from ctrsink.train.checkpoint import find_checkpoint
+from ctrsink.train.telemetry import read_metrics
+from tests.data_fixtures import make_events, write_published_100k
+from tests.runs import run_tree
+
+EVENTS = sorted(make_events(20, 14), key=lambda event: event[3])
+DAYS = (EVENTS[:117], EVENTS[117:203], EVENTS[203:])
+
+
+def day(folder: Path, number: int) -> PrepareSpec:
+    raw = write_published_100k(folder / f"day-{number}", DAYS[number])
+    return PrepareSpec.model_validate(
+        {
+            "source": {"kind": "movielens", "path": str(raw)},
+            "text": {"item": "{title} {genres}", "separator": ""},
+            "tokenizer": {"train_vocabulary": 300},
+            "shard_events": 40,
+            "past_events": 5,
+        }
+    )
+
+
+def run_on(data: Path, run_dir: Path, order: str = "chronological") -> RunSpec:
+    tree = run_tree(str(data), str(run_dir))
+    tree["data"] |= {"examples": "per_target", "order": order, "shuffle_shards": 2}
+    del tree["stages"][1]["steps"]
+    tree["stages"][0]["steps"] = 3
+    tree["stages"][1] |= {"epochs": 1, "schedule": {"kind": "constant", "warmup": 0}}
+    return parse_run(tree, "test")
+
+
+def test_a_run_goes_on_with_each_new_day_bitwise_as_if_all_had_been_there(tmp_path: Path) -> None:
+    data, daily, whole = tmp_path / "data", tmp_path / "daily", tmp_path / "whole"
+    prepare(day(tmp_path, 0), str(data))
+    results = [start(run_on(data, daily))]
+    for number in (1, 2):
+        append(day(tmp_path, number), str(data))
+        results.append(start(run_on(data, daily), resume=True))
+    parts = read_manifest(str(data)).parts
+    seen = 0
+    for result, part in zip(results, parts, strict=True):
+        seen += part.splits["train"].impressions
+        assert result["finished"]
+        assert result["steps"] == seen // 8
+        # What is measured is the newest day.
+        assert result["evaluation"]["test"]["impressions"] == part.splits["test"].impressions
+    assert seen % 8, "the last batch of a day should be part-filled, or nothing is shown about it"
+
+    straight = start(run_on(data, whole))
+    assert straight["evaluation"] == results[-1]["evaluation"]
+    assert [row["loss"] for row in read_metrics(str(whole))] == [row["loss"] for row in read_metrics(str(daily))]
+    a, b = find_checkpoint(str(whole)), find_checkpoint(str(daily))
+    assert a.position == b.position == seen - seen % 8
+    assert all(torch.equal(a.parameters[name], b.parameters[name]) for name in a.parameters)
+    assert evaluate_run(str(daily), ("test",))["test"]["impressions"] == parts[-1].splits["test"].impressions
+
+
+def test_a_shuffled_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    prepare(day(tmp_path, 0), str(data))
+    start(run_on(data, run_dir, order="shuffled"), stop_after=2)
+    append(day(tmp_path, 1), str(data))
+    with pytest.raises(InputError, match="was trained on another data set than the one now in"):
+        start(run_on(data, run_dir, order="shuffled"), resume=True)
+
+
+def test_a_run_does_not_go_on_where_its_past_was_changed(tmp_path: Path) -> None:
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    prepare(day(tmp_path, 1), str(data))
+    start(run_on(data, run_dir), stop_after=2)
+    prepare(day(tmp_path, 0), str(data), overwrite=True)
+    append(day(tmp_path, 1), str(data))
+    with pytest.raises(InputError, match="was trained on another data set than the one now in"):
+        start(run_on(data, run_dir), resume=True)
