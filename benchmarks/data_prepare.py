@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.data_prepare", description=__doc__)
     sizes = [1_000_000, 5_000_000, 10_000_000, 50_000_000]
     parser.add_argument("--events", nargs="+", type=int, default=sizes, help="sizes of the logs (default: 1, 5, 10, 50 million)")
-    parser.add_argument("--workers", type=int, default=2, help="of Ray; 0 prepares in one process without it (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="prepare.workers: 1 takes one process and no Ray (default: 2)")
     parser.add_argument("--period", type=float, default=0.5, help="seconds between two looks at the memory")
     parser.add_argument("--same-events", type=int, default=1_000_000, help="size of the log that is prepared in several ways")
     parser.add_argument("--work", metavar="DIR", help="where temporary files go (default: the system's place)")
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         config = synthetic_log(Path(folder), args.same_events)
         log_bytes = bytes_below(Path(folder) / "raw")
-        # In process, one Ray worker, two; and blocks of a size that another number of them makes up the log.
-        ways = [(0, 32 * MIB), (1, max(1, log_bytes // 3)), (2, max(1, log_bytes // 7))]
+        # In process, by two and by three tasks of Ray Data at a time; and blocks of sizes of which other numbers make up the log.
+        ways = [(1, 32 * MIB), (2, max(1, log_bytes // 3)), (3, max(1, log_bytes // 7))]
         found = [
             {"workers": workers, "block_bytes": block} | measure(config, Path(folder), workers, args.period, block)
             for workers, block in ways
@@ -73,8 +73,7 @@ def measure(config: Path, folder: Path, workers: int, period: float, block_bytes
     Raises:
         SystemExit: the preparation failed; it has said why.
     """
-    runtime = f"{{kind: ray, workers: {workers}}}" if workers else "local"
-    overrides = [f"runtime={runtime}", f"prepare.block_bytes={block_bytes}"]
+    overrides = [f"prepare.workers={workers}", f"prepare.block_bytes={block_bytes}"]
     command = [sys.executable, "-m", "ctrsink", "data", "prepare", "--config", str(config), "--overwrite", *overrides]
     began = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"})
@@ -123,7 +122,7 @@ def text(report: dict[str, Any]) -> str:
             f"Preparation with {report['workers']} workers, from the start of the command to its end; memory of all processes, "
             f"looked at every {report['period_s']:g} s.",
             markdown(["events", "seconds", "events/s", "peak GiB", "log GiB", "data GiB"], rows),
-            f"The same {same['events']:,} events prepared in other ways (0 workers: in one process, without Ray): "
+            f"The same {same['events']:,} events prepared in other ways (1 worker: in one process, without Ray): "
             + ("identical bytes." if same["identical"] else "DIFFERENT BYTES."),
             markdown(["way", "block bytes", "seconds", "peak GiB", "sha256 of the manifest"], ways),
         ]

@@ -92,7 +92,6 @@ def test_a_file_is_downloaded_once_and_the_one_used_longest_ago_makes_room(proxy
 def test_what_the_cache_is_not_for(proxy: FaultyProxy, uri: str, tmp_path: Path) -> None:
     for cache in (Cache(tmp_path, 0), Cache(tmp_path, SIZE - 1)):
         assert cache.read(uri, ENTRIES[0]) == content_of(0)
-        cache.prefetch(uri, ENTRIES[0])
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "0").write_bytes(content_of(0))
     assert Cache(tmp_path, 10 * SIZE).read(str(tmp_path / "here"), ENTRIES[0]) == content_of(0)
@@ -250,21 +249,12 @@ def test_a_process_killed_while_it_downloads_is_in_nobodys_way(proxy: FaultyProx
     assert list((tmp_path / "partial").iterdir()) == []
 
 
-def test_prefetched_files_are_not_downloaded_again(proxy: FaultyProxy, uri: str, tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 8 * SIZE)
-    proxy.plant(Fault("hidden", path="/3", times=1))
-    for number in (0, 3, 1, 2, 0):
-        cache.prefetch(uri, ENTRIES[number])
-    assert [cache.read(uri, ENTRIES[n]) for n in (2, 1, 0)] == [content_of(n) for n in (2, 1, 0)]
-    assert cache.read(uri, ENTRIES[3]) == content_of(3)
-    assert [proxy.count("GET", f"/{n}") for n in range(3)] == [1, 1, 1]
-
-
 def test_a_cache_travels_to_another_process_as_its_place_and_limit(proxy: FaultyProxy, uri: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path, 8 * SIZE)
-    cache.prefetch(uri, ENTRIES[0])
+    assert cache.read(uri, ENTRIES[0]) == content_of(0)
     copy = pickle.loads(pickle.dumps(cache))  # noqa: S301
     assert copy.read(uri, ENTRIES[0]) == content_of(0)
+    assert proxy.count("GET", "/0") == 1
 
 
 def test_the_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proxy: FaultyProxy, uri: str) -> None:

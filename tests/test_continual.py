@@ -1,4 +1,4 @@
-"""Daily training: a run in chronological order goes on with what was appended to its data set, as if it had been there at once."""
+"""Daily training: a run in chronological order goes on with what was appended to its data, as if it had been there at once."""
 
 from pathlib import Path
 
@@ -60,7 +60,8 @@ def test_a_run_goes_on_with_each_new_day_bitwise_as_if_all_had_been_there(tmp_pa
     assert seen % 8, "the last batch of a day should be part-filled, or nothing is shown about it"
 
     straight = start(run_on(data, whole))
-    assert straight["evaluation"] == results[-1]["evaluation"]
+    for split, measured in straight["evaluation"].items():
+        assert measured == pytest.approx(results[-1]["evaluation"][split], rel=0, abs=0, nan_ok=True)
     assert [row["loss"] for row in read_metrics(str(whole))] == [row["loss"] for row in read_metrics(str(daily))]
     a, b = find_checkpoint(str(whole)), find_checkpoint(str(daily))
     assert a.position == b.position == seen - seen % 8

@@ -43,8 +43,8 @@ def cases(draw: st.DrawFn) -> tuple[Chronology, np.ndarray, Layout, np.ndarray]:
     """A chronology, the targets of one of its pieces, a layout, a prefix."""
     chronology, layout = draw(builders.chronologies()), draw(layouts())
     impressions = int((chronology.labels >= 0).sum())
-    piece = draw(st.integers(0, -(-impressions // layout.targets) - 1))
-    targets = chronology.piece(0, len(chronology.labels), piece, layout.targets)
+    first = draw(st.integers(0, -(-impressions // layout.targets) - 1)) * layout.targets
+    targets = np.flatnonzero(chronology.labels >= 0)[first : first + layout.targets]
     return chronology, targets, layout, draw(prefixes)
 
 
@@ -136,15 +136,6 @@ def test_per_user_with_one_target_is_per_target_but_for_aligned(
             assert getattr(one, field.name).tolist() == getattr(other, field.name).tolist()
     assert one.aligned.tolist() == ((one.kinds == TEXT) & (one.event_ids == one.event_ids[-1])).tolist()
     assert other.aligned.tolist() == (other.kinds == TEXT).tolist()
-
-
-@given(builders.chronologies(), st.integers(1, 4), st.data())
-def test_pieces_share_out_the_impressions_of_a_range(chronology: Chronology, targets: int, data: st.DataObject) -> None:
-    lo, hi = sorted(data.draw(st.tuples(*[st.integers(0, len(chronology.labels))] * 2)))
-    wanted = [e for e in range(lo, hi) if chronology.labels[e] >= 0]
-    pieces = [chronology.piece(lo, hi, n, targets).tolist() for n in range(-(-len(wanted) // targets))]
-    assert [e for piece in pieces for e in piece] == wanted
-    assert all(len(piece) == targets for piece in pieces[:-1])
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5), st.data())

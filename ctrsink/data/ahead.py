@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 import torch.utils.data
 
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError, first_line
 
 T = TypeVar("T")
 
@@ -59,7 +59,8 @@ def in_processes(make: Callable[[int], T], count: int, workers: int) -> Iterator
 
     Raises:
         InputError: the one that `make` raised, in its turn.
-        RuntimeError: another error in `make`, or a process was killed.
+        RunError: a process was killed, by the system for want of memory for one.
+        RuntimeError: another error in `make`.
     """
     loader = torch.utils.data.DataLoader(
         _Made(make, count),
@@ -78,6 +79,12 @@ def in_processes(make: Callable[[int], T], count: int, workers: int) -> Iterator
             if error is not None:
                 raise error
             yield value
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise RunError(
+            f"{first_line(error)}: give it more memory, or take fewer of data.workers and data.shuffle_shards"
+        ) from None
     finally:
         del made  # ends the processes
 

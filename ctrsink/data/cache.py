@@ -3,9 +3,7 @@
 import fcntl
 import logging
 import os
-import queue
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +31,6 @@ class Cache:
         self._folder, self._limit = Path(folder), limit_bytes
         self._files, self._partial, self._locks = (self._folder / name for name in ("files", "partial", "locks"))
         self._usable = limit_bytes > 0
-        self._prefetcher: tuple[int, queue.SimpleQueue[tuple[str, FileEntry]]] | None = None
 
     @classmethod
     def of(cls, spec: CacheSpec) -> "Cache":
@@ -51,27 +48,6 @@ class Cache:
             return read_file(uri, entry)
         content = self._find(entry)
         return self._bring(uri, entry) if content is None else content
-
-    def prefetch(self, uri: str, entry: FileEntry) -> None:
-        """Have the file brought to disk by a thread of this process, in the order of the calls; returns at once.
-
-        A failure is left to the `read` that follows.
-        """
-        if not self._serves(uri, entry):
-            return
-        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not survive a fork
-            self._prefetcher = os.getpid(), queue.SimpleQueue()
-            threading.Thread(target=self._fetch, args=self._prefetcher[1:], daemon=True, name="ctrsink-prefetch").start()
-        self._prefetcher[1].put((uri, entry))
-
-    def _fetch(self, wanted: "queue.SimpleQueue[tuple[str, FileEntry]]") -> None:
-        while True:
-            uri, entry = wanted.get()
-            try:
-                os.utime(self._files / entry.sha256)  # there already: let it stay
-            except OSError:
-                with suppress(Exception):
-                    self._bring(uri, entry)
 
     def _serves(self, uri: str, entry: FileEntry) -> bool:
         return self._usable and storage.is_remote(uri) and entry.bytes <= self._limit

@@ -3,7 +3,7 @@
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrsink import storage
 from ctrsink.data.cache import Cache
 from ctrsink.data.examples import Chronology, Events, Ragged
 from ctrsink.data.manifest import SPLITS, FileEntry, Manifest, read_file, read_manifest
 
-READERS = 4  # shards read at a time: one waits for storage while another is decoded
+READERS = 4  # shards of a remote data set that are fetched at a time; a disk is fast enough for one, which takes less memory
 COLUMNS = ["user", "item", "timestamp", "feedback_id", "label", "request"]
 
 
@@ -63,7 +64,7 @@ class Dataset:
     def _start(self) -> None:
         self._shards: OrderedDict[int, Future[Shard]] = OrderedDict()
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(READERS, "ctrsink-shards")
+        self._readers = ThreadPoolExecutor(READERS if storage.is_remote(self.uri) else 1, "ctrsink-shards")
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: all but the shards, which it reads itself."""
@@ -84,29 +85,34 @@ class Dataset:
         return self.shard(int(self.index["shard"][user])), int(self.index["row"][user])
 
     def shard(self, number: int) -> Shard:
-        self.fetch([number])
-        with self._lock:
-            future = self._shards.get(number) or self._readers.submit(self._load, number)
+        (shard,) = self.shards([number])
+        return shard
+
+    def shards(self, numbers: Sequence[int]) -> list[Shard]:
+        """Several shards, which are read at the same time."""
+        reading = self._fetch(numbers)
         try:
-            return future.result()
+            return [shard.result() for shard in reading]
         except BaseException:
             with self._lock:
-                self._shards.pop(number, None)  # the next one who asks tries again
+                for number in numbers:
+                    self._shards.pop(number, None)  # the next one who asks tries again
             raise
 
-    def fetch(self, numbers: Iterable[int]) -> None:
-        """Begin to read shards that are needed now, all at once."""
+    def _fetch(self, numbers: Sequence[int]) -> list[Future[Shard]]:
         with self._lock:
             for number in numbers:
                 if number not in self._shards:
                     self._shards[number] = self._readers.submit(self._load, number)
                 self._shards.move_to_end(number)
-            while len(self._shards) > self._keep:
+            found = [self._shards[number] for number in numbers]
+            while len(self._shards) > self._keep:  # those that were needed longest ago make room
                 self._shards.popitem(last=False)
+            return found
 
     def read_ahead(self, numbers: tuple[int, ...]) -> None:
-        """Begin to read shards that are needed later; they take at most half of the memory from those in use."""
-        self.fetch(numbers[: self._keep // 2])
+        """Begin to read shards that are needed later; they take at most half of the places from those in use."""
+        self._fetch(numbers[: self._keep // 2])
 
     def _read(self, entry: FileEntry) -> bytes:
         return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)

@@ -77,11 +77,6 @@ class Chronology:
     known: np.ndarray | None = None
     """int64 [N]; how many events were known when this one was asked: those before its request. None: all before it."""
 
-    def piece(self, lo: int, hi: int, number: int, targets: int) -> np.ndarray:
-        """Events that are the targets of piece `number` of the events [lo, hi): the impressions there, `targets` to a piece."""
-        impressions = lo + np.flatnonzero(self.labels[lo:hi] >= 0)
-        return impressions[number * targets : (number + 1) * targets]
-
 
 @dataclass(frozen=True)
 class Events:

@@ -78,9 +78,8 @@ class SequenceSource:
         shards = self.dataset.index["shard"][users]
         by_shard = shards.argsort(kind="stable")
         numbers, starts = np.unique(shards[by_shard], return_index=True)
-        self.dataset.fetch(numbers.tolist())
-        shards = [self.dataset.shard(number) for number in numbers.tolist()]
-        cuts = self._cuts(shards, np.append(starts[1:], len(ids)) - starts, users[by_shard], pieces[by_shard])
+        opened = self.dataset.shards(numbers.tolist())
+        cuts = self._cuts(opened, np.append(starts[1:], len(ids)) - starts, users[by_shard], pieces[by_shard])
         built = build_sequences(cuts, self.layout, self.dataset.feedbacks, self.dataset.prefix)
         rows = by_shard.argsort()
         ends = np.cumsum([len(batch) for batch in batches]).tolist()

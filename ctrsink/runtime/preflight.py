@@ -16,8 +16,9 @@ def check(spec: RunSpec) -> int:
     """
     manifest = read_manifest(spec.data.uri)
     measured = manifest.parts[-1].splits if spec.data.order == "chronological" else manifest.splits
-    for split, counts in (("train", manifest.splits), *((split, measured) for split in spec.evaluate.splits)):
-        if not counts[split].impressions:
+    counts = {"train": manifest.splits["train"]} | {split: measured[split] for split in spec.evaluate.splits}
+    for split, found in counts.items():
+        if not found.impressions:
             raise InputError(
                 f"the data set {spec.data.uri} has no impression in its {split} split: leave it out of evaluate.splits"
             )

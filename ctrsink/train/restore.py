@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ctrsink.config import ReadoutSpec, RunSpec
+from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
 from ctrsink.data.stream import SequenceSource
@@ -38,7 +39,7 @@ def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
     # The folder may have been moved or copied since; what it says of its own place counts for nothing.
     spec = spec.model_copy(update={"run_dir": run_dir})
     checkpoint = find_checkpoint(run_dir, step)
-    dataset = Dataset(spec.data.uri, keep_shards=2 * spec.data.shuffle_shards)
+    dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     layout = Layout.of(spec.data, spec.model.sinks)
     model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()
