@@ -65,6 +65,7 @@ def test_data_stream_refuses_a_log_that_the_warm_up_would_use_up(tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_data_prepare_tells_speed_and_memory_and_finds_the_same_bytes(tmp_path: Path, repository: Path) -> None:
     report = run_benchmark(
         repository,
