@@ -18,6 +18,7 @@ from ctrsink.data.manifest import SPLITS
 from ctrsink.data.order import Order, deal
 from ctrsink.errors import InputError
 
+BUILT_AT_ONCE = 512  # sequences of a rank, about
 WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
 
 
@@ -170,24 +171,40 @@ class TrainStream:
 
     def steps(self, position: int, count: int) -> Iterator[Step]:
         """`count` steps from `position` on, built while the caller computes; the stream's own position stays."""
-        make = partial(self._step_number, position)
-        return in_processes(make, count, self.workers) if self.workers else read_ahead(make, count)
+        # Many sequences are built in little more time than few; the first step comes alone, because it is waited for.
+        size = max(1, BUILT_AT_ONCE * self.world // self.batch_size)
+        chunks = min(count, 1 + -(-(count - 1) // size))
+        make = partial(self._chunk, position, count, size)
+        for chunk in in_processes(make, chunks, self.workers) if self.workers else read_ahead(make, chunks):
+            yield from chunk
 
     def step(self, position: int) -> Step:
         """The step that starts at `position`."""
-        ids = self.order.ids(position, self.batch_size)
-        lengths = self.source.lengths(ids)
-        mine = deal(lengths, self.world, self.accumulation)[self.rank]
-        fill = np.argmin(lengths)  # costs least
-        chosen = [dealt[dealt >= 0] if (dealt >= 0).any() else np.array([fill]) for dealt in mine]
-        counted = [None if (dealt >= 0).any() else np.zeros(1, np.bool_) for dealt in mine]
-        batches = self.source.build_all([ids[dealt] for dealt in chosen], counted)
-        end = position + self.batch_size
-        self.source.dataset.read_ahead(self.order.shards_after(end - 1))
-        return Step(batches, int(self.source.impressions(ids).sum()), end)
+        return self._build([position])[0]
 
-    def _step_number(self, position: int, number: int) -> Step:
-        return self.step(position + number * self.batch_size)
+    def _chunk(self, position: int, count: int, size: int, number: int) -> list[Step]:
+        """Of `count` steps the first, for number 0, or the next `size` of the others."""
+        first, end = (0, 1) if number == 0 else (1 + (number - 1) * size, 1 + number * size)
+        return self._build([position + step * self.batch_size for step in range(first, min(end, count))])
+
+    def _build(self, positions: list[int]) -> list[Step]:
+        chosen: list[np.ndarray] = []
+        counted: list[np.ndarray | None] = []
+        impressions: list[int] = []
+        for position in positions:
+            ids = self.order.ids(position, self.batch_size)
+            lengths = self.source.lengths(ids)
+            fill = ids[[lengths.argmin()]]  # costs least
+            for dealt in deal(lengths, self.world, self.accumulation)[self.rank]:
+                some = bool((dealt >= 0).any())
+                chosen.append(ids[dealt[dealt >= 0]] if some else fill)
+                counted.append(None if some else np.zeros(1, np.bool_))
+            impressions.append(int(self.source.impressions(ids).sum()))
+        batches = self.source.build_all(chosen, counted)
+        self.source.dataset.read_ahead(self.order.shards_after(positions[-1] + self.batch_size - 1))
+        own = [batches[i : i + self.accumulation] for i in range(0, len(batches), self.accumulation)]
+        ends = [position + self.batch_size for position in positions]
+        return [Step(*made) for made in zip(own, impressions, ends, strict=True)]
 
 
 def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:
