@@ -1,10 +1,17 @@
-"""The two failures a user can act on; the command line turns them into an exit code."""
+"""The failures a user can act on; the command line turns them into an exit code."""
 
 
 class InputError(Exception):
     """What the user gave cannot be used: a file, a row, a config key, a credential (exit code 2).
 
     The message is one line that names the thing and says what to do.
+    """
+
+
+class StorageUnavailable(InputError):
+    """A place of the user's cannot be reached now: an outage, expired credentials, a refused access.
+
+    Once that is mended, what was done before is still of use; after any other InputError it may not be.
     """
 
 

@@ -1,17 +1,25 @@
 """Daily training: a run in chronological order goes on with what was appended to its data, as if it had been there at once."""
 
+import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from ctrsink.config import PrepareSpec, RunSpec, parse_run
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.runtime.evaluate import evaluate_run
 from ctrsink.runtime.start import start
 from ctrsink.train.checkpoint import find_checkpoint
+from ctrsink.train.loop import Trainer, require_same_data
+from ctrsink.train.rundir import claim, identities
 from ctrsink.train.telemetry import read_metrics
 from tests.data_fixtures import make_events, write_published_100k
 from tests.runs import run_tree
@@ -67,6 +75,87 @@ def test_a_run_goes_on_with_each_new_day_bitwise_as_if_all_had_been_there(tmp_pa
     assert a.position == b.position == seen - seen % 8
     assert all(torch.equal(a.parameters[name], b.parameters[name]) for name in a.parameters)
     assert evaluate_run(str(daily), ("test",))["test"]["impressions"] == parts[-1].splits["test"].impressions
+
+
+def test_a_shuffled_run_over_several_parts_is_measured_on_the_newest(tmp_path: Path) -> None:
+    """Older parts' test impressions lie before training targets of newer ones, and stand in their histories with feedback."""
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    prepare(day(tmp_path, 0), str(data))
+    append(day(tmp_path, 1), str(data))
+    result = start(run_on(data, run_dir, order="shuffled"))
+    manifest = read_manifest(str(data))
+    newest = {split: counts.impressions for split, counts in manifest.parts[-1].splits.items()}
+    assert {split: measured["impressions"] for split, measured in result["evaluation"].items()} == {
+        split: newest[split] for split in ("valid", "test")
+    }
+    again = evaluate_run(str(run_dir), ("train", "test"))
+    assert {split: measured["impressions"] for split, measured in again.items()} == {s: newest[s] for s in ("train", "test")}
+    # The rows that were written name users and events whose time lies in that part.
+    written = pq.read_table(run_dir / "evaluation" / "test.parquet").to_pylist()
+    shown: Counter[tuple[str, int]] = Counter()
+    for shard in (shard for shard in manifest.shards if shard.part == 1):
+        for row in pq.read_table(data / shard.events_file.path).to_pylist():
+            times = enumerate(zip(row["timestamp"], row["label"], strict=True))
+            late = [event for event, (time, label) in times if time >= manifest.split_times.valid_end and label is not None]
+            shown.update((row["user"], event) for event in late)
+    assert Counter((row["user"], row["event"]) for row in written) == shown
+
+
+@pytest.mark.parametrize("order", ["shuffled", "chronological"])
+def test_an_append_after_the_claim_is_noticed_where_it_changes_the_order(tmp_path: Path, order: str) -> None:
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    prepare(day(tmp_path, 0), str(data))
+    spec = run_on(data, run_dir, order)
+    claim(spec, False, identities(spec, read_manifest(str(data))))
+    require_same_data(spec, read_manifest(str(data)), Topology())
+    append(day(tmp_path, 1), str(data))
+    if order == "chronological":  # the steps before stay what they were
+        require_same_data(spec, read_manifest(str(data)), Topology())
+    else:
+        with pytest.raises(InputError, match="was changed while the run was starting: start it again"):
+            Trainer(spec, Topology(), 300)
+    prepare(day(tmp_path, 2), str(data), overwrite=True)
+    with pytest.raises(InputError, match="was changed while the run was starting: start it again"):
+        Trainer(spec, Topology(), 300)
+
+
+RANK = """
+import sys
+import torch.distributed as dist
+from ctrsink.data.manifest import read_manifest
+from ctrsink.dist import Topology
+from ctrsink.errors import InputError
+from ctrsink.train.loop import require_same_data
+from tests.test_continual import run_on
+rank, store, run_dir, *manifests = sys.argv[1:]
+dist.init_process_group("gloo", init_method="file://" + store, rank=int(rank), world_size=2)
+for uri in manifests:
+    try:
+        require_same_data(run_on(uri, run_dir), read_manifest(uri), Topology(int(rank), 2))
+        print("same")
+    except InputError as error:
+        print("start it again" in str(error))
+dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_notice_that_one_of_them_read_another_data_set(tmp_path: Path, repository: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    prepare(day(tmp_path, 0), str(before))
+    shutil.copytree(before, after)
+    append(day(tmp_path, 1), str(after))
+    read = [(before, before, after), (before, after, before)]  # by rank, one check after another
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), tmp_path / "store", tmp_path / "run", *manifests],
+            cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, manifests in enumerate(read)
+    ]  # fmt: skip
+    for process in ranks:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert out.split() == ["same", "True", "True"]
 
 
 def test_a_shuffled_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:

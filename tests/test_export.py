@@ -151,7 +151,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(data: Prepared, tmp_
     content = tokenizer.read_bytes()
     tokenizer.write_bytes(content + b" ")
     try:
-        with pytest.raises(InputError, match="bytes, the manifest says"):
+        with pytest.raises(InputError, match="does not match the sha256"):
             export_run(spec.run_dir, str(tmp_path / "out"))
     finally:
         tokenizer.write_bytes(content)

@@ -13,7 +13,7 @@ from ctrsink import storage
 from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, StorageUnavailable
 from tests.builders import layout_of, make_dataset
 from tests.services.faulty_proxy import Fault, FaultyProxy
 from tests.services.seaweed import SeaweedServer
@@ -77,7 +77,7 @@ PASSING = {
     "shortened bodies": [Fault("shortened", path=".parquet", each=2)],
     "altered bodies": [Fault("altered", path=".parquet", each=2)],
     "one shortened manifest": [Fault("shortened", times=1, path="manifest.json")],
-    "1 MB/s": [Fault("slow", rate=10**6)],
+    "a body that takes a second": [Fault("slow", path="shards/00002.parquet", each=1, rate=3_000)],
     "all at once": [Fault(kind, share=0.05) for kind in ("slow_down", "refuse", "cut", "truncated")],
 }
 
@@ -97,14 +97,14 @@ def test_faults_that_pass_change_nothing(
     assert sum(proxy.struck.values()) > 0
 
 
-def ending_of(uri: str, cache: Cache | None) -> str:
-    """The message with which reading the stream ends; it is one line and tells no secret."""
+def ending_of(uri: str, cache: Cache | None) -> tuple[str, bool]:
+    """The message with which reading the stream ends, one line without a secret, and whether storage was not to be had."""
     with pytest.raises(InputError) as caught:
         steps_of(uri, cache)
     message = str(caught.value)
     assert "\n" not in message
     assert not any(os.environ[name] in message for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
-    return message
+    return message, isinstance(caught.value, StorageUnavailable)
 
 
 ENDING = {
@@ -126,7 +126,8 @@ def test_faults_that_stay_end_in_one_line(
 ) -> None:
     monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "1.5")
     proxy.plant(fault)
-    message = ending_of(uri, Cache(tmp_path, SMALL) if cached else None)
+    message, unavailable = ending_of(uri, Cache(tmp_path, SMALL) if cached else None)
+    assert unavailable == (fault.kind not in ("altered", "shortened"))
     assert message.startswith(f"{uri}/")
     assert fault.path in message
     assert expected in message

@@ -23,6 +23,7 @@ from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, i
 from ctrsink.errors import InputError
 from tests.data_fixtures import (
     MOVIES,
+    event_rows,
     make_events,
     prepare_spec,
     table_source,
@@ -227,6 +228,20 @@ def test_table_formats_give_equal_data_sets(tmp_path: Path) -> None:
         ):
             assert (rating is None) == (label is None) == (row == 0)
             assert shown == f"r{time % 5}"
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_blank_request_is_none(tmp_path: Path, ending: str) -> None:
+    blanks = {0: "", 1: "  ", 2: None}
+    rows = event_rows(EVENTS)
+    for number, row in enumerate(rows):
+        row["shown"] = blanks.get(number % 4, f"r{number}")
+    source = table_source(tmp_path, EVENTS, ending)
+    write_table(Path(source.path), rows)
+    prepare(prepare_spec(source), str(tmp_path / "data"))
+    users, _ = read_all(str(tmp_path / "data"))
+    found = Counter(shown for user in users for shown in user["request"])
+    assert found == Counter(None if number % 4 in blanks else f"r{number}" for number in range(len(rows)))
 
 
 def test_tokens_are_cut_and_prefixed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.manifest import Manifest, read_file, read_manifest
-from ctrsink.data.prepare.build import WORK, append, prepare
+from ctrsink.data.manifest import WORK, Manifest, read_file, read_manifest
+from ctrsink.data.prepare.build import append, prepare
 from ctrsink.data.prepare.execute import Task, in_process
 from ctrsink.data.tokenize import load_tokenizer
-from ctrsink.errors import InputError
+from ctrsink.data.verify import verify
+from ctrsink.errors import InputError, RunError
 from tests.builders import make_log, run_tree
 from tests.services.ray_cluster import RayCluster
 
@@ -162,6 +163,54 @@ def test_what_was_interrupted_is_not_taken_up_for_another_log(whole: Path, tmp_p
     assert contents(tmp_path / "data") == contents(whole / "data")
 
 
+@pytest.mark.parametrize(("first", "second"), [(20, 300), (300, 20)])
+@pytest.mark.parametrize("limit", [3, 8])
+def test_what_was_interrupted_goes_on_with_shards_of_another_size(
+    whole: Path, tmp_path: Path, first: int, second: int, limit: int
+) -> None:
+    """Blocks are sliced as finely as the shards ask for."""
+    log, to = whole / "log.csv", tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(spec_of(log, block_bytes=2_000, shard_events=first), str(to), execute=Interrupted(limit))
+    prepare(spec_of(log, block_bytes=2_000, shard_events=second), str(to))
+    prepare(spec_of(log, block_bytes=2_000, shard_events=second), str(tmp_path / "fresh"))
+    assert contents(to) == contents(tmp_path / "fresh")
+
+
+def test_interrupted_attempts_with_two_configurations_do_not_mix(whole: Path, tmp_path: Path) -> None:
+    def attempt(valid: float, limit: int) -> None:
+        spec = spec_of(whole / "log.csv", block_bytes=2_000, split=SplitSpec(train=0.6, valid=valid))
+        prepare(spec, str(tmp_path / "data"), execute=Interrupted(limit))
+
+    for valid, limit in ((0.2, 14), (0.1, 4)):  # each stops in the middle of the shards
+        with pytest.raises(KeyboardInterrupt):
+            attempt(valid, limit)
+    attempt(0.2, 1000)
+    assert contents(tmp_path / "data") == contents(whole / "data")
+
+
+def test_a_failed_repetition_keeps_what_was_done(whole: Path, tmp_path: Path) -> None:
+    spec, to = spec_of(whole / "log.csv", block_bytes=2_000), str(tmp_path / "data")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(spec, to, execute=Interrupted(5))
+    with pytest.raises(InputError, match="does not exist"):
+        prepare(spec_of(tmp_path / "typo.csv"), to)
+    rest = Counting()
+    prepare(spec, to, execute=rest)
+    every = Counting()
+    prepare(spec, str(tmp_path / "once"), execute=every)
+    assert rest.done <= every.done - 5
+
+
+@pytest.mark.parametrize("name", ["shards", "tokenizer"])
+def test_folders_that_are_not_ours_stay(whole: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "model" / name).mkdir(parents=True)
+    (tmp_path / "model" / name / "tokenizer.json").write_text("mine")
+    with pytest.raises(InputError, match=f"holds a folder {name} that is not a data set's"):
+        prepare(spec_of(whole / "log.csv"), str(tmp_path / "model"))
+    assert contents(tmp_path / "model") == {f"{name}/tokenizer.json": b"mine"}
+
+
 def test_an_old_data_set_stays_until_the_new_log_is_known_to_be_good(whole: Path, tmp_path: Path) -> None:
     to = tmp_path / "data"
     prepare(spec_of(whole / "log.csv"), str(to))
@@ -246,6 +295,8 @@ def test_appending_changes_nothing_that_is_there(appended: tuple[Path, Manifest]
     assert after.feedback_texts[: len(before.feedback_texts)] == before.feedback_texts
     assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
     assert not (folder / WORK).exists()
+    names = {path.name for path in folder.rglob("*.parquet")}
+    assert {"index.parquet", "items.parquet", "00000.parquet"} < names
     for entry in [
         before.index,
         before.items,
@@ -312,3 +363,47 @@ def test_an_interrupted_append_leaves_the_data_set_as_it_was_and_goes_on(appende
     assert read_manifest(str(to)) == first
     append(spec, str(to))
     assert contents(to) == contents(appended[0])
+
+
+class Meanwhile:
+    """Runs tasks here; before the last kind of them begins, something else happens."""
+
+    def __init__(self, happen: Callable[[], object]) -> None:
+        self.happen, self.calls = happen, 0
+
+    def __call__(self, task: Task, numbers: Sequence[int]) -> Iterator[int]:
+        self.calls += 1
+        if self.calls == 2:
+            self.happen()
+        return in_process(task, numbers)
+
+
+def test_of_two_appends_at_once_one_is_told_to_try_again(tmp_path: Path) -> None:
+    to = str(tmp_path / "data")
+    prepare(spec_of(write_log(tmp_path / "a.csv", ROWS[:HALF])), to)
+    early, late = (write_log(tmp_path / f"{n}.csv", rows) for n, rows in (("b", ROWS[HALF:500]), ("c", ROWS[500:])))
+    after: list[Manifest] = []
+    with pytest.raises(RunError, match=r"[Rr]un this again"):
+        append(spec_of(late), to, execute=Meanwhile(lambda: after.append(append(spec_of(early), to))))
+    assert read_manifest(to) == after[0]
+    assert verify(to, print)["files"] > 0
+    manifest = append(spec_of(late), to)
+    assert (manifest.events, len(manifest.parts)) == (len(ROWS), 3)
+    assert verify(to, print)["files"] > 0
+
+
+def test_an_append_without_item_table_needs_one_for_new_items_only(tmp_path: Path) -> None:
+    items = tmp_path / "items.csv"
+    items.write_text("item,title\n" + "".join(f"{name},the {name}\n" for name in "ab"))
+    text = {"text": TextSpec(item="{title}")}
+
+    def spec(name: str, start: int, names: str, table: Path | None) -> PrepareSpec:
+        rows = [{"user": "u", "item": i, "timestamp": start + n, "stars": 5 * (n % 2)} for n, i in enumerate(names)]
+        log = write_log(tmp_path / name, rows)
+        return spec_of(log, table, split=SplitSpec(train=0.6, valid=0), positive_from=1).model_copy(update=text)
+
+    to = str(tmp_path / "data")
+    prepare(spec("a.csv", 0, "ababab", items), to)
+    assert append(spec("b.csv", 10, "bababa", None), to).item_count == 2
+    with pytest.raises(InputError, match=r"the item 'x' is new and has no field 'title'.*prepare.source.items"):
+        append(spec("c.csv", 20, "baxaba", None), to)

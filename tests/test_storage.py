@@ -1,5 +1,7 @@
 """Storage on local disk and on a real S3 server: what is written is read, and what fails says why in one line."""
 
+import subprocess
+import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ctrsink import storage
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError
 from tests.services.seaweed import SeaweedServer
 
 
@@ -113,8 +115,63 @@ def test_local_mistakes_are_input_errors(tmp_path: Path) -> None:
         storage.write_bytes(str(tmp_path / "file" / "below"), b"")
 
 
-def attempt_everything(uri: str, tmp_path: Path) -> list[str]:
-    """The messages with which every operation refuses `uri`."""
+@pytest.fixture
+def shared(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with a file, and a place for its copy where the file's name leads to a device that is always full."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for place in (source, target):
+        place.mkdir()
+    (source / "x").write_bytes(b"1")
+    (target / "x").symlink_to("/dev/full")
+    return source, target
+
+
+def test_a_full_disk_is_a_failure_of_one_line(shared: tuple[Path, Path]) -> None:
+    source, target = shared
+    with pytest.raises(RunError) as caught:
+        storage.upload_dir(source, str(target))
+    assert str(caught.value) == f"{target}/x: no space left on device: free some space, or choose another place"
+    with pytest.raises(RunError, match=f"^{target}/x: no space left on device"):
+        storage.download_dir(str(source), target)
+
+
+def test_a_disk_that_fails_to_read_is_a_failure_of_one_line() -> None:
+    with pytest.raises(RunError, match="/proc/self/mem: input/output error: check the disk"):
+        storage.read_bytes("/proc/self/mem")  # its first page cannot be read
+
+
+LIMITED = """
+import resource, signal, sys
+from ctrsink import storage
+from ctrsink.errors import RunError
+if sys.argv[1].startswith("s3"):
+    storage.exists(sys.argv[1])  # makes the client
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # as on a full disk: the first write ends half-way, the next one fails
+try:
+    if sys.argv[1].startswith("s3"):
+        storage.download_dir(sys.argv[1], sys.argv[2])
+    else:
+        storage.write_bytes(sys.argv[2] + "/x", bytes(9000))
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["write", "download"])
+def test_what_a_disk_takes_in_part_is_not_left_there(s3_server: SeaweedServer, tmp_path: Path, remote: bool) -> None:
+    place = f"s3://ctrsink-test/{uuid.uuid4().hex}"
+    storage.write_bytes(f"{place}/x", bytes(9000))
+    command = [sys.executable, "-c", LIMITED, place if remote else "local", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/x: file too large: raise the limit on the size of files, or choose another place\n", (
+        done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def attempt_everything(uri: str, tmp_path: Path, unavailable: bool = False) -> list[str]:
+    """The messages with which every operation refuses `uri`: for a mistake, or because it is not to be had now."""
     (tmp_path / "one").touch()
     attempts = [
         lambda: storage.read_bytes(uri),
@@ -133,6 +190,7 @@ def attempt_everything(uri: str, tmp_path: Path) -> list[str]:
     for attempt in attempts:
         with pytest.raises(InputError) as caught:
             attempt()
+        assert isinstance(caught.value, storage.StorageUnavailable) == unavailable
         messages.append(str(caught.value))
     return messages
 
@@ -146,7 +204,7 @@ def test_missing_bucket(s3_server: SeaweedServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
 def test_wrong_credentials(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     monkeypatch.setenv(wrong, "0123456789abcdef")
-    for message in attempt_everything("s3://ctrsink-test/a/b", tmp_path):
+    for message in attempt_everything("s3://ctrsink-test/a/b", tmp_path, unavailable=True):
         assert message.startswith("s3://ctrsink-test/a/b: S3 refused access: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         assert "\n" not in message
         for secret in (s3_server.access_key, s3_server.secret_key, "0123456789abcdef"):
@@ -156,19 +214,19 @@ def test_wrong_credentials(s3_server: SeaweedServer, tmp_path: Path, monkeypatch
 def test_no_credentials(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    for message in attempt_everything("s3://ctrsink-test/a/b", tmp_path):
-        assert "no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
+    for message in attempt_everything("s3://ctrsink-test/a/b", tmp_path, unavailable=True):
+        assert "s3://ctrsink-test/a/b: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
 
 
 def test_unreachable_or_malformed_endpoint(s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "0.2")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    for message in attempt_everything("s3://ctrsink-test/a", tmp_path):
+    for message in attempt_everything("s3://ctrsink-test/a", tmp_path, unavailable=True):
         assert "cannot reach the S3 endpoint (EndpointConnectionError), tried for " in message
         assert "AWS_ENDPOINT_URL" in message
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "someone:secret@localhost")
     for message in attempt_everything("s3://ctrsink-test/a", tmp_path):
-        assert "AWS_ENDPOINT_URL 'localhost' is no address" in message
+        assert message == "AWS_ENDPOINT_URL is no address: it must start with http:// or https://"
 
 
 def test_malformed_bucket_name(s3_server: SeaweedServer, tmp_path: Path) -> None:

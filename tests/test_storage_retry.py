@@ -75,6 +75,52 @@ def test_large_objects_travel_in_parts_that_are_repeated_one_by_one(
     assert min(proxy.struck["slow_down"], proxy.struck["cut"]) > 0
 
 
+@pytest.fixture
+def parted(place: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where an object in two parts is to be put; the parts are small."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    return f"{place}/parted"
+
+
+LOST = Fault("cut", method="POST", path="uploadId=", times=1)
+
+
+def test_an_upload_whose_last_answer_was_lost_has_succeeded(proxy: FaultyProxy, parted: str) -> None:
+    content = os.urandom(s3.PART_BYTES + 1)
+    proxy.plant(LOST, Fault("ended", method="POST", path="uploadId="))
+    storage.write_bytes(parted, content)
+    assert (proxy.struck["cut"], proxy.struck["ended"]) == (1, 1)
+    assert proxy.count("DELETE") == 0
+    assert storage.read_bytes(parted) == content
+    proxy.plant(LOST)  # and where the server itself says what it knows of the upload
+    storage.write_bytes(parted, content[::-1])
+    assert storage.read_bytes(parted) == content[::-1]
+
+
+def test_an_upload_that_is_gone_without_an_object_has_failed(proxy: FaultyProxy, parted: str) -> None:
+    storage.write_bytes(parted, b"older")
+    proxy.plant(Fault("ended", method="POST", path="uploadId="))
+    with pytest.raises(InputError, match="S3 answered NoSuchUpload"):
+        storage.write_bytes(parted, bytes(s3.PART_BYTES + 1))
+    assert storage.read_bytes(parted) == b"older"
+
+
+def test_a_key_that_may_not_be_deleted_is_not_tried_again(proxy: FaultyProxy, place: str) -> None:
+    storage.write_bytes(f"{place}/x", b"1")
+    proxy.plant(Fault("kept", method="POST", path="delete"))
+    with pytest.raises(storage.StorageUnavailable, match=f"^{place}: S3 refused access: check AWS_ACCESS_KEY_ID"):
+        storage.delete(place)
+    assert proxy.count("POST") == 1
+
+
+def test_a_key_that_cannot_be_deleted_for_now_is_tried_again(proxy: FaultyProxy, place: str) -> None:
+    storage.write_bytes(f"{place}/x", b"1")
+    proxy.plant(Fault("kept_for_now", method="POST", path="delete", times=2))
+    storage.delete(place)
+    assert not storage.exists(place)
+    assert proxy.count("POST") == 3
+
+
 def test_a_range_shortened_with_its_length_is_noticed(proxy: FaultyProxy, place: str) -> None:
     storage.write_bytes(f"{place}/x", bytes(range(100)))
     proxy.plant(Fault("shortened", method="GET", times=2))
@@ -138,7 +184,7 @@ def test_every_operation_ends_at_the_deadline_in_one_line(
     monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "0.4")
     storage.exists(place)  # makes the client, which takes a while of its own
     proxy.plant(Fault("slow_down"))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(storage.StorageUnavailable) as caught:
         operation(place, tmp_path)
     message = str(caught.value)
     assert message.startswith(f"{place}: S3 answered SlowDown (HTTP 503), tried for 0.")

@@ -1,6 +1,7 @@
 """The stream over a prepared data set: the same global batches for any number of workers, each impression once in evaluation."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -209,6 +210,52 @@ def test_evaluation_opens_each_shard_once_even_if_few_fit_in_memory(uri: str, mo
     assert sorted(opened) == sorted(
         ["index.parquet", *(f.path for s in dataset.manifest.shards for f in (s.events_file, s.tokens_file))]
     )
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_of_a_sample_opens_each_shard_once(uri: str, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    """A few sequences of each shard: a window of so many sequences would reach over all of them."""
+    opened: list[str] = []
+
+    def read(uri: str, entry: FileEntry) -> bytes:
+        opened.append(entry.path)
+        return read_file(uri, entry)
+
+    monkeypatch.setattr("ctrsink.data.dataset.read_file", read)
+    for rank in range(world):
+        dataset = Dataset(uri, keep_shards=2)
+        assert len(dataset.manifest.shards) > 4
+        opened.clear()
+        for _ in evaluation_batches(source_of(dataset, "train", "per_target"), 2, rank, world, 41):
+            pass
+        assert max(Counter(opened).values()) == 1
+
+
+def test_a_read_ahead_that_failed_is_tried_again_when_it_is_needed(tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path)
+    dataset, path = Dataset(uri, keep_shards=4), Path(uri) / "shards/00001.parquet"
+    path.rename(tmp_path / "away")
+    dataset.read_ahead((1, 2))
+    dataset.shard(2)  # read behind it: by now the first has failed
+    (tmp_path / "away").rename(path)
+    assert len(dataset.shard(1).users)
+
+
+def test_the_end_of_the_program_does_not_wait_for_a_read_that_hangs(tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path)
+    (tmp_path / "program.py").write_text(
+        "import sys, threading\n"
+        "from ctrsink.data.dataset import Dataset\n"
+        "dataset = Dataset(sys.argv[1])\n"
+        "dataset.read_ahead((1, 2))\n"
+        "print(*(thread.name for thread in threading.enumerate()))\n"
+    )
+    path = Path(uri) / "shards/00001.parquet"
+    path.unlink()
+    os.mkfifo(path)  # whoever opens it to read waits for a writer, for ever
+    done = subprocess.run([sys.executable, tmp_path / "program.py", uri], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "ctrsink-reading" in done.stdout
 
 
 def test_a_split_without_impressions_is_refused(tmp_path: Path) -> None:

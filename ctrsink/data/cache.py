@@ -128,10 +128,14 @@ class Cache:
             yield
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:  # some network disks have no locks
+                self._give_up(error)
             yield
         finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to a child that was forked meanwhile
+            with suppress(OSError):  # closing alone would leave it to a child that was forked meanwhile
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
     def _give_up(self, error: OSError) -> None:

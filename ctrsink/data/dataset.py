@@ -1,11 +1,11 @@
 """A prepared data set as the stream sees it: counts of every user at once, chronologies of a shard on demand."""
 
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from ctrsink import storage
 from ctrsink.data.cache import Cache
 from ctrsink.data.examples import Chronology, Events, Ragged
 from ctrsink.data.manifest import SPLITS, FileEntry, Manifest, read_file, read_manifest
+from ctrsink.data.reading import begin
+from ctrsink.data.requests import known_events
 
 READERS = 4  # shards of a remote data set that are fetched at a time; a disk is fast enough for one, which takes less memory
 COLUMNS = ["user", "item", "timestamp", "feedback_id", "label", "request"]
@@ -54,9 +56,9 @@ class Dataset:
     def __init__(self, uri: str, keep_shards: int = 16, cache: Cache | None = None) -> None:
         self.uri = uri
         self.manifest: Manifest = read_manifest(uri)
-        self._keep, self._cache = keep_shards, cache
+        self.keep_shards, self._cache = keep_shards, cache
         self._start()
-        table = pq.read_table(io.BytesIO(self._read(self.manifest.index)))
+        table = pq.read_table(pa.BufferReader(self._read(self.manifest.index)))
         self.index: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
         self.feedbacks = Ragged.of(self.manifest.feedback_tokens)
         self.prefix = np.array(self.manifest.prefix_tokens, np.int64)
@@ -64,7 +66,7 @@ class Dataset:
     def _start(self) -> None:
         self._shards: OrderedDict[int, Future[Shard]] = OrderedDict()
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(READERS if storage.is_remote(self.uri) else 1, "ctrsink-shards")
+        self._readers = threading.Semaphore(READERS if storage.is_remote(self.uri) else 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: all but the shards, which it reads itself."""
@@ -90,29 +92,24 @@ class Dataset:
 
     def shards(self, numbers: Sequence[int]) -> list[Shard]:
         """Several shards, which are read at the same time."""
-        reading = self._fetch(numbers)
-        try:
-            return [shard.result() for shard in reading]
-        except BaseException:
-            with self._lock:
-                for number in numbers:
-                    self._shards.pop(number, None)  # the next one who asks tries again
-            raise
+        return [shard.result() for shard in self._fetch(numbers)]
 
     def _fetch(self, numbers: Sequence[int]) -> list[Future[Shard]]:
         with self._lock:
             for number in numbers:
-                if number not in self._shards:
-                    self._shards[number] = self._readers.submit(self._load, number)
+                known = self._shards.get(number)
+                # What failed may have been read ahead long ago, and the storage be well again by now.
+                if known is None or (known.done() and known.exception() is not None):
+                    self._shards[number] = begin(partial(self._load, number), self._readers)
                 self._shards.move_to_end(number)
             found = [self._shards[number] for number in numbers]
-            while len(self._shards) > self._keep:  # those that were needed longest ago make room
+            while len(self._shards) > self.keep_shards:  # those that were needed longest ago make room
                 self._shards.popitem(last=False)
             return found
 
     def read_ahead(self, numbers: tuple[int, ...]) -> None:
         """Begin to read shards that are needed later; they take at most half of the places from those in use."""
-        self._fetch(numbers[: self._keep // 2])
+        self._fetch(numbers[: self.keep_shards // 2])
 
     def _read(self, entry: FileEntry) -> bytes:
         return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)
@@ -120,14 +117,14 @@ class Dataset:
     def _load(self, number: int) -> Shard:
         entry = self.manifest.shards[number]
         events, tokens = (
-            pq.read_table(io.BytesIO(self._read(file)), columns=columns, use_threads=False)
+            pq.read_table(pa.BufferReader(self._read(file)), columns=columns, use_threads=False)
             for file, columns in ((entry.events_file, COLUMNS), (entry.tokens_file, None))
         )
         return _to_arrays(events, tokens)
 
     def read_items(self) -> pa.Table:
         """The item table: `id`, text fields, and `text`."""
-        return pq.read_table(io.BytesIO(self._read(self.manifest.items)))
+        return pq.read_table(pa.BufferReader(self._read(self.manifest.items)))
 
 
 def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
@@ -143,23 +140,10 @@ def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
         feedbacks=flat("feedback_id").to_numpy(),
         timestamps=flat("timestamp").to_numpy(),
         labels=labels,
-        known=_known(flat("request"), lengths),
+        known=known_events(flat("request"), lengths),
         tokens=Ragged(lists.flatten().to_numpy(), np.append(0, np.cumsum(np.diff(lists.offsets.to_numpy())))),
         offsets=np.append(0, np.cumsum(lengths)),
         items=items,
         impressions=np.flatnonzero(labels >= 0).astype(np.int32),
         users=np.array(events["user"].to_pylist(), np.dtypes.StringDType()),
     )
-
-
-def _known(requests: pa.StringArray, lengths: np.ndarray) -> np.ndarray:
-    """How many events of its user come before the request of each event, int32 [N]; without a request an event stands alone."""
-    users = np.repeat(np.arange(len(lengths)), lengths)
-    firsts = np.arange(len(requests))
-    coded = requests.dictionary_encode()
-    codes = coded.indices.fill_null(-1).to_numpy()
-    asked = np.flatnonzero(codes >= 0)
-    # Events of one user and one request meet in the place of the first of them.
-    _, where, inverse = np.unique(users[asked] * len(coded.dictionary) + codes[asked], return_index=True, return_inverse=True)
-    firsts[asked] = asked[where][inverse]
-    return (firsts - (np.cumsum(lengths) - lengths)[users]).astype(np.int32)

@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from ctrsink.config.data import ColumnSpec
+from ctrsink.data.arrow import pc
 from ctrsink.errors import InputError
 
 log = logging.getLogger("ctrsink.data")
-pc: Any = pyarrow.compute  # its functions are made when it is imported: no type checker sees them
 
 OnBadRow = Literal["fail", "skip"]
 
@@ -78,10 +77,6 @@ class Checked:
     """Of the block, good and bad."""
     problem: Problem | None
 
-    @property
-    def skipped(self) -> int:
-        return self.rows - self.events.num_rows
-
 
 def place(file: str, number: int, header_lines: int | None) -> str:
     """Where row `number` of a file is, in words; `header_lines` as in RawRows."""
@@ -106,7 +101,7 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
     rows = len(user)
     feedback = checks.number(raw, columns.feedback) if columns.feedback else np.full(rows, np.nan)
     label = checks.label(raw, columns.label) if columns.label else np.full(rows, np.nan)
-    request = pc.cast(raw.column(columns.request), pa.string()) if columns.request else pa.nulls(rows, pa.string())
+    request = _requests(raw.column(columns.request)) if columns.request else pa.nulls(rows, pa.string())
 
     bad = checks.bad(rows)
     problem = _first_problem(raw, checks, bad) if bad.any() or raw.broken else None
@@ -206,6 +201,12 @@ class _Checks:
 
 def _mask(values: pa.Array) -> np.ndarray:
     return values.to_numpy(zero_copy_only=False)
+
+
+def _requests(cells: pa.Array) -> pa.Array:
+    """Ids of requests, null where there is none: blank cells would be one request, and hide events from each other."""
+    texts = pc.cast(cells, pa.string())
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(texts), ""), pa.scalar(None, pa.string()), texts)
 
 
 def _as_text(cells: pa.Array) -> pa.Array:

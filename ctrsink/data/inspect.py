@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ctrsink.data.arrow import pc
 from ctrsink.data.manifest import SPLITS, Manifest, ShardEntry, read_file, read_manifest
+from ctrsink.data.requests import known_events
 
 DAY = 86_400
 HISTORIES = (10, 20, 50, 100)
@@ -101,19 +102,19 @@ def _add_shard(found: Inspection, shard: ShardEntry, past: np.ndarray) -> None:
     lengths = pc.list_value_length(table["item"]).to_numpy()
     item, timestamp, feedback, label = (_flat(table, name) for name in ("item", "timestamp", "feedback_id", "label"))
 
-    known, known_tokens = tokens["item"].to_numpy(), pc.list_value_length(tokens["tokens"]).to_numpy().astype(np.int64)
-    found.item_tokens[known] = known_tokens
-    text = known_tokens[np.searchsorted(known, item)]
+    mentioned, text_tokens = tokens["item"].to_numpy(), pc.list_value_length(tokens["tokens"]).to_numpy().astype(np.int64)
+    found.item_tokens[mentioned] = text_tokens
+    text = text_tokens[np.searchsorted(mentioned, item)]
     behaviour = text + np.array([len(ids) for ids in found.manifest.feedback_tokens], np.int64)[feedback]
 
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     place = np.arange(len(item)) - starts
     own = place >= np.repeat(past, lengths)  # what lies before was counted in an earlier part
     targets = np.flatnonzero(own & (label >= 0))
-    before = _asked(table["request"].combine_chunks().flatten(), starts)[targets]
-    found.behaviours.add(before - starts[targets])
+    known = known_events(table["request"].combine_chunks().flatten(), lengths)[targets]
+    found.behaviours.add(known)
     found.behaviour_tokens.add(behaviour[own])
-    total = np.append(0, np.cumsum(behaviour))
+    total, before = np.append(0, np.cumsum(behaviour)), starts[targets] + known
     for history, counts in found.sequence_tokens.items():
         window = total[before] - total[np.maximum(before - history, starts[targets])]
         counts.add(len(found.manifest.prefix_tokens) + window + text[targets])
@@ -127,18 +128,6 @@ def _add_shard(found: Inspection, shard: ShardEntry, past: np.ndarray) -> None:
 
 def _flat(table: pa.Table, name: str) -> np.ndarray:
     return pc.fill_null(table[name].combine_chunks().flatten(), -1).to_numpy().astype(np.int64)
-
-
-def _asked(requests: pa.StringArray, starts: np.ndarray) -> np.ndarray:
-    """Where the request of each event begins, int64 [N]: an event without a request is asked alone."""
-    alone = np.arange(len(requests))
-    if requests.null_count == len(requests):
-        return alone
-    codes = requests.dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
-    # Unlike any request's key where there is none.
-    keys = np.where(codes < 0, -1 - alone, starts * (codes.max() + 1) + codes)
-    _, firsts, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return firsts[inverse]
 
 
 def summarise(found: Inspection) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ctrsink.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ctrsink-dataset/2"
+WORK = "_work"  # beside the manifest, until it is written: what a preparation keeps to go on if it is interrupted
 _READS = 3  # before a file is called damaged: it may have been damaged on its way
 
 Split = Literal["train", "valid", "test"]
@@ -89,6 +90,8 @@ class PartEntry(Section):
     last_time: int
     """Seconds since 1970 of the oldest and the newest event."""
     skipped_rows: int
+    past_events: int
+    """Latest events of earlier parts that a user has at most, before their own; 0 in part 0."""
 
 
 class Manifest(Section):

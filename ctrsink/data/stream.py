@@ -26,7 +26,7 @@ class SequenceSource:
     """The sequences of one split, numbered shard by shard, user by user, piece by piece.
 
     Args:
-        newest: only those of the data set's newest part.
+        newest: only those of the data set's newest part: what is evaluated, as the run may have trained on days after the others.
 
     Raises:
         InputError: there is none.
@@ -35,6 +35,7 @@ class SequenceSource:
     def __init__(self, dataset: Dataset, split: str, layout: Layout, newest: bool = False) -> None:
         self.dataset, self.split, self.layout = dataset, split, layout
         self._impressions = dataset.index[f"{split}_impressions"]
+        newest = newest and len(dataset.manifest.parts) > 1
         if newest:
             older = sum(shard.part < len(dataset.manifest.parts) - 1 for shard in dataset.manifest.shards)
             self._impressions = np.where(dataset.index["shard"] < older, 0, self._impressions)
@@ -210,10 +211,20 @@ class TrainStream:
 def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:
     """Every sequence of the split once over all ranks (or a fixed random `sample`), equally many batches on each rank."""
     ids = Order(source.per_shard, None if sample is None else 0, len(source.per_shard)).ids(0, sum(source.per_shard))[:sample]
-    # Like lengths together, but only within a window of neighbours: a reader holds few shards at a time.
     ids = np.sort(ids)
-    ids = ids[np.lexsort((-source.lengths(ids), np.arange(len(ids)) // (WINDOW * batch_size * world)))]
+    ids = ids[np.lexsort((-source.lengths(ids), _windows(source, ids, WINDOW * batch_size * world)))]
     rounds = -(-len(ids) // (batch_size * world))
-    padded = np.resize(ids, rounds * batch_size * world).reshape(rounds, batch_size, world)[:, :, rank]
+    # Filled up with the last, whose shard is open.
+    padded = np.pad(ids, (0, rounds * batch_size * world - len(ids)), "edge").reshape(rounds, batch_size, world)[:, :, rank]
     counted = (np.arange(padded.size * world) < len(ids)).reshape(rounds, batch_size, world)[:, :, rank]
     return read_ahead(lambda i: source.build(padded[i], counted[i]), rounds)
+
+
+def _windows(source: SequenceSource, ids: np.ndarray, size: int) -> np.ndarray:
+    """The window of each of the ascending ids, within which like lengths may meet, int64 [N].
+
+    It has `size` sequences at most, and half of the shards that are held: a batch may reach into the next window.
+    """
+    shards = np.searchsorted(np.cumsum(source.per_shard), ids, side="right")
+    opened = np.cumsum(np.diff(shards, prepend=shards[:1]) > 0)
+    return opened // max(1, source.dataset.keep_shards // 2) + np.arange(len(ids)) // size

@@ -19,6 +19,7 @@ from ctrsink.data.manifest import (
     SHARD_SCHEMA,
     SPLITS,
     TOKENS_SCHEMA,
+    WORK,
     FileEntry,
     Manifest,
     ShardEntry,
@@ -64,8 +65,12 @@ def verify(uri: str, tell: Callable[[str], None]) -> dict[str, Any]:
     for path, problem in _problems(uri, manifest):
         bad.append(path)
         tell(f"bad: {storage.join(uri, path)}: {problem}")
-    for path in sorted(set(_files_below(uri)) - {MANIFEST_NAME, *(entry.path for entry in entries)}):
-        tell(f"remark: {storage.join(uri, path)} is no part of the data set")
+    others = sorted(set(_files_below(uri)) - {MANIFEST_NAME, *(entry.path for entry in entries)})
+    if any(path.startswith(f"{WORK}/") for path in others):
+        tell(f"remark: {storage.join(uri, WORK)} is what a preparation under way, or an interrupted one, keeps to go on")
+    for path in others:
+        if not path.startswith(f"{WORK}/"):
+            tell(f"remark: {storage.join(uri, path)} is no part of the data set")
     files = 1 + len(entries)
     if bad:
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
@@ -112,6 +117,8 @@ def _read(uri: str, entry: FileEntry, found: _Found) -> bytes | None:
     """A file's content if it is what the manifest says."""
     try:
         return read_file(uri, entry)
+    except storage.StorageUnavailable:
+        raise  # says nothing of the file
     except InputError as error:
         found.say(entry.path, str(error).removeprefix(storage.join(uri, entry.path)).strip(" :"))
         return None

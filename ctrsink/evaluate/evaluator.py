@@ -48,15 +48,15 @@ def predict(
     layout: Layout,
     spec: EvaluateSpec,
     topology: Topology,
-    newest: bool = False,
 ) -> Predictions:
-    """Predictions for every impression of the split, the same on every rank.
+    """Predictions for every impression of the split in the data set's newest part, the same on every rank.
+
+    Older parts are left out: a model that trained on the newest has seen what came after their impressions.
 
     Args:
         forward: Batch -> logits [B, T]; called equally often on every rank.
-        newest: only impressions of the data set's newest part.
     """
-    source = SequenceSource(dataset, split, layout, newest)
+    source = SequenceSource(dataset, split, layout, newest=True)
     parts = [np.empty((0, 4))]
     for batch in evaluation_batches(source, spec.batch_size, topology.rank, topology.world, spec.max_sequences):
         with torch.no_grad():
@@ -75,10 +75,9 @@ def predict(
 
 def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions) -> None:
     """Write `evaluation/<split>.json` (the metrics and the `step` they are of) and the predictions, `<split>.parquet`."""
-    names = [shard.users[row] for shard, row in map(dataset.locate, predictions.users.tolist())]
     table = pa.table(
         {
-            "user": names,
+            "user": _names(dataset, predictions.users),
             "event": predictions.events,
             "label": predictions.labels,
             "probability": predictions.probabilities,
@@ -91,6 +90,15 @@ def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, pred
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), strict_json.dumps(metrics, indent=1).encode())
 
 
+def _names(dataset: Dataset, users: np.ndarray) -> pa.Array:
+    """Ids of users, rows of the index in any order; each shard is opened once."""
+    users, numbers = np.unique(users, return_inverse=True)
+    shards, starts = np.unique(dataset.index["shard"][users], return_index=True)
+    rows = np.split(dataset.index["row"][users], starts[1:])
+    names = [name for shard, own in zip(shards, rows, strict=True) for name in dataset.shard(int(shard)).users[own]]
+    return pa.array(names, pa.string()).take(pa.array(numbers))
+
+
 def evaluate_splits(
     forward: Callable[[Batch], torch.Tensor],
     dataset: Dataset,
@@ -99,13 +107,12 @@ def evaluate_splits(
     run_dir: str,
     step: int,
     topology: Topology,
-    newest: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Predict and measure every split of `spec`; the first rank writes the results, as of `step`, into the run's folder."""
     out: dict[str, dict[str, float]] = {}
     for split in spec.splits:
         started = time.monotonic()
-        predictions = predict(forward, dataset, split, layout, spec, topology, newest)
+        predictions = predict(forward, dataset, split, layout, spec, topology)
         out[split] = predictions.metrics()
         if topology.is_first:
             write_evaluation(run_dir, step, split, dataset, predictions)

@@ -17,5 +17,4 @@ def evaluate_run(run_dir: str, splits: tuple[Split, ...], step: int | None = Non
     run = restore_run(run_dir, step)
     spec = run.spec.evaluate.model_copy(update={"splits": splits})
     forward = lambda batch: run.model(batch, run.readout)[1]  # noqa: E731
-    newest = run.spec.data.order == "chronological"
-    return evaluate_splits(forward, run.dataset, run.layout, spec, run_dir, run.checkpoint.step, Topology(), newest)
+    return evaluate_splits(forward, run.dataset, run.layout, spec, run_dir, run.checkpoint.step, Topology())

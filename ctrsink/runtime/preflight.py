@@ -15,12 +15,13 @@ def check(spec: RunSpec) -> int:
         InputError: it does not, or was not.
     """
     manifest = read_manifest(spec.data.uri)
-    measured = manifest.parts[-1].splits if spec.data.order == "chronological" else manifest.splits
-    counts = {"train": manifest.splits["train"]} | {split: measured[split] for split in spec.evaluate.splits}
-    for split, found in counts.items():
-        if not found.impressions:
+    if not manifest.splits["train"].impressions:
+        raise InputError(f"the data set {spec.data.uri} has no impression in its train split: prepare it again")
+    newest = "the newest part of " * (len(manifest.parts) > 1)
+    for split in spec.evaluate.splits:
+        if not manifest.parts[-1].splits[split].impressions:
             raise InputError(
-                f"the data set {spec.data.uri} has no impression in its {split} split: leave it out of evaluate.splits"
+                f"{newest}the data set {spec.data.uri} has no impression in its {split} split: leave it out of evaluate.splits"
             )
     backbone = spec.model.backbone
     if backbone.path is None:

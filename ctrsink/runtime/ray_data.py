@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import ray
 from ray.data import DataContext, TaskPoolStrategy
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from ctrsink.data.prepare.execute import Execute, Task
 from ctrsink.errors import InputError, RunError
@@ -30,7 +30,7 @@ def ray_data(address: str | None, workers: int) -> Execute:
         try:
             for row in done.iter_rows():
                 yield row["number"]
-        except RayTaskError as error:
+        except RayError as error:
             raise _translate(error) from error
 
     return execute
@@ -46,11 +46,12 @@ class _Row:
         return {"number": self.task(int(row["number"]))}
 
 
-def _translate(error: RayTaskError) -> Exception:
+def _translate(error: RayError) -> Exception:
     """The task's own error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):
-            return InputError(str(cause))
+            return type(cause)(str(cause))
         cause = cause.__cause__ or getattr(cause, "cause", None)
-    return RunError(f"a task of the preparation failed: {str(error).strip().splitlines()[-1]}")
+    hint = "" if isinstance(error, RayTaskError) else "; if memory ran out, lower prepare.workers, block_bytes or shard_events"
+    return RunError(f"a task of the preparation failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}{hint}")

@@ -1,21 +1,22 @@
 """One way to open, list and put files on local disk and s3://; S3 credentials come from the environment only.
 
-Failures of S3 that may pass are repeated until a deadline (see `retry`). Where the bucket, the credentials or the endpoint are
-wrong, and where the deadline is over, every function here raises InputError.
+Failures of S3 that may pass are repeated until a deadline (see `retry`). Every function here raises StorageUnavailable where the
+deadline is over or access is refused, another InputError where the address is wrong, and RunError where a disk fails or is full.
 """
 
 from pathlib import Path
 
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
+from ctrsink.errors import StorageUnavailable
 from ctrsink.storage import local
 from ctrsink.storage.faults import explained
 from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, join, local_path, sha256
 from ctrsink.storage.s3 import Operation, connect, to_info
 
 __all__ = [
-    "Info", "absolute", "arrow_filesystem", "delete", "download_dir", "exists", "find", "info", "is_remote", "join", "list_dirs",
-    "list_files", "read_bytes", "read_range", "sha256", "upload_dir", "write_bytes",
+    "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "delete", "download_dir", "exists", "find", "info", "is_remote",
+    "join", "list_dirs", "list_files", "read_bytes", "read_range", "sha256", "upload_dir", "write_bytes",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What goes wrong with storage: which failures pass by themselves, and what to tell the user of the others."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as NoConnection
 from botocore.parsers import ResponseParserError
 
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError, StorageUnavailable
 from ctrsink.storage.places import bucket_and_key, is_remote
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
@@ -33,6 +34,16 @@ _PASSING = {
     "RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
     "XAmzContentSHA256Mismatch",
 }  # fmt: skip
+_OVERLOADED = {"InternalError", "ServiceUnavailable", "SlowDown"}
+_FULL = "free some space, or choose another place"
+_DISK = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "raise the limit on the size of files, or choose another place",
+    errno.EROFS: "choose another place, or mount it to be written",
+    errno.EIO: "check the disk and the system's log",
+    errno.ESTALE: "check the network disk, and mount it anew",
+}
 
 
 class ShortBody(Exception):
@@ -53,6 +64,12 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (*_NO_CONNECTION, *_DAMAGED, ResponseParserError))
 
 
+def of_one_key(failure: dict[str, str], method: str) -> ClientError:
+    """The failure of one key in a bulk request, which itself succeeded, as if it had been the answer."""
+    status = 503 if failure.get("Code") in _OVERLOADED else 403
+    return ClientError({"Error": failure, "ResponseMetadata": {"HTTPStatusCode": status}}, method)  # pyright: ignore[reportArgumentType]
+
+
 def code_of(error: ClientError) -> str:
     """The server's word for a failure; what does not look like one is not repeated to the user."""
     code = str(error.response.get("Error", {}).get("Code", ""))
@@ -71,7 +88,7 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn what the user can act on into an InputError of one line; no secret and no key id appears in it."""
+    """Turn what the user can act on into an InputError or a RunError of one line; no secret and no key id appears in it."""
     try:
         yield
     except ClientError as error:
@@ -80,20 +97,25 @@ def explained(uri: str) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "no such file", uri) from None
     except (NoCredentialsError, PartialCredentialsError):
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where an instance role gives them"
-        raise InputError(f"{uri}: no S3 credentials: {hint}") from None
+        raise StorageUnavailable(f"{uri}: no S3 credentials: {hint}") from None
     except CredentialRetrievalError as error:  # its message may quote what a helper program printed
-        raise InputError(f"{uri}: S3 credentials cannot be had ({type(error).__name__}): renew or correct them") from None
+        raise StorageUnavailable(f"{uri}: S3 credentials cannot be had ({type(error).__name__}): renew or correct them") from None
     except ParamValidationError:
         hint = "it is s3://bucket/key, the bucket in lower-case letters, digits, - and ."
         raise InputError(f"{uri}: not a valid bucket and key: {hint}") from None
     except NoConnection as error:
-        raise InputError(f"{uri}: {': '.join(describe(error))}") from None
+        raise StorageUnavailable(f"{uri}: {': '.join(describe(error))}") from None
     except BotoCoreError as error:
         raise InputError(f"{uri}: S3 cannot use this ({' '.join(str(error).split())})") from None
     except PermissionError as error:
-        raise InputError(f"{error.filename or uri}: permission denied: choose another place or change its rights") from None
+        hint = "choose another place or change its rights"
+        raise StorageUnavailable(f"{error.filename or uri}: permission denied: {hint}") from None
     except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"{error.filename or uri}: {(error.strerror or 'not a file').lower()}: choose another path") from None
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise RunError(f"{error.filename or uri}: {os.strerror(error.errno).lower()}: {_DISK[error.errno]}") from None
 
 
 def _of_answer(uri: str, error: ClientError) -> Exception:
@@ -103,15 +125,17 @@ def _of_answer(uri: str, error: ClientError) -> Exception:
     if code == "NoSuchBucket":
         return InputError(f"{uri}: the bucket {bucket} does not exist: create it, or correct the name")
     if code in _EXPIRED:
-        return InputError(f"{uri}: the S3 credentials have expired ({code}): renew them and start again")
+        return StorageUnavailable(f"{uri}: the S3 credentials have expired ({code}): renew them and start again")
     if code in _REFUSED:
         hint = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and their rights to this bucket"
-        return InputError(f"{uri}: S3 refused access: {hint}")
+        return StorageUnavailable(f"{uri}: S3 refused access: {hint}")
     if code == "PreconditionFailed":
         return InputError(f"{uri}: it was replaced while it was being read: start again once nobody writes there")
     if code == "RequestTimeTooSkewed":
-        return InputError(f"{uri}: S3 refused the time of the request: set this machine's clock")
+        return StorageUnavailable(f"{uri}: S3 refused the time of the request: set this machine's clock")
     if code in {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}:
         return InputError(f"{uri}: the bucket {bucket} is in another region: set AWS_DEFAULT_REGION")
     what, _ = describe(error)
-    return InputError(f"{uri}: {what}: check the address and the rights to this bucket")
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    kind = StorageUnavailable if status in (401, 403) or status >= 500 else InputError
+    return kind(f"{uri}: {what}: check the address and the rights to this bucket")

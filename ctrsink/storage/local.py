@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ctrsink.storage.places import Info
@@ -12,17 +13,37 @@ from ctrsink.storage.places import Info
 def write(path: Path, content: bytes) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, and a crash leaves one of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with beside(path) as handle:
+        write_at(handle, content, 0)
+        os.fsync(handle)
+        os.fchmod(handle, 0o644)  # mkstemp keeps others out; a data set may be shared
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[int]:
+    """A new file, open to be written, that takes the place of `path` if all goes well and is removed otherwise.
+
+    What the system says of it names `path`.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp keeps others out; a data set may be shared
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            yield handle
+            Path(temporary).replace(path)
+        finally:
+            os.close(handle)
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
         raise
+
+
+def write_at(handle: int, content: bytes, start: int) -> None:
+    """Write all of `content` from byte `start` on; the system itself may take a part only, as where a disk becomes full."""
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(handle, rest, start)
+        rest, start = rest[written:], start + written
 
 
 def read_range(path: Path, start: int, end: int) -> bytes:
@@ -70,4 +91,8 @@ def copy_below(source: Path, target: Path) -> None:
     for path in files_below(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+        try:
+            shutil.copyfile(path, copy)
+        except OSError as error:  # without a name, or with both, where the copy cannot be written
+            error.filename, error.filename2 = error.filename2 or error.filename or str(copy), None
+            raise

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception, stop_before_delay, wait_random_exponential
 
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, StorageUnavailable
 from ctrsink.storage.faults import describe, is_transient
 
 DEADLINE_VARIABLE = "CTRSINK_STORAGE_DEADLINE_S"
@@ -38,7 +38,8 @@ def deadline_s() -> float:
 class Patience:
     """Repeats the requests of one operation on `uri`, with exponential waits under full jitter; warns once.
 
-    The deadline holds for each request: a large transfer may take as long as its parts get through.
+    The deadline holds for each request: a large transfer may take as long as its parts get through. An attempt that has begun is
+    not broken off: the last one may end up to the client's timeouts after the deadline.
     """
 
     def __init__(self, uri: str) -> None:
@@ -48,7 +49,7 @@ class Patience:
         """The result of the first attempt that succeeds.
 
         Raises:
-            InputError: the deadline is over; every other failure of an attempt is passed on at once.
+            StorageUnavailable: the deadline is over; every other failure of an attempt is passed on at once.
         """
         begun = time.monotonic()
         loop = AsyncRetrying(
@@ -62,7 +63,7 @@ class Patience:
         except RetryError as error:
             cause = error.last_attempt.exception() or error
         what, hint = describe(cause)
-        raise InputError(f"{self._uri}: {what}, tried for {time.monotonic() - begun:.1f} s: {hint}")
+        raise StorageUnavailable(f"{self._uri}: {what}, tried for {time.monotonic() - begun:.1f} s: {hint}")
 
     def _warn(self, state: RetryCallState) -> None:
         failure = state.outcome.exception() if state.outcome else None

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from s3fs import S3FileSystem
 
 from ctrsink.errors import InputError
 from ctrsink.storage import local
-from ctrsink.storage.faults import ShortBody, code_of
+from ctrsink.storage.faults import ShortBody, code_of, of_one_key
 from ctrsink.storage.places import Info, bucket_and_key
 from ctrsink.storage.retry import DEADLINE_VARIABLE, Patience, deadline_s
 
@@ -57,8 +56,8 @@ class Operation:
                 client = await self._files.set_session()
                 given = {name: value() if callable(value) else value for name, value in arguments.items()}
                 answer: dict[str, Any] = await getattr(client, method)(Bucket=self.bucket, **given)
-                for failure in answer.get("Errors", [])[:1]:  # of a bulk request, which itself succeeded
-                    raise ClientError({"Error": failure, "ResponseMetadata": {"HTTPStatusCode": 500}}, method)  # pyright: ignore[reportArgumentType]
+                for failure in answer.get("Errors", [])[:1]:
+                    raise of_one_key(failure, method)
                 if "Body" in answer:
                     async with answer["Body"] as body:
                         answer["Body"] = await body.read() if answer["ContentLength"] <= PART_BYTES else None
@@ -102,10 +101,19 @@ class Operation:
                 for n, (a, b) in enumerate(parts, 1)
             )
             listed = [{"PartNumber": n, "ETag": answer["ETag"]} for n, answer in enumerate(tags, 1)]
-            await self.request("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": listed})
+            await self._complete(key, size, UploadId=upload, MultipartUpload={"Parts": listed})
         except BaseException:
             await asyncio.shield(self._abandon(key, upload))
             raise
+
+    async def _complete(self, key: str, size: int, **arguments: Any) -> None:
+        """Make an object of the parts. Where the answer was lost, the next attempt may find that there is nothing left to do."""
+        try:
+            await self.request("complete_multipart_upload", Key=key, **arguments)
+        except ClientError as error:
+            found = await self.info(key) if code_of(error) == "NoSuchUpload" else None
+            if found is None or found["Size"] != size:
+                raise
 
     async def _abandon(self, key: str, upload: str) -> None:
         try:  # parts of an upload that nobody ends are paid for; but the failure before this one is the one to report
@@ -175,17 +183,12 @@ class Operation:
 
     async def _download(self, key: str, known: Info, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with local.beside(path) as handle:
 
-        async def fetch(start: int, end: int) -> None:
-            os.pwrite(handle, await self.piece(key, start, end, f'"{known.version}"'), start)
+            async def fetch(start: int, end: int) -> None:
+                local.write_at(handle, await self.piece(key, start, end, f'"{known.version}"'), start)
 
-        try:
             await _together(fetch(a, b) for a, b in _parts(known.bytes, PART_BYTES))
-            Path(temporary).replace(path)
-        finally:
-            os.close(handle)
-            Path(temporary).unlink(missing_ok=True)
 
 
 def to_info(entry: dict[str, Any], path: str) -> Info:
@@ -207,7 +210,7 @@ def _connect(pid: int, environment: tuple[str | None, ...], attempts: int) -> S3
     del pid, environment  # the key of the cache: a client survives neither a fork nor other credentials
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise InputError(f"AWS_ENDPOINT_URL {endpoint!r} is no address: it must start with http:// or https://")
+        raise InputError("AWS_ENDPOINT_URL is no address: it must start with http:// or https://")
     files = S3FileSystem(
         endpoint_url=endpoint,
         use_listings_cache=False,

@@ -1,5 +1,6 @@
 """The training loop: stages, steps, checkpoints, evaluation; the same on one process and on many Ray workers."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -8,20 +9,24 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
+from ctrsink import storage
 from ctrsink.config import RunSpec
 from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
+from ctrsink.data.manifest import Manifest
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
-from ctrsink.dist import Topology, all_sum, barrier
+from ctrsink.dist import Topology, all_sum, barrier, gather_rows
+from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import evaluate_splits
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, require_data, save_checkpoint
 from ctrsink.train.engine import Engine, EngineState
-from ctrsink.train.rundir import identities, write_result
+from ctrsink.train.rundir import DATA_NAME, identities, write_result
 from ctrsink.train.stages import StageWindow, plan
 from ctrsink.train.telemetry import Pace, Telemetry, progress_line
 
@@ -45,11 +50,15 @@ class Trainer:
         spec: the run.
         topology: this process among the workers.
         vocabulary: size of the data set's tokenizer.
+
+    Raises:
+        InputError: the data set cannot be read, or was changed since the run was claimed.
     """
 
     def __init__(self, spec: RunSpec, topology: Topology, vocabulary: int) -> None:
         self.spec, self.topology, self.vocabulary = spec, topology, vocabulary
         self.dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
+        require_same_data(spec, self.dataset.manifest, topology)
         self.layout = Layout.of(spec.data, spec.model.sinks)
         source = SequenceSource(self.dataset, "train", self.layout)
         self.stream = TrainStream(
@@ -199,9 +208,26 @@ class Trainer:
         engine.engine.eval()
         spec = self.spec
         forward = lambda batch: engine.forward(batch, readout)[1]  # noqa: E731
-        newest = spec.data.order == "chronological"
-        step, topology = self.progress.step, self.topology
-        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, step, topology, newest)
+        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, self.progress.step, self.topology)
+
+
+def require_same_data(spec: RunSpec, manifest: Manifest, topology: Topology) -> None:
+    """Refuse to begin where ranks read different data sets, or another than the run was claimed for; all ranks raise, or none.
+
+    Raises:
+        InputError: somebody appended to the data set, or replaced it, in between.
+    """
+    found = [manifest.identity]
+    claim = storage.join(spec.run_dir, DATA_NAME)
+    if topology.is_first and storage.exists(claim):
+        claimed = storage.read_bytes(claim).decode()
+        if claimed not in identities(spec, manifest):
+            found.append(claimed)
+    # Words of a hash go through fp64 unharmed.
+    words = [np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint32) for identity in found]
+    rows = gather_rows(np.array(words, np.float64), topology)
+    if (rows != rows[0]).any():
+        raise InputError(f"the data set {spec.data.uri} was changed while the run was starting: start it again")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

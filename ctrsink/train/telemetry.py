@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrsink import storage, strict_json
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError
 from ctrsink.train.rundir import BOARD_NAME, METRICS_NAME
 
 log = logging.getLogger("ctrsink.train")
@@ -50,7 +50,7 @@ class Telemetry:
             storage.write_bytes(self._path, "".join(strict_json.dumps(row) + "\n" for row in self._rows).encode())
             if self._remote:
                 storage.upload_dir(self._board_dir, self._board_uri)
-        except (InputError, OSError) as error:
+        except (InputError, RunError, OSError) as error:
             log.warning("metrics are not written, they are tried again with the next ones: %s", error)
 
     def close(self) -> None:

@@ -12,20 +12,26 @@ from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Literal
 from urllib.parse import urlsplit
 
-Kind = Literal["slow_down", "expired", "hidden", "refuse", "hang", "cut", "truncated", "shortened", "altered", "slow"]
+Kind = Literal[
+    "slow_down", "expired", "hidden", "ended", "kept", "kept_for_now", "refuse", "hang", "cut", "truncated", "shortened",
+    "altered", "slow",
+]  # fmt: skip
 
 _ANSWERS: dict[str, tuple[int, str]] = {
     "slow_down": (503, "SlowDown"),
     "expired": (400, "ExpiredToken"),
     "hidden": (404, "NoSuchKey"),
+    "ended": (404, "NoSuchUpload"),
 }
+_PER_KEY = {"kept": "AccessDenied", "kept_for_now": "InternalError"}
 
 
 @dataclass
 class Fault:
     """What happens to requests that match.
 
-    slow_down, expired, hidden: the server is not asked, the answer is that error. refuse: the connection is reset. hang: no
+    slow_down, expired, hidden, ended: the server is not asked, the answer is that error. kept, kept_for_now: nor is it asked, the
+    answer to a bulk delete is a success with that error for one key. refuse: the connection is reset. hang: no
     answer. cut: the connection is reset in mid-body. truncated: it is closed in order in mid-body. shortened: half the body
     with a Content-Length to match. altered: one bit of the body is flipped. slow: `rate` bytes a second.
     """
@@ -127,6 +133,10 @@ class FaultyProxy:
                 if kind in _ANSWERS:
                     client.sendall(_error(*_ANSWERS[kind], method))
                     continue
+                if kind in _PER_KEY:
+                    error = f"<Error><Key>x</Key><Code>{_PER_KEY[kind]}</Code><Message>planted</Message></Error>"
+                    client.sendall(_answer(200, f"<DeleteResult>{error}</DeleteResult>", method))
+                    continue
                 server.sendall(request.head + request.body)
                 answer = _receive(answers, method, None)
                 if answer is None:
@@ -198,7 +208,11 @@ def _receive(stream: BinaryIO, method: str, client: socket.socket | None) -> Mes
 
 
 def _error(status: int, code: str, method: str) -> bytes:
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>planted</Message></Error>".encode()
+    return _answer(status, f"<Error><Code>{code}</Code><Message>planted</Message></Error>", method)
+
+
+def _answer(status: int, xml: str, method: str) -> bytes:
+    body = f"<?xml version='1.0'?>{xml}".encode()
     head = f"HTTP/1.1 {status} X\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     return head if method == "HEAD" else head + body
 

@@ -74,8 +74,8 @@ class Assembly:
             prefixes=self.ranges[number],
             users=len(found.users),
             events=int((~past).sum()),
-            events_file=put(self.to, f"{name}.parquet", to_parquet(table)),
-            tokens_file=put(self.to, f"{name}.tokens.parquet", to_parquet(sidecar)),
+            events_file=put(self.to, name, ".parquet", to_parquet(table), self.past is not None),
+            tokens_file=put(self.to, name, ".tokens.parquet", to_parquet(sidecar), self.past is not None),
         )
         index = to_ipc(chronology.user_index(found.offsets, split, label, shard))
         storage.write_bytes(self._path(number, "index"), index)
@@ -107,10 +107,15 @@ class Assembly:
         return storage.join(self.folder, f"{number:06d}.{kind}")
 
 
-def put(to: str, path: str, content: bytes) -> FileEntry:
-    """Write a file of the data set `to`, for its manifest."""
+def put(to: str, name: str, ending: str, content: bytes, appended: bool = False) -> FileEntry:
+    """Write a file of the data set `to`, for its manifest.
+
+    An `appended` one carries its hash in its name, so that no append can overwrite a file of another.
+    """
+    digest = storage.sha256(content)
+    path = f"{name}-{digest[:12]}{ending}" if appended else f"{name}{ending}"
     storage.write_bytes(storage.join(to, path), content)
-    return FileEntry(path=path, bytes=len(content), sha256=storage.sha256(content))
+    return FileEntry(path=path, bytes=len(content), sha256=digest)
 
 
 def _shard(columns: dict[str, pa.ChunkedArray | pa.Array], users: Chronologies) -> pa.Table:

@@ -3,7 +3,6 @@
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -11,26 +10,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from ctrsink import storage
+from ctrsink import __version__, storage
 from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology, tokenize
 from ctrsink.data.arrow import to_parquet
 from ctrsink.data.events import OnBadRow
-from ctrsink.data.manifest import FORMAT, MANIFEST_NAME, Manifest, PartEntry, ShardEntry, read_file, read_manifest
+from ctrsink.data.manifest import FORMAT, MANIFEST_NAME, WORK, Manifest, PartEntry, ShardEntry, read_file, read_manifest
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import Execute, in_process
 from ctrsink.data.prepare.items import Items
 from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.places import Places
-from ctrsink.data.prepare.progress import reported
+from ctrsink.data.prepare.progress import Done, reported
 from ctrsink.data.prepare.survey import Totals, count_splits, split_times
 from ctrsink.data.render import feedback_table
 from ctrsink.data.sources import open_source
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError, first_line
 
 log = logging.getLogger("ctrsink.data")
-WORK = "_work"  # below the data set, until its manifest is written
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
 _MAX_SLICES = 1024
 
@@ -60,8 +58,11 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
 
     Raises:
         InputError: there is no data set, the log or the configuration cannot be used, or an event is not newer.
+        RunError: another preparation changed the data set meanwhile.
     """
     base = read_manifest(to)
+    if spec.source.kind == "mind":
+        raise InputError("MIND cannot be appended, because its rows repeat earlier clicks: prepare all its folders together")
     for name, wanted, there in (("text", spec.text, base.text), ("positive_from", spec.positive_from, base.positive_from)):
         if wanted != there:
             raise InputError(f"prepare.{name} is not that of the data set {to} ({there}): what is appended must be like it")
@@ -70,20 +71,32 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
 
 def _build(spec: PrepareSpec, to: str, base: Manifest | None, on_bad_row: OnBadRow, execute: Execute) -> Manifest:
     work = storage.join(to, WORK)
+    going_on = storage.exists(work)
     try:
         manifest = _Build(spec, to, work, base, on_bad_row, execute).run()
-    except InputError:
-        # What bad input left behind is of no use; what an interruption left is, to the next attempt. A task that is under way
-        # elsewhere may still write there, and storage may be what failed: then it stays for the next attempt to remove.
-        with suppress(OSError, InputError):
-            storage.delete(work)
-            if not storage.is_remote(to) and not storage.list_files(to) and not storage.list_dirs(to):
-                storage.delete(to)
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename or work} vanished: does something else prepare {to} too? Run this again") from None
+    except InputError as error:
+        # What bad input left behind is of no use. What an interruption or an outage left is, to the next attempt.
+        if not going_on and not isinstance(error, storage.StorageUnavailable):
+            _clear(to, work)
         raise
+    if base is not None and read_manifest(to) != base:
+        raise RunError(f"{to} was changed by another preparation while this one ran: run this again")
     storage.write_bytes(storage.join(to, MANIFEST_NAME), (manifest.model_dump_json(indent=1) + "\n").encode())
-    storage.delete(work)
+    _clear(to, work)
     log.info("%s now holds %d events of %d users in %d shards", to, manifest.events, manifest.users, len(manifest.shards))
     return manifest
+
+
+def _clear(to: str, work: str) -> None:
+    """Remove the work folder, and the data set's where that leaves it empty. A task elsewhere may still write there."""
+    try:
+        storage.delete(work)
+        if not storage.is_remote(to) and not storage.list_files(to) and not storage.list_dirs(to):
+            storage.delete(to)
+    except (OSError, InputError, RunError) as error:
+        log.warning("%s could not be removed (%s): it is of no use any more", work, first_line(error))
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ class _Build:
     execute: Execute
 
     def run(self) -> Manifest:
+        self._refuse_foreign_folders()
         source = open_source(self.spec.source)
         listed = source.items()
         blocks = tuple(source.blocks(self.spec.block_bytes))
@@ -107,12 +121,14 @@ class _Build:
             items = old if listed is None else old.extended(listed, self.spec.text)
         welcome = items.write_ids(self.work) if items is not None and listed is not None else None
         versions = {block.file: storage.info(block.file) for block in blocks}
+        slices = _slices(sum(info.bytes for info in versions.values()), self.spec.shard_events)
+        label_rule = (self.spec.text, self.spec.positive_from)
         partition = Partition(
             spec=self.spec,
             source=source,
             blocks=blocks,
-            folder=self._folder("blocks", self.spec.source, self.spec.text, self.spec.positive_from, blocks, versions, welcome),
-            slices=_slices(sum(info.bytes for info in versions.values()), self.spec.shard_events),
+            folder=self._folder("blocks", self.spec.source, *label_rule, blocks, versions, welcome, slices),
+            slices=slices,
             items=welcome,
         )
         totals = self._read(partition)
@@ -147,10 +163,15 @@ class _Build:
             past=past,
         )
         if self.base is None and not assembly.done():
-            # Only now, with all the input good, is anything at the place changed.
-            for old_file in (MANIFEST_NAME, "shards", tokenize.FOLDER):
+            # Only now, with all the input good, is anything at the place changed. Entries that an attempt with another
+            # configuration left speak of shards that are gone then.
+            stale = [name for name in storage.list_dirs(self.work) if name.startswith("shards-")]
+            for old_file in (MANIFEST_NAME, *(storage.join(WORK, name) for name in stale), "shards", tokenize.FOLDER):
                 storage.delete(storage.join(self.to, old_file))
         shards, index = self._write(assembly, totals)
+        written = sum(entry.events for entry in shards)
+        if written != totals.events:
+            raise RunError(f"{written} of {totals.events} events reached the shards of {self.to}: remove {self.work} and repeat")
         part = PartEntry(
             split_times=times,
             splits=splits,
@@ -159,12 +180,21 @@ class _Build:
             first_time=totals.first_time,
             last_time=totals.last_time,
             skipped_rows=totals.rows - totals.events,
+            past_events=self.spec.past_events if self.base else 0,
         )
         return self._manifest(part, shards, index, items, tokenizer, texts)
 
     def _folder(self, name: str, *facts: object) -> str:
         """Below the work folder, a name that depends on all that the results there depend on."""
-        return storage.join(self.work, f"{name}-{storage.sha256(repr(facts).encode())[:16]}")
+        return storage.join(self.work, f"{name}-{storage.sha256(repr((__version__, FORMAT, facts)).encode())[:16]}")
+
+    def _refuse_foreign_folders(self) -> None:
+        """A folder without a manifest of ours, and without work of ours, keeps what is in it."""
+        if any(storage.exists(storage.join(self.to, name)) for name in (MANIFEST_NAME, WORK)):
+            return
+        for name in ("shards", tokenize.FOLDER):
+            if storage.exists(storage.join(self.to, name)):
+                raise InputError(f"{self.to} holds a folder {name} that is not a data set's: choose another folder, or remove it")
 
     def _given_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The one that there is, or None where it is to be trained on the texts of this log."""
@@ -179,7 +209,7 @@ class _Build:
             log.info("going on: %d of %d blocks have been read before", len(done), len(blocks))
         totals, places = Totals(), Places()
 
-        def surveys() -> Iterator[tuple[float, int]]:
+        def surveys() -> Iterator[Done]:
             running = self.execute(partition, [n for n in range(len(blocks)) if n not in done])
             for number, block in enumerate(blocks):
                 if number not in done:
@@ -191,7 +221,7 @@ class _Build:
                 if where:
                     log.warning("%s: skipped %d bad rows; the first: %s", block.file, survey.rows - survey.events, where)
                 totals.add(survey)
-                yield block.end - block.start, survey.rows
+                yield Done(block.end - block.start, survey.rows, number in done)
 
         for _ in reported(surveys(), sum(block.end - block.start for block in blocks), "read"):
             pass
@@ -218,12 +248,12 @@ class _Build:
         running = self.execute(assembly, [n for n in shards if n not in done])
         results: list[tuple[ShardEntry, pa.Table]] = []
 
-        def finished() -> Iterator[tuple[float, int]]:
+        def finished() -> Iterator[Done]:
             for number in shards:
                 if number not in done:
                     next(running)
                 results.append(assembly.result(number))
-                yield results[-1][0].events, results[-1][0].events
+                yield Done(results[-1][0].events, results[-1][0].events, number in done)
 
         for _ in reported(finished(), totals.events, "wrote"):
             pass
@@ -238,19 +268,19 @@ class _Build:
         tokenizer: PreTrainedTokenizerBase,
         texts: tuple[str, ...],
     ) -> Manifest:
-        base, suffix = self.base, f"-{len(self.base.parts):05d}" if self.base else ""
+        base = self.base
         if base is not None:
             index = pa.concat_tables([pq.read_table(io.BytesIO(read_file(self.to, base.index))), index])
             files = base.tokenizer
         else:
             contents = tokenize.tokenizer_files(tokenizer)
-            files = tuple(put(self.to, storage.join(tokenize.FOLDER, name), content) for name, content in contents.items())
+            files = tuple(put(self.to, storage.join(tokenize.FOLDER, name), "", content) for name, content in contents.items())
         return Manifest(
             format=FORMAT,
             parts=(*(base.parts if base else ()), part),
             shards=(*(base.shards if base else ()), *shards),
-            index=put(self.to, f"index{suffix}.parquet", to_parquet(index)),
-            items=put(self.to, f"items{suffix}.parquet", to_parquet(items.table)),
+            index=put(self.to, "index", ".parquet", to_parquet(index), appended=base is not None),
+            items=put(self.to, "items", ".parquet", to_parquet(items.table), appended=base is not None),
             tokenizer=files,
             tokenizer_fingerprint=tokenize.fingerprint(tokenizer),
             text=self.spec.text,

@@ -43,12 +43,17 @@ class Items:
         """These, which keep their numbers and texts, and behind them the new ones of an item table.
 
         Raises:
-            InputError: it lacks a field of this one's.
+            InputError: a new item lacks a field of this one's.
         """
         new = table.filter(pc.invert(pc.is_in(table.column("item"), value_set=self.ids)))
+        if not new.num_rows:
+            return self
         missing = [name for name in self.table.column_names if name not in ("id", "text") and name not in table.column_names]
         if missing:
-            raise InputError(f"the item table has no column {missing[0]!r}, but the data set has: add it")
+            raise InputError(
+                f"the item {new.column('item')[0].as_py()!r} is new and has no field {missing[0]!r}, which the data set has: "
+                "give prepare.source.items a table with that column"
+            )
         other = Items.of(new, text).table.select(self.table.column_names)
         return Items(pa.concat_tables([self.table, other]).combine_chunks())
 

@@ -26,28 +26,37 @@ class Past:
     """Latest events of a user that are taken."""
 
     def events(self, first: int, end: int, users: pa.Array) -> pa.Table:
-        """The latest events of `users`, all of whose prefixes are in [first, end), oldest first for each; SCHEMA."""
+        """The latest events of `users`, all of whose prefixes are in [first, end), oldest first for each; SCHEMA.
+
+        From the newest part back, so that no more than `limit` events of a user are held.
+        """
         index = pq.read_table(io.BytesIO(read_file(self.uri, self.manifest.index)), columns=["shard", "past_events"])
         shard_of, past = (column_numpy(index, name, 0) for name in ("shard", "past_events"))
-        pieces = [SCHEMA.empty_table()]
-        for number, shard in enumerate(self.manifest.shards):
-            if shard.prefixes[0] < end and first < shard.prefixes[1]:
-                table = pq.read_table(io.BytesIO(read_file(self.uri, shard.events_file)))
-                pieces.append(_flat(table, past[shard_of == number], users))
-        table = pa.concat_tables(pieces)
+        wanted = np.full(len(users), self.limit)
+        pieces: list[pa.Table] = []
+        for number, shard in reversed(list(enumerate(self.manifest.shards))):
+            if shard.prefixes[0] < end and first < shard.prefixes[1] and wanted.any():
+                table = pq.read_table(io.BytesIO(read_file(self.uri, shard.events_file)), columns=SCHEMA.names)
+                pieces.append(_latest(table, past[shard_of == number], users, wanted))
+        table = pa.concat_tables([SCHEMA.empty_table(), *reversed(pieces)])
         found = chronology.chronologies(table.column("user").combine_chunks(), column_numpy(table, "timestamp", 0))
-        ends = np.repeat(found.offsets[1:], np.diff(found.offsets))
-        return table.take(pa.array(found.order[ends - np.arange(len(ends)) <= self.limit]))
+        return table.take(pa.array(found.order))
 
 
-def _flat(shard: pa.Table, past: np.ndarray, users: pa.Array) -> pa.Table:
-    """The events of `users` in one shard, a row each, but for those that are past ones there and lie in an earlier shard."""
-    rows = np.flatnonzero(pc.is_in(shard.column("user"), value_set=users).to_numpy(zero_copy_only=False))
-    shard, past = shard.take(pa.array(rows)), past[rows]
+def _latest(shard: pa.Table, past: np.ndarray, users: pa.Array, wanted: np.ndarray) -> pa.Table:
+    """Of each of `users` the `wanted` latest events in one shard, which are then wanted no more; a row each.
+
+    Args:
+        past: of each chronology of the shard, the events that are past ones there too and lie in an earlier shard.
+    """
+    user = pc.fill_null(pc.index_in(shard.column("user"), users), -1).to_numpy()
+    rows = np.flatnonzero(user >= 0)
     lists = {name: shard.column(name).combine_chunks() for name in SCHEMA.names if name != "user"}
-    offsets = lists["item"].offsets.to_numpy()
-    lengths = np.diff(offsets)
-    own = np.arange(lengths.sum()) - np.repeat(offsets[:-1] - offsets[0], lengths) >= np.repeat(past, lengths)
-    user = shard.column("user").combine_chunks().take(pa.array(np.repeat(np.arange(len(rows)), lengths)))
-    arrays = [user if name == "user" else lists[name].flatten() for name in SCHEMA.names]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA).filter(pa.array(own))
+    offsets = lists["item"].offsets.to_numpy().astype(np.int64)
+    ends = offsets[rows + 1]
+    counts = np.minimum(ends - offsets[rows] - past[rows], wanted[user[rows]])
+    wanted[user[rows]] -= counts
+    places = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
+    owners = shard.column("user").combine_chunks().take(pa.array(np.repeat(rows, counts)))
+    arrays = [owners if name == "user" else lists[name].values.take(pa.array(places)) for name in SCHEMA.names]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)

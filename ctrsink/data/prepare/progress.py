@@ -3,27 +3,40 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 log = logging.getLogger("ctrsink.data")
 EVERY_S = 5.0
 
 
-def reported(done: Iterable[tuple[float, int]], total: float, what: str) -> Iterator[None]:
-    """Pass through `done`, pairs of (amount of work, rows), and log the progress towards `total` work."""
+class Done(NamedTuple):
+    """A piece of work."""
+
+    work: float
+    rows: int
+    before: bool
+    """By an earlier preparation: it says nothing of how fast this one is."""
+
+
+def reported(done: Iterable[Done], total: float, what: str) -> Iterator[None]:
+    """Pass through `done` and log the progress towards `total` work."""
     started = last = time.monotonic()
-    work, rows = 0.0, 0
-    for amount, count in done:
-        work, rows = work + amount, rows + count
+    work = rows = fresh_work = fresh_rows = 0.0
+    for piece in done:
+        work, rows = work + piece.work, rows + piece.rows
+        if not piece.before:
+            fresh_work, fresh_rows = fresh_work + piece.work, fresh_rows + piece.rows
         now = time.monotonic()
-        if now - last >= EVERY_S:
+        if now - last >= EVERY_S and fresh_work:
             last = now
-            log.info("%s", progress_line(what, work / total, rows, now - started))
+            left = (now - started) * (total - work) / fresh_work
+            log.info("%s", progress_line(what, rows, work / total, fresh_rows / (now - started), left))
         yield None
     log.info("%s %d rows in %.1f s", what, rows, time.monotonic() - started)
 
 
-def progress_line(what: str, share: float, rows: int, seconds: float) -> str:
+def progress_line(what: str, rows: float, share: float, pace: float, left: float) -> str:
     """Such as `read 12,000,000 rows (24 %), 310,000/s, 2 min 3 s left`."""
-    left = round(seconds * (1 - share) / share) if share else 0
-    wait = f"{left // 60} min {left % 60} s" if left >= 60 else f"{left} s"
-    return f"{what} {rows:,} rows ({share:.0%}), {rows / max(seconds, 1e-9):,.0f}/s, {wait} left".replace("%", " %")
+    seconds = round(left)
+    wait = f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+    return f"{what} {rows:,.0f} rows ({share:.0%}), {pace:,.0f}/s, {wait} left".replace("%", " %")

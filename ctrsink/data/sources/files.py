@@ -39,11 +39,11 @@ def files_at(uri: str) -> list[tuple[str, int]]:
         return [(uri, storage.info(uri).bytes)]
     except FileNotFoundError:
         found = storage.find(uri)
-    if not found:
+    if not found and not storage.exists(uri):
         raise InputError(f"{uri} does not exist: correct the path")
     shown = [file for file in found if file.bytes and not any(name[0] in "._" for name in file.path.split("/"))]
     if not shown:
-        raise InputError(f"{uri} is empty")
+        raise InputError(f"{uri} is empty: the folder holds no file that has content and is not hidden")
     return [(storage.join(uri, file.path), file.bytes) for file in shown]
 
 

@@ -3,22 +3,19 @@
 import base64
 import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec
+from ctrsink.data.arrow import pc
 from ctrsink.data.events import RawRows, check_items
 from ctrsink.data.sources.cut import cut_lines
 from ctrsink.data.sources.delimited import read_delimited
 from ctrsink.data.sources.files import read_part, read_whole, size_of
 from ctrsink.data.sources.source import Block
 from ctrsink.errors import InputError
-
-pc: Any = pyarrow.compute  # its functions are made when it is imported: no type checker sees them
 
 _MAPPING = ColumnSpec(feedback="feedback", label="label", request="request")
 _BEHAVIORS = "behaviors.tsv"

@@ -1,12 +1,11 @@
 """A log of the user's own: csv, jsonl or parquet, one file or a folder of many, by the names of its columns."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute
 
 from ctrsink.config.data import ColumnSpec
+from ctrsink.data.arrow import pc
 from ctrsink.data.events import RawRows, check_items
 from ctrsink.data.sources.cut import cut_lines
 from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
@@ -14,8 +13,6 @@ from ctrsink.data.sources.files import files_at, read_head, read_part, read_whol
 from ctrsink.data.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
 from ctrsink.data.sources.source import Block
 from ctrsink.errors import InputError
-
-pc: Any = pyarrow.compute  # its functions are made when it is imported: no type checker sees them
 
 
 @dataclass(frozen=True)
