@@ -16,6 +16,7 @@ from ctrsink.data.prepare.build import append, prepare
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.runtime.evaluate import evaluate_run
+from ctrsink.runtime.preflight import check
 from ctrsink.runtime.start import start
 from ctrsink.train.checkpoint import find_checkpoint
 from ctrsink.train.loop import Trainer, require_same_data
@@ -156,6 +157,16 @@ def test_all_ranks_notice_that_one_of_them_read_another_data_set(tmp_path: Path,
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert out.split() == ["same", "True", "True"]
+
+
+def test_short_histories_of_an_appended_part_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = tmp_path / "data"
+    prepare(day(tmp_path, 0), str(data))
+    check(run_on(data, tmp_path / "run"))
+    assert "past_events" not in caplog.text
+    append(day(tmp_path, 1).model_copy(update={"past_events": 2}), str(data))
+    check(run_on(data, tmp_path / "run"))
+    assert "was appended with prepare.past_events 2: there histories are shorter than data.history 3" in caplog.text
 
 
 def test_a_shuffled_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:

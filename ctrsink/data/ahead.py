@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 import torch.utils.data
 
+from ctrsink.data.reading import ending, start
 from ctrsink.errors import InputError, RunError, first_line
 
 T = TypeVar("T")
@@ -31,16 +32,16 @@ def read_ahead(make: Callable[[int], T], count: int, depth: int = 2) -> Iterator
                 made: tuple[T | None, BaseException | None] = (make(i), None)
             except BaseException as error:
                 made = (None, error)
-            while not stopped.is_set():
+            while not (stopped.is_set() or ending.is_set()):
                 try:
                     ready.put(made, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if stopped.is_set() or made[1] is not None:
+            if stopped.is_set() or ending.is_set() or made[1] is not None:
                 return
 
-    threading.Thread(target=work, daemon=True, name="ctrsink-read-ahead").start()
+    start(work, "ctrsink-read-ahead")
     try:
         for _ in range(count):
             value, error = ready.get()

@@ -1,4 +1,4 @@
-"""Reads in the background: the end of the program waits a moment for them, not for as long as a storage may be away."""
+"""Threads in the background: the end of the program waits a moment for them, not for as long as a storage may be away."""
 
 import atexit
 import threading
@@ -11,7 +11,15 @@ from weakref import WeakSet
 PATIENCE_S = 2.0
 T = TypeVar("T")
 _threads: WeakSet[threading.Thread] = WeakSet()
-_ending = threading.Event()
+ending = threading.Event()
+"""Set when the program ends: a thread in the background begins nothing new."""
+
+
+def start(work: Callable[[], None], name: str) -> None:
+    """Run `work` in a thread of the background."""
+    thread = threading.Thread(target=work, daemon=True, name=name)
+    _threads.add(thread)
+    thread.start()
 
 
 def begin(read: Callable[[], T], places: threading.Semaphore) -> Future[T]:
@@ -20,23 +28,21 @@ def begin(read: Callable[[], T], places: threading.Semaphore) -> Future[T]:
 
     def work() -> None:
         with places:
-            if _ending.is_set():
+            if ending.is_set():
                 return
             try:
                 reading.set_result(read())
             except BaseException as error:
                 reading.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True, name="ctrsink-reading")
-    _threads.add(thread)
-    thread.start()
+    start(work, "ctrsink-reading")
     return reading
 
 
 @atexit.register
 def _end() -> None:
     """A thread that comes back from native code while the interpreter is taken down would abort the process."""
-    _ending.set()
+    ending.set()
     deadline = time.monotonic() + PATIENCE_S
     for thread in list(_threads):
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,11 +1,15 @@
 """What can be known to be wrong before a worker is started: data set and tokenizer."""
 
+import logging
+
 from transformers import AutoTokenizer
 
 from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.tokenize import fingerprint, load_tokenizer
 from ctrsink.errors import InputError, first_line
+
+log = logging.getLogger("ctrsink.train")
 
 
 def check(spec: RunSpec) -> int:
@@ -23,6 +27,12 @@ def check(spec: RunSpec) -> int:
             raise InputError(
                 f"{newest}the data set {spec.data.uri} has no impression in its {split} split: leave it out of evaluate.splits"
             )
+    least = min((part.past_events for part in manifest.parts[1:]), default=spec.data.history)
+    if least < spec.data.history:
+        log.warning(
+            "a part of %s was appended with prepare.past_events %d: there histories are shorter than data.history %d",
+            spec.data.uri, least, spec.data.history,
+        )  # fmt: skip
     backbone = spec.model.backbone
     if backbone.path is None:
         return len(load_tokenizer(spec.data.uri))
