@@ -34,6 +34,7 @@ def run_benchmark(repository: Path, name: str, *arguments: object) -> dict[str, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_data_stream_tells_speed_first_batch_bytes_and_memory(tmp_path: Path, repository: Path) -> None:
     sizes = ["--events", 3000, "--repeats", 1, "--workers", 0, "--warmup", 2, "--seconds", 0.2, "--memory-batches", 2, 8]
     report = run_benchmark(repository, "data_stream", *sizes, "--sinks", "on", "--work", tmp_path)

@@ -59,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(1, 20_000), st.lists(st.integers(1, len(ROWS) - 1), max_size=3, unique=True))
 def test_blocks_and_files_change_no_byte(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, block_bytes: int, cuts: list[int]
