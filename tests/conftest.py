@@ -18,6 +18,7 @@ os.environ.update(
 )
 
 if TYPE_CHECKING:
+    from tests.services.faulty_proxy import FaultyProxy
     from tests.services.ray_cluster import RayCluster
     from tests.services.seaweed import SeaweedServer
 
@@ -65,6 +66,24 @@ def ray_cluster(s3_server: "SeaweedServer") -> Iterator["RayCluster"]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def between(s3_server: "SeaweedServer") -> Iterator["FaultyProxy"]:
+    """A proxy before `s3_server`, which nobody is led to yet."""
+    from tests.services.faulty_proxy import FaultyProxy
+
+    with FaultyProxy(s3_server.endpoint) as started:
+        yield started
+
+
+@pytest.fixture
+def proxy(between: "FaultyProxy", monkeypatch: pytest.MonkeyPatch) -> "FaultyProxy":
+    """The proxy in place of the server, without faults yet, and a short deadline for what it will do."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+    monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "20")
+    between.plant()
+    return between
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,21 +26,6 @@ from tests.services.faulty_proxy import Fault, FaultyProxy
 from tests.services.seaweed import SeaweedServer
 
 SIZE = 10_000
-
-
-@pytest.fixture(scope="module")
-def between(s3_server: SeaweedServer) -> Iterator[FaultyProxy]:
-    with FaultyProxy(s3_server.endpoint) as started:
-        yield started
-
-
-@pytest.fixture
-def proxy(between: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
-    """Before the server, without faults yet."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
-    monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "20")
-    between.plant()
-    return between
 
 
 def entry_of(name: str, content: bytes) -> FileEntry:

@@ -3,7 +3,7 @@
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,21 +15,6 @@ from ctrsink.storage.faults import explained
 from ctrsink.storage.retry import deadline_s
 from tests.services.faulty_proxy import Fault, FaultyProxy
 from tests.services.seaweed import SeaweedServer
-
-
-@pytest.fixture(scope="module")
-def between(s3_server: SeaweedServer) -> Iterator[FaultyProxy]:
-    with FaultyProxy(s3_server.endpoint) as started:
-        yield started
-
-
-@pytest.fixture
-def proxy(between: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
-    """Before the server, without faults yet."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
-    monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "20")
-    between.plant()
-    return between
 
 
 @pytest.fixture
