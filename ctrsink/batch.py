@@ -25,16 +25,24 @@ class Batch:
     """int32 [B, L]; which event of the sequence a position belongs to, from 1; 0 for prefix and padding."""
     aligned: torch.Tensor
     """bool [B, L]; positions that, under `readout: sinks`, see other events through their sinks only."""
+    candidate: torch.Tensor
+    """bool [B, L]; text of a target that does not become a behaviour: no other event sees it."""
+    position_ids: torch.Tensor
+    """int64 [B, L]; targets that share a history begin at the same position behind it."""
     sink_positions: torch.Tensor
     """int64 [B, K]."""
     sink_valid: torch.Tensor
     """bool [B, K]."""
     signals: torch.Tensor
     """int64 [B, K, S]; bucket of each of the S signals."""
+    sink_times: torch.Tensor
+    """int64 [B, K]; seconds since 1970 of each sink's behaviour, 0 where not valid."""
     readout_positions: torch.Tensor
     """int64 [B, T]; last text position of each target."""
     readout_valid: torch.Tensor
     """bool [B, T]."""
+    readout_times: torch.Tensor
+    """int64 [B, T]; seconds since 1970 of each target, 0 where not valid."""
     labels: torch.Tensor
     """float32 [B, T]; 0 where not valid."""
     targets: torch.Tensor

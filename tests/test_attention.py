@@ -17,6 +17,8 @@ from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model import attention
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.ctr import CTRModel
+from ctrsink.model.packing import Packing
+from ctrsink.model.rows import restricted_rows, visible
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
@@ -24,7 +26,7 @@ DENSE = "dense_reference"
 close = torch.testing.assert_close
 
 
-def plain_mask(batch: Batch, sinks_only: bool) -> torch.Tensor:
+def plain_mask(batch: Batch, sinks_only: bool, window: int | None = None) -> torch.Tensor:
     """bool [B, L, L], by the sentence of the published method: a target uses of its history the sinks only."""
     kinds, events = batch.kinds.tolist(), batch.event_ids.tolist()
     b, length = batch.input_ids.shape
@@ -34,30 +36,47 @@ def plain_mask(batch: Batch, sinks_only: bool) -> torch.Tensor:
             for j in range(i + 1):
                 own = events[row][i] == events[row][j]
                 history = kinds[row][j] in (TEXT, FEEDBACK) and not own
-                mask[row, i, j] = not (sinks_only and bool(batch.aligned[row, i]) and history)
+                hidden = sinks_only and bool(batch.aligned[row, i]) and history
+                sibling = bool(batch.candidate[row, j]) and not own
+                far = window is not None and events[row][i] - events[row][j] > window and kinds[row][j] != PREFIX
+                mask[row, i, j] = i == j or not (hidden or sibling or far)
     return mask
 
 
 def dense_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """softmax(q k^T * scaling + bias + mask) v with a whole [B, 1, L, L] bias; the mask is the test's own."""
-    rows, (b, _, length, _) = kwargs["sink_rows"], query.shape
+    """softmax(q k^T * scaling + bias + mask) v with a whole [B, H, L, L] bias; the mask is the test's own."""
+    plan = kwargs["attention_plan"]
+    rows = plan.sinks
+    query, key, value = (plan.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
+    b, heads, length, _ = query.shape
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     bias = torch.zeros(b, length, length)
-    table = rows.tables.pop(module.layer_idx, None)
+    plan.followed.add(module.layer_idx)
+    table = plan.tables.pop(module.layer_idx, None)
     if table is not None:
-        rows.applied.add(module.layer_idx)
         pieces = []
         for row in range(b):
-            at = rows.positions[row][rows.valid[row]]
+            at = rows.positions[row][plan.sink_valid[row]]
             chosen = table[row, : len(at), : len(at)]
             pieces.append(torch.zeros(length, length).index_put((at[:, None], at[None, :]), chosen))
         bias = torch.stack(pieces)
-    logits = query @ key.transpose(2, 3) * scaling + bias[:, None]
+    bias = bias[:, None].expand(b, heads, length, length)
+    if module.layer_idx in plan.temporal:
+        bias = bias + dense_temporal(plan, plan.temporal[module.layer_idx], length)
+    logits = query @ key.transpose(2, 3) * scaling + bias
     weights = logits.masked_fill(~module.plain_mask[:, None], float("-inf")).softmax(-1)
-    return (weights @ value).transpose(1, 2), None
+    return plan.packing.pack((weights @ value).transpose(1, 2))[None], None
+
+
+def dense_temporal(plan: attention.AttentionPlan, table: torch.Tensor, length: int) -> torch.Tensor:
+    """The bias [B, H, R, K] of the rows of targets at the sinks, in its places of [B, H, L, L]."""
+    assert plan.targets is not None
+    rows = nn.functional.one_hot(plan.targets.positions, length).float() * (plan.targets.positions < length - 1)[:, :, None]
+    columns = nn.functional.one_hot(plan.sinks.positions, length).float() * plan.sink_valid[:, :, None]
+    return torch.einsum("brl,bhrk,bkm->bhlm", rows, table, columns)
 
 
 AttentionInterface.register(DENSE, dense_attention)
@@ -74,7 +93,7 @@ def run(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tens
 def run_dense(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     dense = copy.deepcopy(model)
     dense.backbone.config._attn_implementation = DENSE  # pyright: ignore[reportAttributeAccessIssue]
-    mask = plain_mask(batch, readout.over == "sinks" and readout.form == "attend")
+    mask = plain_mask(batch, readout.over == "sinks" and readout.form == "attend", model.window)
     for layer in attention_layers(dense):
         layer.self_attn.plain_mask = mask
     return run(dense, batch, readout)
@@ -125,11 +144,11 @@ def test_any_batch_equals_the_dense_form(
 @settings(max_examples=20)
 def test_visibility_is_the_written_rule(seed: int, per_user: bool) -> None:
     batch = random_batch(seed, layout_of("per_user" if per_user else "per_target"), (5, 1, 3))
-    mask = attention.visibility(batch, True)
-    assert mask is not None
-    assert torch.equal(mask[:, 0], plain_mask(batch, True))
-    assert mask.any(-1).all()  # a row that sees nothing would be nan
-    assert attention.visibility(batch, False) is None
+    every = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
+    for sinks_only in (True, False):
+        for window in (None, 2):
+            assert torch.equal(visible(batch, every, sinks_only, window), plain_mask(batch, sinks_only, window))
+    assert restricted_rows(batch, False, None) is None
 
 
 def bias_by_loop(module: InterSinkBias, sinks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -223,7 +242,10 @@ def test_neither_padding_nor_neighbours_change_a_row(readout: ReadoutSpec) -> No
             length = int((together.kinds[row] != 0).sum()) + 1
             alone = Batch(**{k: v[row : row + 1] for k, v in vars(together).items()})
             slots = max(1, int(alone.sink_valid.sum()))
-            cut = {k: getattr(alone, k)[:, :length] for k in ("input_ids", "kinds", "event_ids", "aligned")}
+            cut = {
+                k: getattr(alone, k)[:, :length]
+                for k in ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids")
+            }
             cut |= {k: getattr(alone, k)[:, :slots] for k in ("sink_valid", "signals")}
             cut["sink_positions"] = alone.sink_positions[:, :slots].clamp(max=length - 1)
             cut["readout_positions"] = alone.readout_positions.clamp(max=length - 1)
@@ -266,7 +288,7 @@ def input_gradient(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> torch
     model(batch, readout)[1][0, last].backward()
     handle.remove()
     assert seen[0].grad is not None
-    return seen[0].grad[0].norm(dim=-1)
+    return Packing.of(batch).unpack(seen[0].grad[0])[0].norm(dim=-1)
 
 
 @pytest.mark.parametrize("examples", ["per_target", "per_user"])
@@ -287,10 +309,14 @@ def test_under_readout_sinks_a_target_uses_its_history_through_sinks_only(exampl
     assert (input_gradient(tiny_model(tiny_spec(layers=1)), batch, ALL)[history] > 0).all()
 
 
-def test_no_gradient_reaches_padding(readout: ReadoutSpec) -> None:
-    batch = random_batch(6, layout_of(), (3, 8))
-    gradient = input_gradient(tiny_model(tiny_spec()), batch, readout)
-    assert not gradient[batch.kinds[0] == 0].any()
+def test_no_layer_computes_on_padding(readout: ReadoutSpec) -> None:
+    model, batch = tiny_model(tiny_spec()), random_batch(6, layout_of(), (3, 8, 1))
+    seen: list[torch.Size] = []
+    for layer in attention_layers(model):
+        layer.mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    model(batch, readout)
+    assert seen == [torch.Size([1, batch.tokens, 32])] * 2
+    assert batch.tokens < batch.kinds.numel()
 
 
 @pytest.mark.parametrize("signals", [("previous_gap",), ("previous_gap", "random")])
@@ -328,7 +354,7 @@ def test_gradient_checkpointing_changes_no_gradient(readout: ReadoutSpec) -> Non
 def test_a_backend_that_drops_the_bias_is_an_error() -> None:
     model = tiny_model(tiny_spec())
     model.backbone.config._attn_implementation = "sdpa"  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(RuntimeError, match="the inter-sink bias reached 0 of 2 layers"):
+    with pytest.raises(RuntimeError, match="the attention of 2 of 2 layers knew nothing of sinks"):
         model(random_batch(5, layout_of(), (4,)), ALL)
 
 
@@ -336,8 +362,8 @@ def test_a_layer_that_drops_keywords_is_an_error() -> None:
     model = tiny_model(tiny_spec())
     layer = attention_layers(model)[1]
     forward = layer.forward
-    layer.forward = lambda *args, sink_rows=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(RuntimeError, match="the inter-sink bias reached 1 of 2 layers"):
+    layer.forward = lambda *args, attention_plan=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="the attention of 1 of 2 layers knew nothing of sinks"):
         model(random_batch(5, layout_of(), (4,)), ALL)
 
 

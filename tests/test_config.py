@@ -52,7 +52,10 @@ def test_the_smallest_run_is_whole() -> None:
         ("tran.batch_size=3", "unknown key tran, did you mean train? (allowed: name, run_dir, seed, "),
         ("model.sinks.signal=[none]", "model.sinks.signal, did you mean signals? (allowed: signals, buckets, embedding_size)"),
         ("prepare.source.pth=x", "prepare.source.pth, did you mean path? (allowed: kind, path, items, columns) [and 2 more]"),
-        ("data.examples=per_targt", "'per_targt' is not allowed, did you mean per_target? (allowed: 'per_target' or 'per_user')"),
+        (
+            "data.examples=per_targt",
+            "'per_targt' is not allowed, did you mean per_target? (allowed: 'per_target', 'per_request' or 'per_user')",
+        ),
         ("model.sinks.signals=[previous_gab]", "signals.0: 'previous_gab' is not allowed, did you mean previous_gap?"),
         ("train.zero_stage=4", "train.zero_stage: 4 is not allowed (allowed: 0, 1, 2 or 3)"),
         ("runtime=slurm", "runtime.kind: 'slurm' is not allowed (allowed: 'local' or 'ray')"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ctrsink.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
@@ -28,9 +28,10 @@ prefixes = st.integers(0, 2).map(lambda n: np.array([90, 91][:n], np.int64))
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    per_user = draw(st.booleans())
+    examples = draw(st.sampled_from(["per_target", "per_request", "per_user"]))
+    per_user = examples == "per_user"
     return Layout(
-        "per_user" if per_user else "per_target",
+        examples,
         draw(st.integers(0, 6)),
         draw(st.integers(1, 4)) if per_user else 1,
         draw(st.sampled_from(FREE if per_user else BOUND)),
@@ -40,12 +41,26 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Chronology, np.ndarray, Layout, np.ndarray]:
-    """A chronology, the targets of one of its pieces, a layout, a prefix."""
+    """A chronology, the targets of one of its pieces or requests, a layout, a prefix."""
     chronology, layout = draw(builders.chronologies()), draw(layouts())
+    if layout.examples == "per_request":
+        return *draw(requests(chronology)), layout, draw(prefixes)
     impressions = int((chronology.labels >= 0).sum())
     first = draw(st.integers(0, -(-impressions // layout.targets) - 1)) * layout.targets
     targets = np.flatnonzero(chronology.labels >= 0)[first : first + layout.targets]
     return chronology, targets, layout, draw(prefixes)
+
+
+@st.composite
+def requests(draw: st.DrawFn, chronology: Chronology) -> tuple[Chronology, np.ndarray]:
+    """The chronology with its events from some impression on shown at one moment, and up to four targets among them."""
+    impressions = np.flatnonzero(chronology.labels >= 0)
+    asked = int(draw(st.sampled_from(impressions.tolist())))
+    later = np.arange(len(chronology.texts)) >= asked
+    known = np.where(later, asked, np.arange(len(chronology.texts)))
+    times = np.where(later, chronology.timestamps[asked], chronology.timestamps)
+    chosen = draw(st.lists(st.sampled_from(impressions[impressions >= asked].tolist()), min_size=1, max_size=4, unique=True))
+    return dataclasses.replace(chronology, known=known, timestamps=times), np.sort(chosen)
 
 
 def row(table: Ragged, number: int) -> list[int]:
@@ -54,21 +69,26 @@ def row(table: Ragged, number: int) -> list[int]:
 
 def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: list[int]) -> dict[str, list[Any]]:
     """The sequence, position by position."""
-    names = ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions")
+    names = ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids", "sink_positions", "readout_positions")
     out: dict[str, list[Any]] = {name: [] for name in names}
 
-    def put(ids: list[int], kind: int, event: int, aligned: bool = False) -> None:
-        for token in ids:
+    def put(ids: list[int], kind: int, event: int, aligned: bool = False, last: bool = False) -> None:
+        for place, token in enumerate(ids):
             out["input_ids"].append(token)
             out["kinds"].append(kind)
             out["event_ids"].append(event)
             out["aligned"].append(aligned)
+            out["candidate"].append(last)
+            before = sum(not c for c in out["candidate"][:-1])
+            out["position_ids"].append(before + place if last else before)
 
     put(prefix, PREFIX, 0)
-    window = [e for e in range(targets[-1] + 1) if e >= targets[0] - layout.history]
+    past = targets[0] if chronology.known is None else int(chronology.known[targets[0]])
+    window = list(range(max(0, past - layout.history), past))
+    window += list(range(past, targets[-1] + 1)) if layout.examples == "per_user" else targets
     for number, event in enumerate(window, start=1):
-        last = event == targets[-1]
-        put(row(TEXTS, chronology.texts[event]), TEXT, number, last or layout.examples == "per_user")
+        last = event == targets[-1] if layout.examples == "per_user" else event in targets
+        put(row(TEXTS, chronology.texts[event]), TEXT, number, last or layout.examples == "per_user", last)
         if event in targets:
             out["readout_positions"].append(len(out["input_ids"]) - 1)
         if not last:
@@ -76,8 +96,12 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
             if layout.signals:
                 out["sink_positions"].append(len(out["input_ids"]))
                 put([0], SINK, number)
-    past = signal_ids(layout.signals, chronology.timestamps[: targets[-1] + 1], layout.buckets) if layout.signals else []
-    out["signals"] = [past[e].tolist() for e in window[:-1]] if layout.signals else []
+    behaviours = [e for e in window if e not in targets or (layout.examples == "per_user" and e != targets[-1])]
+    until = [*range(past), targets[0]] if layout.examples == "per_request" else range(targets[-1] + 1)
+    ids = signal_ids(layout.signals, chronology.timestamps[until], layout.buckets) if layout.signals else []
+    out["signals"] = [ids[e].tolist() for e in behaviours] if layout.signals else []
+    out["sink_times"] = [int(chronology.timestamps[e]) for e in behaviours] if layout.signals else []
+    out["readout_times"] = [int(chronology.timestamps[t]) for t in targets]
     out["labels"] = [int(chronology.labels[t]) for t in targets]
     out["targets"] = targets
     return out
@@ -102,6 +126,7 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
 ) -> None:
     """Everything that happened at a target or later is changed: its input up to the readout stays."""
     chronology, targets, layout, prefix = case
+    assume(layout.examples != "per_request")  # whose targets come at one moment: the test of sharing below
     built = build_sequence(chronology, targets, layout, TEXTS, FEEDBACKS, prefix)
     for slot, target in enumerate(targets):
         later = np.arange(len(chronology.texts)) > target
@@ -228,6 +253,9 @@ def test_impressions_of_one_request_share_a_history_and_do_not_see_each_other(tm
         assert sequence.signals[:, 0].tolist() == list(range(history))[::-1]
         assert sequence.targets.tolist() == [target]
     together = Layout("per_user", 4, 3, ("previous_gap",), 100)
-    with pytest.raises(InputError, match=r"use data\.examples per_target"):
-        build_sequence(chronology, np.array([3, 4, 5]), together, *tokens)
+    with pytest.raises(InputError, match=r"use data\.examples per_request or per_target"):
+        build_sequence(chronology, np.array([2, 3, 4]), together, *tokens)
+    assert build_sequence(chronology, np.array([3, 4, 5]), together, *tokens).sink_positions.tolist() == (
+        build_sequence(chronology, np.array([3]), together, *tokens).sink_positions.tolist()
+    )
     assert build_sequence(chronology, np.array([9, 10, 11]), together, *tokens).targets.tolist() == [9, 10, 11]

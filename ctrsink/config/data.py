@@ -101,6 +101,9 @@ class PrepareSpec(Section):
     tokenizer: TokenizerSpec
     positive_from: float = 4.0
     """Label rule: 1 where feedback is at least this."""
+    request_is_second: bool = False
+    """For logs without request ids: what one user met within one second is one request, so none of it is history of the rest.
+    Otherwise every such event stands alone, and those of one second know one another in the order of the log."""
     split: SplitSpec = SplitSpec()
     shard_events: int = Field(default=250_000, ge=1)
     """A shard is closed once it holds this many events; a user is never torn apart."""
@@ -127,12 +130,15 @@ class DataSpec(Section):
 
     uri: str
     """Folder of the prepared data set, local or s3://."""
-    examples: Literal["per_target", "per_user"] = "per_target"
-    """One sequence per impression, or a user's chronology in pieces of `targets` impressions."""
+    examples: Literal["per_target", "per_request", "per_user"] = "per_target"
+    """`per_target`: one sequence per impression. `per_request`: one per request, whose impressions share a history and do not see
+    one another; the same results for less work. `per_user`: a user's chronology in pieces, each event a target and then a
+    behaviour; the least work, and not the same results."""
     history: int = Field(default=50, ge=0)
     """Behaviours before a sequence's first target, at most."""
     targets: int = Field(default=32, ge=1)
-    """`per_user`: impressions trained in one sequence."""
+    """`per_user`: impressions trained in one sequence. `per_request`: impressions that are dealt out together, however many
+    requests they are; a longer request is divided."""
     shuffle_shards: int = Field(default=8, ge=1)
     """Sequences are shuffled within blocks of this many shards, which are shuffled themselves."""
     order: Literal["shuffled", "chronological"] = "shuffled"
@@ -144,4 +150,4 @@ class DataSpec(Section):
 
     @property
     def targets_per_sequence(self) -> int:
-        return self.targets if self.examples == "per_user" else 1
+        return 1 if self.examples == "per_target" else self.targets

@@ -79,6 +79,11 @@ class ModelSpec(Section):
     """null is the plain language model (LM-CTR)."""
     bias: BiasSpec | None = BiasSpec()
     """null: none, as it must be where `sinks` is null."""
+    temporal: bool = False
+    """A learned bias from targets to sinks by gap, hour of day and weekday, per head (SparseCTR, arXiv 2601.17836). What a
+    `per_user` sequence cannot say by signals, because its targets share them."""
+    window: int | None = Field(default=None, ge=1)
+    """A position attends to its own event, the prefix and this many events before it; null: to all of its sequence."""
     lora: LoraSpec | None = None
     """null: no adapters."""
     trust_remote_code: bool = False
@@ -99,4 +104,6 @@ class ModelSpec(Section):
     def _bias_needs_sinks(self) -> "ModelSpec":
         if self.bias is not None and self.sinks is None:
             raise ValueError("bias acts between sinks: set bias to null where sinks is null")
+        if self.temporal and self.sinks is None:
+            raise ValueError("temporal acts from targets to sinks: set it to false where sinks is null")
         return self

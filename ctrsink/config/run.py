@@ -55,7 +55,7 @@ class RunSpec(Section):
             )
 
     def _check_signals(self) -> None:
-        if self.model.sinks is None or self.data.examples == "per_target":
+        if self.model.sinks is None or self.data.examples != "per_user":
             return
         for signal in self.model.sinks.signals:
             if signal in TARGET_DEPENDENT_SIGNALS:

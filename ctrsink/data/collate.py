@@ -29,7 +29,7 @@ def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, coun
     starts, stops = sequences.positions[rows], sequences.positions[rows + 1]
     length = int((stops - starts).max()) + 1
     length += -length % MULTIPLE
-    long = [columns.input_ids, columns.kinds, columns.event_ids, columns.aligned]
+    long = [columns.input_ids, columns.kinds, columns.event_ids, columns.aligned, columns.candidate, columns.position_ids]
     padded = [np.zeros((len(rows), length), column.dtype) for column in long]
     # Row by row: copying a stretch is faster than an index for each of its positions.
     for row, (a, b) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
@@ -46,8 +46,10 @@ def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, coun
         sinks.fill(columns.sink_positions, length - 1),
         sinks.valid,
         sinks.fill(columns.signals, 0),
+        sinks.fill(columns.sink_times, 0),
         readouts.fill(columns.readout_positions, length - 1),
         readouts.valid if counted is None else readouts.valid & counted[:, None],
+        readouts.fill(columns.readout_times, 0),
         readouts.fill(columns.labels.astype(np.float32), 0),
         owners,
     ]

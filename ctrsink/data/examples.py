@@ -20,7 +20,7 @@ from ctrsink.errors import InputError
 class Layout:
     """How sequences are built; it belongs to the trained model as much as its weights do."""
 
-    examples: Literal["per_target", "per_user"]
+    examples: Literal["per_target", "per_request", "per_user"]
     history: int
     targets: int
     signals: tuple[Signal, ...] = ()
@@ -109,6 +109,24 @@ class Cuts:
             yield events, rows[start:stop]
 
 
+def split_requests(cuts: Cuts) -> tuple[Cuts, np.ndarray]:
+    """Cut each piece of n into its requests: impressions that were shown at one moment behind one history.
+
+    Returns:
+        The cuts of m >= n sequences, in the order of the pieces, and int64 [m], which piece each is of.
+    """
+    rows, ends = cuts.targets.values, cuts.targets.offsets[1:]
+    known = np.concatenate([events.known[own] for events, own in cuts.each(rows, ends)])
+    times = np.concatenate([events.timestamps[own] for events, own in cuts.each(rows, ends)])
+    piece = np.arange(len(ends)).repeat(np.diff(cuts.targets.offsets))
+    opens = np.ones(len(rows), np.bool_)
+    opens[1:] = (np.diff(known) != 0) | (np.diff(times) != 0) | (np.diff(piece) != 0)
+    firsts = np.flatnonzero(opens)
+    owner = piece[firsts]
+    bounds = np.searchsorted(owner, np.append(0, cuts.sizes.cumsum()))
+    return Cuts(cuts.events, np.diff(bounds), cuts.begins[owner], Ragged(rows, np.append(firsts, len(rows)))), owner
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One sequence of l positions, k sinks and t targets, not padded."""
@@ -117,9 +135,13 @@ class Sequence:
     kinds: np.ndarray
     event_ids: np.ndarray
     aligned: np.ndarray
+    candidate: np.ndarray
+    position_ids: np.ndarray
     sink_positions: np.ndarray
     signals: np.ndarray
+    sink_times: np.ndarray
     readout_positions: np.ndarray
+    readout_times: np.ndarray
     labels: np.ndarray
     targets: np.ndarray
     """Numbers of the target events in the chronology."""
@@ -140,9 +162,9 @@ class Sequences:
 
         c = self.columns
         return Sequence(
-            *(part(of, self.positions) for of in (c.input_ids, c.kinds, c.event_ids, c.aligned)),
-            *(part(of, self.sinks) for of in (c.sink_positions, c.signals)),
-            *(part(of, self.targets) for of in (c.readout_positions, c.labels, c.targets)),
+            *(part(of, self.positions) for of in (c.input_ids, c.kinds, c.event_ids, c.aligned, c.candidate, c.position_ids)),
+            *(part(of, self.sinks) for of in (c.sink_positions, c.signals, c.sink_times)),
+            *(part(of, self.targets) for of in (c.readout_positions, c.readout_times, c.labels, c.targets)),
         )
 
     @classmethod
@@ -179,9 +201,11 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
     firsts, lasts = ends - slots, ends - 1
     event = np.ones(ends[-1], np.bool_)
     event[firsts] = False
-    last = np.zeros_like(event)
-    last[lasts] = True
-    behaviour = event & ~last
+    # The last slots are targets that do not become behaviours.
+    tails = w.tails
+    tail = np.zeros_like(event)
+    tail[ranges(ends - tails, tails)] = True
+    behaviour = event & ~tail
     text_lengths, text_ids, feedback_rows = _contents(w)
     feedback_rows = feedback_rows[behaviour[event]]
     parts = np.zeros((len(event), 3), np.int64)
@@ -203,58 +227,94 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
     positions = np.append(0, slot_ends[lasts])
     slot_ends -= positions[:-1].repeat(slots)  # counted from the start of the sequence
     numbers = ranges(np.zeros_like(slots), slots).astype(np.int32)
-    owner = np.arange(len(slots)).repeat(targets.offsets[1:] - targets.offsets[:-1])
-    # A lone target follows its history at once, also where other impressions of its request lie between.
-    asked = firsts[owner] + np.minimum(targets.values - w.starts[owner] + 1, w.counts[owner])
+    counts = targets.offsets[1:] - targets.offsets[:-1]
+    owner = np.arange(len(slots)).repeat(counts)
+    # The slot of each target: its place in the chronology, or among the candidates behind the history.
+    asked = firsts[owner] + targets.values - w.starts[owner] + 1
+    candidates = w.together.repeat(counts)
+    asked[candidates] = ranges((ends - tails)[w.together], tails[w.together])
+    # Targets that share a history all begin at the position behind it.
+    slot_starts = slot_ends - slot_lengths
+    behind = np.where(tail, slot_starts - slot_starts[ends - tails].repeat(slots), 0)
+    position_ids = ranges(np.zeros_like(positions[1:]), np.diff(positions)) - behind.repeat(slot_lengths)
     columns = Sequence(
         input_ids=ids,
         kinds=kinds,
         event_ids=numbers.repeat(slot_lengths),
         # A per_user event is a target and then a behaviour with the same states: the rule for targets holds for all of them.
-        aligned=kinds == TEXT if layout.examples == "per_user" else last.repeat(slot_lengths),
+        aligned=kinds == TEXT if layout.examples == "per_user" else tail.repeat(slot_lengths),
+        candidate=tail.repeat(slot_lengths),
+        position_ids=position_ids,
         sink_positions=slot_ends[behaviour] - 1 if layout.signals else np.empty(0, np.int64),
         signals=_signals(w, layout) if layout.signals else np.empty((0, 0), np.int64),
+        sink_times=w.behaviour_times() if layout.signals else np.empty(0, np.int64),
         readout_positions=slot_ends[asked] - parts[asked, 1:].sum(1) - 1,
+        readout_times=np.concatenate(
+            [events.timestamps[rows] for events, rows in cuts.each(targets.values, targets.offsets[1:])]
+        ),
         labels=np.concatenate([events.labels[rows] for events, rows in cuts.each(targets.values, targets.offsets[1:])]),
         targets=targets.values - cuts.begins[owner],
     )
-    sinks = w.counts - 1 if layout.signals else np.zeros_like(slots)
+    sinks = w.counts - tails if layout.signals else np.zeros_like(slots)
     return Sequences(columns, positions, np.append(0, sinks.cumsum()), targets.offsets)
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Which rows each of n sequences takes: `starts .. starts + counts - 2`, and then the last target."""
+    """Which rows each of n sequences takes: `counts - tails` from `starts` on, then its last `tails` targets."""
 
     cuts: Cuts
     starts: np.ndarray
     counts: np.ndarray
-    lasts: np.ndarray
+    together: np.ndarray
+    """bool [n]; the targets were shown at one moment: all are tails. Else the last alone is, and the others lie before it."""
+
+    @property
+    def tails(self) -> np.ndarray:
+        return np.where(self.together, np.diff(self.cuts.targets.offsets), 1)
 
     def each(self, lead: np.ndarray | int = 0) -> Iterator[tuple[Events, np.ndarray]]:
         """The events and those of all rows that point there, with `lead` more before each sequence's first."""
         counts = self.counts + lead
         ends = counts.cumsum()
         rows = ranges(self.starts - lead, counts)
-        rows[ends - 1] = self.lasts
+        rows[ranges(ends - self.tails, self.tails)] = self._tail_rows()
         return self.cuts.each(rows, ends)
+
+    def behaviours(self, lead: np.ndarray, target: bool) -> Iterator[tuple[Events, np.ndarray]]:
+        """As `each`, without the tails but, if asked for, the first."""
+        counts = self.counts - self.tails + lead + int(target)
+        ends = counts.cumsum()
+        rows = ranges(self.starts - lead, counts)
+        if target:
+            rows[ends - 1] = self._tail_rows()[self.tails.cumsum() - self.tails]
+        return self.cuts.each(rows, ends)
+
+    def behaviour_times(self) -> np.ndarray:
+        """Seconds of all behaviours."""
+        none = np.zeros_like(self.counts)
+        return np.concatenate([events.timestamps[rows] for events, rows in self.behaviours(none, target=False)])
+
+    def _tail_rows(self) -> np.ndarray:
+        ends = self.cuts.targets.offsets[1:]
+        return self.cuts.targets.values[ranges(ends - self.tails, self.tails)]
 
 
 def _windows(cuts: Cuts, layout: Layout) -> _Windows:
     rows, offsets = cuts.targets.values, cuts.targets.offsets
     firsts, ends = offsets[:-1], offsets[1:]
-    several = ends - firsts > 1
-    known = np.concatenate([events.known[own] for events, own in cuts.each(rows, ends)]) + cuts.begins.repeat(ends - firsts)
-    hidden = known < rows
-    if hidden.any() and (layout.examples == "per_user" or (hidden & several.repeat(ends - firsts)).any()):
+    counts = ends - firsts
+    known = np.concatenate([events.known[own] for events, own in cuts.each(rows, ends)]) + cuts.begins.repeat(counts)
+    together = np.logical_and.reduceat(known == known[firsts].repeat(counts), firsts)
+    if (~together.repeat(counts) & (known < rows)).any():
         raise InputError(
             "impressions of one request share a history, which per_user sequences cannot keep apart: "
-            "use data.examples per_target, or prepare the log without its request column"
+            "use data.examples per_request or per_target, or prepare the log without its request column"
         )
     # One target: what was known when its request was made, then the target. Several: everything from the first to the last.
-    past, lasts = known[firsts], rows[ends - 1]
+    past = known[firsts]
     starts = np.maximum(cuts.begins, past - layout.history)
-    return _Windows(cuts, starts, np.where(several, lasts, past) - starts + 1, lasts)
+    return _Windows(cuts, starts, np.where(together, past + counts, rows[ends - 1] + 1) - starts, together)
 
 
 def _contents(windows: _Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -271,8 +331,8 @@ def _contents(windows: _Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _signals(windows: _Windows, layout: Layout) -> np.ndarray:
     """Of all behaviours; one event more is read before the window, so that the oldest behaviour knows the gap before it."""
     lead = (windows.starts > windows.cuts.begins).astype(np.int64)
-    lengths = windows.counts + lead
-    times = np.concatenate([events.timestamps[rows] for events, rows in windows.each(lead)])
+    lengths = windows.counts - windows.tails + 1 + lead
+    times = np.concatenate([events.timestamps[rows] for events, rows in windows.behaviours(lead, target=True)])
     ends = lengths.cumsum()
     wanted = np.ones(len(times), np.bool_)
     wanted[ends - 1] = False

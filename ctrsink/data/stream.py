@@ -13,7 +13,7 @@ from ctrsink.batch import Batch
 from ctrsink.data.ahead import in_processes, read_ahead
 from ctrsink.data.collate import collate_rows
 from ctrsink.data.dataset import Dataset, Shard
-from ctrsink.data.examples import Cuts, Layout, Ragged, build_sequences, ranges
+from ctrsink.data.examples import Cuts, Layout, Ragged, build_sequences, ranges, split_requests
 from ctrsink.data.manifest import SPLITS
 from ctrsink.data.order import Order, deal
 from ctrsink.errors import InputError
@@ -82,10 +82,19 @@ class SequenceSource:
         numbers, starts = np.unique(shards[by_shard], return_index=True)
         opened = self.dataset.shards(numbers.tolist())
         cuts = self._cuts(opened, np.append(starts[1:], len(ids)) - starts, users[by_shard], pieces[by_shard])
+        owner = np.arange(len(ids))
+        if self.layout.examples == "per_request":
+            cuts, owner = split_requests(cuts)
         built = build_sequences(cuts, self.layout, self.dataset.feedbacks, self.dataset.prefix)
-        rows = by_shard.argsort()
-        ends = np.cumsum([len(batch) for batch in batches]).tolist()
-        return [collate_rows(built, rows[a:b], users[a:b], which) for a, b, which in zip([0, *ends], ends, counted, strict=False)]
+        of = by_shard[owner]  # the id that each sequence is of
+        rows = of.argsort(kind="stable")
+        firsts = np.cumsum([0, *(len(batch) for batch in batches)])
+        bounds = np.searchsorted(of[rows], firsts).tolist()
+        out = []
+        for first, a, b, which in zip(firsts.tolist(), bounds, bounds[1:], counted, strict=False):
+            own = of[rows[a:b]]
+            out.append(collate_rows(built, rows[a:b], users[own], None if which is None else which[own - first]))
+        return out
 
     def _cuts(self, shards: list[Shard], sizes: np.ndarray, users: np.ndarray, pieces: np.ndarray) -> Cuts:
         """These pieces of users, `sizes[i]` of them in `shards[i]`."""

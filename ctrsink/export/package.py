@@ -81,6 +81,8 @@ def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
         backbone=fields | {"dtype": name},
         sinks=spec.sinks.model_dump(mode="json") if spec.sinks else None,
         bias=spec.bias.model_dump(mode="json") if spec.bias else None,
+        temporal=spec.temporal,
+        window=spec.window,
         readout=run.readout.model_dump(mode="json"),
         layout=dataclasses.asdict(run.layout),
         text=manifest.text.model_dump(mode="json"),

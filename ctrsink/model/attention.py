@@ -1,6 +1,7 @@
-"""Attention with an inter-sink bias: plain attention for all rows, then the few rows of sinks once more with their bias.
+"""Attention with sinks: plain causal attention for all rows, then the few rows that differ once more, in their place.
 
-The bias changes the rows of sinks only, so a dense [L, L] bias is never made: the price is K/L of one attention.
+An inter-sink bias changes the rows of sinks only, a temporal bias those of readouts, and only targets see less than all before
+them. So a dense [L, L] bias is never made: the price is the share of those rows of one attention.
 """
 
 from dataclasses import dataclass, field
@@ -12,48 +13,62 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ctrsink.batch import PREFIX, SINK, Batch
+from ctrsink.batch import Batch
 from ctrsink.model.bias import InterSinkBias
+from ctrsink.model.packing import Packing
+from ctrsink.model.rows import Rows, readout_rows, restricted_rows, sink_rows, windowed
 
 BACKEND = "ctrsink_sdpa"
 
 
 @dataclass
-class SinkRows:
-    """What the attention of one forward pass has to know of the sinks; it travels as a keyword through the backbone."""
+class AttentionPlan:
+    """What the attention of one forward pass has to know; it travels as a keyword through the backbone."""
 
-    positions: torch.Tensor
-    """int64 [B, K]; slots that are not valid point at the row's last position, which is padding."""
-    valid: torch.Tensor
+    packing: Packing
+    sinks: Rows
+    sink_valid: torch.Tensor
     """bool [B, K]."""
-    visible: torch.Tensor
-    """bool [B, 1, K, L]; what the rows of sinks may attend to."""
+    packed_sinks: torch.Tensor
+    """int64 [B, K]; where the sinks lie in the packed row."""
+    targets: Rows | None
+    """Rows of targets that see less than all before them or have a temporal bias; None: there are none."""
+    base: torch.Tensor | None
+    """bool [B, 1, L, L], what all rows see; None: everything up to themselves, the fastest kernel."""
+    window: int | None
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Bias [B, K, K] by layer, from the layer's hook to its attention."""
-    applied: set[int] = field(default_factory=set)
-    """Layers whose bias has been added."""
+    """Inter-sink bias [B, K, K] by layer, from the layer's hook to its attention."""
+    temporal: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Bias [B, H, R, K] by layer, of the rows of targets at the sinks."""
+    followed: set[int] = field(default_factory=set)
+    """Layers whose attention has computed by this plan."""
+
+    def add_temporal(self, biases: nn.ModuleList, batch: Batch) -> None:
+        """Give the readouts among the rows of targets their temporal bias, `biases[i]` in layer i."""
+        assert self.targets is not None  # by `plan`
+        match = self.targets.positions[:, :, None] == batch.readout_positions[:, None, :]
+        match &= batch.readout_valid[:, None, :]
+        asked = torch.where(match, batch.readout_times[:, None, :], 0).amax(-1)
+        for layer, bias in enumerate(biases):
+            self.temporal[layer] = bias(asked, batch.sink_times) * match.any(-1)[:, None, :, None]
 
 
-def visibility(batch: Batch, sinks_only: bool) -> torch.Tensor | None:
-    """Which position may attend to which, bool [B, 1, L, L]; None means plain causal, the fastest kernel.
-
-    With `sinks_only` (readout over sinks, form attend) an aligned position sees the prefix, its own event and, of other events,
-    the sinks (CTR-Sink, arXiv 2508.03668, two-stage training). Padding comes after everything else, so causality hides it.
-    """
-    if not sinks_only:
-        return None
-    event, kind = batch.event_ids, batch.kinds
-    same_event = event[:, :, None] == event[:, None, :]
-    through = ((kind == SINK) | (kind == PREFIX))[:, None, :]
-    allowed = same_event | through | ~batch.aligned[:, :, None]
-    return allowed.tril()[:, None]
-
-
-def sink_rows(batch: Batch) -> SinkRows:
-    """The rows of sinks and what they see: everything up to themselves, whatever the readout."""
-    columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-    visible = columns[None, None, :] <= batch.sink_positions[:, :, None]
-    return SinkRows(batch.sink_positions, batch.sink_valid, visible[:, None])
+def plan(batch: Batch, sinks_only: bool, window: int | None = None, temporal: bool = False) -> AttentionPlan:
+    """The plan of a batch; `temporal`: the rows of readouts get a bias of their own."""
+    packing = Packing.of(batch)
+    targets = restricted_rows(batch, sinks_only, window)
+    if targets is None and temporal:
+        targets = readout_rows(batch, window)
+    base = windowed(batch, window)
+    return AttentionPlan(
+        packing=packing,
+        sinks=sink_rows(batch, window),
+        sink_valid=batch.sink_valid,
+        packed_sinks=packing.find(batch.sink_positions),
+        targets=targets,
+        base=None if base is None else base[:, None],
+        window=window,
+    )
 
 
 def attach(layers: list[nn.Module], biases: nn.ModuleList) -> None:
@@ -69,12 +84,11 @@ def attach(layers: list[nn.Module], biases: nn.ModuleList) -> None:
 
 
 def _compute_table(bias: InterSinkBias, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    rows: SinkRows | None = kwargs.get("sink_rows")
-    if rows is None:  # the layer above drops keywords: CTRModel finds the bias missing
+    given: AttentionPlan | None = kwargs.get("attention_plan")
+    if given is None:  # the layer above drops keywords: CTRModel finds that the plan was not followed
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    index = rows.positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-    rows.tables[_layer(module)] = bias(hidden.gather(1, index), rows.valid)
+    given.tables[_layer(module)] = bias(hidden[0][given.packed_sinks], given.sink_valid, given.window)
 
 
 def _layer(module: nn.Module) -> int:
@@ -89,23 +103,49 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    sink_rows: SinkRows | None = None,
+    attention_plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Query [B, H, L, d], key and value [B, H_kv, L, d] -> output [B, L, H, d]."""
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if sink_rows is None or (table := sink_rows.tables.pop(_layer(module), None)) is None:
-        return out, None
-    index = sink_rows.positions
-    b, k = index.shape
-    bias = torch.zeros(b, k, key.shape[2], dtype=table.dtype, device=table.device)
+    """Packed query [1, H, N, d], key and value [1, H_kv, N, d] -> output [1, N, H, d]."""
+    given = attention_plan
+    if given is None:  # a layer that drops keywords: CTRModel finds that it did not follow the plan
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+    given.followed.add(_layer(module))
+    query, key, value = (given.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
+    out, _ = sdpa_attention_forward(module, query, key, value, given.base, **kwargs)
+    special = _special(given, _layer(module), key.shape[2], query.dtype)
+    if special is not None:
+        index, mask = special
+        rows = index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        again, _ = sdpa_attention_forward(module, query.gather(2, rows), key, value, mask, **kwargs)
+        out = out.scatter(1, index[:, :, None, None].expand_as(again), again.to(out.dtype))
+    return given.packing.pack(out)[None], None
+
+
+def _special(given: AttentionPlan, layer: int, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Positions [B, R] of the rows to compute again in this layer and their mask, a float [B, 1 or H, R, L]."""
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if (table := given.tables.pop(layer, None)) is not None:
+        parts.append((given.sinks.positions, _masked(given, given.sinks, table[:, None], length, dtype)))
+    if given.targets is not None:
+        temporal = given.temporal.get(layer)
+        parts.append((given.targets.positions, _masked(given, given.targets, temporal, length, dtype)))
+    if not parts:
+        return None
+    heads = max(mask.shape[1] for _, mask in parts)
+    return torch.cat([index for index, _ in parts], 1), torch.cat([mask.expand(-1, heads, -1, -1) for _, mask in parts], 2)
+
+
+def _masked(given: AttentionPlan, rows: Rows, at_sinks: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """A bias at the columns of sinks, [B, h, R, K] or none, and what the rows see, as one float mask [B, h, R, L]."""
+    hidden = ~rows.visible[:, None]
+    if at_sinks is None:
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
     # Slots that are not valid share the padding column; their entries are 0, so adding leaves it 0.
-    bias = bias.scatter_add(2, index[:, None, :].expand(b, k, k), table)
-    mask = bias[:, None].masked_fill(~sink_rows.visible, float("-inf")).to(query.dtype)
-    rows = index[:, None, :, None].expand(b, query.shape[1], k, query.shape[3])
-    biased, _ = sdpa_attention_forward(module, query.gather(2, rows), key, value, mask, **kwargs)
-    sink_rows.applied.add(_layer(module))
-    return out.scatter(1, index[:, :, None, None].expand_as(biased), biased), None
+    at_sinks = at_sinks.masked_fill(~given.sink_valid[:, None, None, :], 0.0)
+    columns = given.sinks.positions[:, None, None, :].expand_as(at_sinks)
+    bias = torch.zeros(*at_sinks.shape[:3], length, dtype=at_sinks.dtype, device=at_sinks.device)
+    return bias.scatter_add(3, columns, at_sinks).masked_fill(hidden, float("-inf")).to(dtype)
 
 
 AttentionInterface.register(BACKEND, _attention)

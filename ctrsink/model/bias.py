@@ -28,8 +28,11 @@ class InterSinkBias(nn.Module):
         # One element, not zero dimensions: a captured 0-D tensor has no backward in FlexAttention.
         self.gamma = nn.Parameter(torch.full((1,), gamma))
 
-    def forward(self, sinks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """States [B, K, D] and validity bool [B, K] -> bias [B, K, K], 0 wherever a slot is not valid."""
+    def forward(self, sinks: torch.Tensor, valid: torch.Tensor, window: int | None = None) -> torch.Tensor:
+        """States [B, K, D] and validity bool [B, K] -> bias [B, K, K], 0 wherever a slot is not valid.
+
+        With a `window` a row's softmax runs over that many earlier sinks at most: what the attention sees of them.
+        """
         b, k, d = sinks.shape
         x = self.norm(sinks)
         query = self.query(x).view(b, k, self.heads, -1).transpose(1, 2)
@@ -37,7 +40,7 @@ class InterSinkBias(nn.Module):
         scores = query @ key.transpose(2, 3) * (d // self.heads) ** -0.5
         pairs = valid[:, :, None] & valid[:, None, :]
         if self.causal:
-            allowed = pairs.tril()
+            allowed = pairs.tril() if window is None else pairs.tril().triu(-window)
             # A row without a valid sink keeps itself: its softmax stays finite and is cleared below.
             allowed = allowed | torch.eye(k, dtype=torch.bool, device=valid.device)
             scores = scores.masked_fill(~allowed[:, None], float("-inf"))

@@ -14,6 +14,7 @@ from ctrsink.model import attention
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.readout import read
 from ctrsink.model.sinks import SinkEmbedding
+from ctrsink.model.temporal import TemporalBias
 
 
 class ClickHead(nn.Module):
@@ -54,6 +55,11 @@ class CTRModel(nn.Module):
             count = max(1, round(len(layers) * spec.bias.layers))
             self.biases.extend(InterSinkBias(hidden, heads, spec.bias.gamma, spec.bias.causal) for _ in range(count))
             attention.attach(layers, self.biases)
+        self.temporal = nn.ModuleList()
+        if spec.temporal:
+            self.temporal.extend(TemporalBias(heads) for _ in decoder_layers(backbone))
+        self.layers = len(decoder_layers(backbone))
+        self.window = spec.window
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input vectors [B, L, D]: token embeddings, and sink embeddings at the sinks."""
@@ -67,24 +73,25 @@ class CTRModel(nn.Module):
         """States after the final norm, [B, L, D].
 
         Raises:
-            RuntimeError: the backbone did not pass the inter-sink bias on to its attention.
+            RuntimeError: the backbone did not pass the attention plan on to its attention.
         """
-        positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
-        rows = attention.sink_rows(batch) if self.biases else None
         sinks_only = readout.over == "sinks" and readout.form == "attend"
+        plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal))
+        if self.temporal:
+            plan.add_temporal(self.temporal, batch)
         out = self.backbone(
-            inputs_embeds=self.embed(batch),
-            attention_mask=attention.visibility(batch, sinks_only),
-            position_ids=positions,
+            inputs_embeds=plan.packing.pack(self.embed(batch))[None],
+            attention_mask=None,
+            position_ids=plan.packing.pack(batch.position_ids)[None],
             use_cache=False,
-            sink_rows=rows,
+            attention_plan=plan,
         )
-        if rows is not None and len(rows.applied) != len(self.biases):
+        if len(plan.followed) != self.layers:
             raise RuntimeError(
-                f"the inter-sink bias reached {len(rows.applied)} of {len(self.biases)} layers: "
-                f"the architecture {type(self.backbone).__name__} does not pass keywords on to its attention"
+                f"the attention of {self.layers - len(plan.followed)} of {self.layers} layers knew nothing of sinks and of where "
+                f"sequences end: {type(self.backbone).__name__} does not pass keywords on to it, or has another backend"
             )
-        return out.last_hidden_state
+        return plan.packing.unpack(out.last_hidden_state[0])
 
     def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (sum of the log losses of the valid targets, logits [B, T]), both in fp32."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from ctrsink.config.stages import Group
 
-_PREFIXES: dict[str, Group] = {"sinks": "sink", "biases": "bias", "head": "head"}
+_PREFIXES: dict[str, Group] = {"sinks": "sink", "biases": "bias", "temporal": "bias", "head": "head"}
 
 
 def group_of(name: str) -> Group:

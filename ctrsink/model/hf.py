@@ -29,6 +29,8 @@ class CTRSinkConfig(PretrainedConfig):
     """SinkSpec, null for the plain language model."""
     bias: dict[str, Any] | None = None
     """BiasSpec."""
+    temporal: bool = False
+    window: int | None = None
     readout: dict[str, Any] | None = None
     """ReadoutSpec of the run's last stage."""
     layout: dict[str, Any] | None = None
@@ -41,7 +43,8 @@ class CTRSinkConfig(PretrainedConfig):
 
     def model_spec(self) -> ModelSpec:
         """The ModelSpec of the merged model: no LoRA, a backbone from its configuration."""
-        return ModelSpec.model_validate({"backbone": BackboneSpec(config=self.backbone), "sinks": self.sinks, "bias": self.bias})
+        parts = {name: getattr(self, name) for name in ("sinks", "bias", "temporal", "window")}
+        return ModelSpec.model_validate({"backbone": BackboneSpec(config=self.backbone), **parts})
 
 
 class CTRSinkModel(PreTrainedModel):
@@ -52,7 +55,7 @@ class CTRSinkModel(PreTrainedModel):
     base_model_prefix = "ctr"
     _supports_sdpa = True
     # The backbone alone is stored in bfloat16: the rest is small, and was trained in fp32.
-    _keep_in_fp32_modules_strict = ["ctr.head", "ctr.sinks", "ctr.biases"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["ctr.head", "ctr.sinks", "ctr.biases", "ctr.temporal"]  # noqa: RUF012
 
     def __init__(self, config: CTRSinkConfig) -> None:
         super().__init__(config)

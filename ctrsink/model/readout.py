@@ -16,10 +16,11 @@ def read(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tens
     own = hidden.gather(1, index)
     if readout.form == "attend":
         return own
-    hidden, own = hidden.float(), own.float()  # long sums and counts do not fit bfloat16
-    member = batch.kinds == SINK if readout.over == "sinks" else batch.kinds != PAD
-    weight = member.to(hidden.dtype)[:, :, None]
-    # Running sums give the mean up to each of many targets of one sequence in one pass; the own state is counted by itself.
-    total = (hidden * weight).cumsum(1) - hidden * weight
-    count = weight.cumsum(1) - weight
-    return (total.gather(1, index) + own) / (count.gather(1, index[:, :, :1]) + 1)
+    last = batch.readout_positions[:, :, None]
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    member = (batch.kinds == SINK if readout.over == "sinks" else batch.kinds != PAD)[:, None, :] & (columns < last)
+    # Of targets that share a history each counts its own text only.
+    event = batch.event_ids[:, None, :]
+    member &= ~batch.candidate[:, None, :] | (event == event.transpose(1, 2).gather(1, last))
+    weight = (member | (columns == last)).float()  # long sums and counts do not fit bfloat16
+    return weight @ hidden.float() / weight.sum(-1, keepdim=True)

@@ -20,7 +20,7 @@ from ctrsink.model.hf import CTRSinkModel
 from ctrsink.serve.load import load_model
 from ctrsink.serve.requests import Request, item_table, parse_request, template_fields
 
-BATCH_SIZE = 32
+CANDIDATES = 128  # behind one computation of the history
 
 
 class Scorer:
@@ -38,8 +38,9 @@ class Scorer:
         self.fields = template_fields(self.text.item)
         self.prefix = np.array(config.prefix_tokens, np.int64)
         layout = Layout(**config.layout | {"signals": tuple(config.layout["signals"])})
-        # A training sequence of several targets shows the last of them everything up to `history` before the first.
-        self.layout = dataclasses.replace(layout, history=layout.history + layout.targets - 1)
+        # A per_user sequence shows the last of its targets everything up to `history` before the first.
+        more = layout.targets - 1 if layout.examples == "per_user" else 0
+        self.layout = dataclasses.replace(layout, history=layout.history + more)
 
     @classmethod
     def load(cls, folder: str, device: str = "cpu") -> "Scorer":
@@ -69,38 +70,33 @@ class Scorer:
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         out: list[float] = []
-        for start in range(0, len(sequences), BATCH_SIZE):
-            part = sequences[start : start + BATCH_SIZE]
+        for sequence in sequences:
             with torch.inference_mode():
-                logits = self.model(collate(part, [0] * len(part)).to(self.model.device))
-            out += logits[:, 0].double().sigmoid().tolist()
+                logits = self.model(collate([sequence], [0]).to(self.model.device))
+            out += logits[0].double().sigmoid().tolist()
         return out
 
     def _sequences(self, request: Request) -> list[Sequence]:
-        """One sequence per candidate, each with the whole history as its past."""
+        """The history and candidates behind it, CANDIDATES at a time."""
         count = len(request.history)
         texts = self._item_tokens([*(b.item for b in request.history), *request.candidates])
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
         rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
         feedback_rows = feedback_ids(self.text, rendered, given)
         feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode(self.tokenizer, list(rendered))])
-        timestamps = np.floor([*(b.timestamp for b in request.history), request.timestamp]).astype(np.int64)
-        history = np.arange(count)
+        moments = [*(b.timestamp for b in request.history), *[request.timestamp] * len(request.candidates)]
+        timestamps = np.floor(moments).astype(np.int64)
+        candidates = len(request.candidates)
+        chronology = Chronology(
+            texts=np.arange(count + candidates),
+            feedbacks=np.append(feedback_rows.astype(np.int64), np.zeros(candidates, np.int64)),
+            timestamps=timestamps,
+            labels=np.zeros(count + candidates, np.int8),
+            known=np.append(np.arange(count), np.full(candidates, count)),
+        )
         return [
-            build_sequence(
-                Chronology(
-                    texts=np.append(history, count + candidate),
-                    feedbacks=np.append(feedback_rows.astype(np.int64), 0),
-                    timestamps=timestamps,
-                    labels=np.zeros(count + 1, np.int8),
-                ),
-                np.array([count]),
-                self.layout,
-                texts,
-                feedbacks,
-                self.prefix,
-            )
-            for candidate in range(len(request.candidates))
+            build_sequence(chronology, chosen, self.layout, texts, feedbacks, self.prefix)
+            for chosen in np.split(np.arange(count, count + candidates), range(CANDIDATES, candidates, CANDIDATES))
         ]
 
     def _item_tokens(self, items: list[dict[str, Any]]) -> Ragged:

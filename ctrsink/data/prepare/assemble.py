@@ -62,7 +62,7 @@ class Assembly:
             "feedback": events.column("feedback"),
             "feedback_id": pa.array(feedback_ids(texts, self.feedback_texts, feedback)),
             "label": pa.array(label, mask=label == NO_LABEL),
-            "request": events.column("request"),
+            "request": _requests(events, self.partition.spec.request_is_second),
         }
         table = _shard(columns, found)
         mentioned = pc.unique(columns["item"]).sort()
@@ -105,6 +105,12 @@ class Assembly:
 
     def _path(self, number: int, kind: str) -> str:
         return storage.join(self.folder, f"{number:06d}.{kind}")
+
+
+def _requests(events: pa.Table, seconds: bool) -> pa.ChunkedArray:
+    """Ids of requests; `seconds`: where there is none, the second, so that what a user met in one is one request."""
+    given = events.column("request")
+    return pc.coalesce(given, pc.cast(events.column("timestamp"), pa.string())) if seconds else given
 
 
 def put(to: str, name: str, ending: str, content: bytes, appended: bool = False) -> FileEntry:
