@@ -34,6 +34,14 @@ def all_sum(values: list[float], topology: Topology) -> list[float]:
     return tensor.tolist()
 
 
+def all_max(value: int, topology: Topology) -> int:
+    """The largest value of all ranks."""
+    tensor = torch.tensor([value], device=topology.device)
+    if topology.world > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def gather_rows(rows: np.ndarray, topology: Topology) -> np.ndarray:
     """The float64 rows [n, C] of all ranks one after another; n may differ between ranks."""
     if topology.world == 1:

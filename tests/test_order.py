@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctrsink.data.budget import fill
 from ctrsink.data.order import Order, deal, mix64, shuffled
 
 PINNED = [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1, 0x1FDD7128F310C389]
@@ -186,3 +187,15 @@ def test_a_run_whose_workers_change_covers_every_sequence_once_per_epoch(
         consumed += ids.tolist()
     for epoch in range(len(consumed) // order.total):
         assert sorted(consumed[epoch * order.total :][: order.total]) == list(range(order.total))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 120))
+def test_micro_batches_keep_to_the_token_budget(lengths: list[int], budget: int) -> None:
+    groups = fill(np.array(lengths), budget)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    sizes = [[lengths[i] for i in group] for group in groups]
+    assert all(sum(group) <= budget or len(group) == 1 for group in sizes)
+    # Nothing could have been joined to the group before it.
+    assert all(sum(group) + after[0] > budget for group, after in zip(sizes, sizes[1:], strict=False))
+    joined = [length for group in sizes for length in group]
+    assert joined == sorted(lengths, reverse=True)

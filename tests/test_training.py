@@ -90,6 +90,8 @@ def test_stage_trains_what_it_names_and_nothing_else(data: str, tmp_path: Path) 
         {"train": {"zero_stage": 1}},
         {"train": {"zero_stage": 3}},
         {"train": {"micro_batch_size": 2}},
+        {"train": {"micro_batch_tokens": 150}},
+        {"train": {"micro_batch_tokens": 150, "zero_stage": 3}},
     ],
 )
 def test_zero_stage_and_accumulation_do_not_change_the_losses(data: str, tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -138,7 +138,7 @@ class DataSpec(Section):
     """Behaviours before a sequence's first target, at most."""
     targets: int = Field(default=32, ge=1)
     """`per_user`: impressions trained in one sequence. `per_request`: impressions that are dealt out together, however many
-    requests they are; a longer request is divided."""
+    requests they are (train.micro_batch_tokens bounds the memory); a longer request is divided."""
     shuffle_shards: int = Field(default=8, ge=1)
     """Sequences are shuffled within blocks of this many shards, which are shuffled themselves."""
     order: Literal["shuffled", "chronological"] = "shuffled"

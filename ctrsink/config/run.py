@@ -29,8 +29,12 @@ class RunSpec(Section):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of one worker per optimiser step."""
-        return self.train.batch_size // (self.runtime.workers * self.train.micro_batch_size)
+        """Micro-batches of one worker per optimiser step, where `micro_batch_tokens` does not decide."""
+        return (
+            1
+            if self.train.micro_batch_tokens is not None
+            else self.train.batch_size // (self.runtime.workers * self.train.micro_batch_size)
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunSpec":
@@ -48,7 +52,7 @@ class RunSpec(Section):
                 f"train.batch_size {batch} is not divisible by runtime.workers {workers}: "
                 f"take {batch - batch % workers or workers} or {batch + workers - batch % workers}"
             )
-        if batch % (workers * micro):
+        if self.train.micro_batch_tokens is None and batch % (workers * micro):
             raise ValueError(
                 f"train.batch_size {batch} is not runtime.workers {workers} x train.micro_batch_size {micro} x a whole number: "
                 f"choose a micro_batch_size that divides {batch // workers}"

@@ -16,6 +16,9 @@ class TrainSpec(Section):
     """Sequences per optimiser step over all workers; it does not depend on the number of workers."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass of one worker; the accumulation follows from it."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per forward pass of one worker at most, in place of `micro_batch_size`: how many micro-batches a step has follows
+    from its sequences. A longer sequence stands alone."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what is split over the workers. 0: nothing, 1: optimiser state, 2: gradients too, 3: weights too."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -11,9 +11,10 @@ import numpy as np
 
 from ctrsink.batch import Batch
 from ctrsink.data.ahead import in_processes, read_ahead
+from ctrsink.data.budget import fill
 from ctrsink.data.collate import collate_rows
 from ctrsink.data.dataset import Dataset, Shard
-from ctrsink.data.examples import Cuts, Layout, Ragged, build_sequences, ranges, split_requests
+from ctrsink.data.examples import Cuts, Layout, Ragged, Sequences, build_sequences, ranges, split_requests
 from ctrsink.data.manifest import SPLITS
 from ctrsink.data.order import Order, deal
 from ctrsink.errors import InputError
@@ -76,6 +77,31 @@ class SequenceSource:
     def build_all(self, batches: list[np.ndarray], counted: list[np.ndarray | None]) -> list[Batch]:
         """As `build`, of several batches, none of them empty; together they take less time."""
         ids = np.concatenate(batches)
+        built, of, users = self._sequences(ids)
+        rows = of.argsort(kind="stable")
+        firsts = np.cumsum([0, *(len(batch) for batch in batches)])
+        bounds = np.searchsorted(of[rows], firsts).tolist()
+        out = []
+        for first, a, b, which in zip(firsts.tolist(), bounds, bounds[1:], counted, strict=False):
+            own = of[rows[a:b]]
+            out.append(collate_rows(built, rows[a:b], users[own], None if which is None else which[own - first]))
+        return out
+
+    def build_within(self, groups: list[np.ndarray], tokens: int) -> list[tuple[list[Batch], Batch]]:
+        """Each group of ids as batches of `tokens` at most, and a batch that is not counted, of the group's shortest sequence."""
+        built, of, users = self._sequences(np.concatenate(groups))
+        lengths = np.diff(built.positions)
+        ends = np.cumsum([len(group) for group in groups])
+        out = []
+        for rows in np.split(of.argsort(kind="stable"), np.searchsorted(np.sort(of), ends)[:-1]):
+            parts = [rows[chosen] for chosen in fill(lengths[rows], tokens)]
+            shortest = rows[[lengths[rows].argmin()]]
+            none = collate_rows(built, shortest, users[of[shortest]], np.zeros(1, np.bool_))
+            out.append(([collate_rows(built, part, users[of[part]]) for part in parts], none))
+        return out
+
+    def _sequences(self, ids: np.ndarray) -> tuple[Sequences, np.ndarray, np.ndarray]:
+        """The sequences of all ids, in any order; which id (its place in `ids`) each is of; the user of each id."""
         users, pieces = self.owners(ids)
         shards = self.dataset.index["shard"][users]
         by_shard = shards.argsort(kind="stable")
@@ -85,16 +111,7 @@ class SequenceSource:
         owner = np.arange(len(ids))
         if self.layout.examples == "per_request":
             cuts, owner = split_requests(cuts)
-        built = build_sequences(cuts, self.layout, self.dataset.feedbacks, self.dataset.prefix)
-        of = by_shard[owner]  # the id that each sequence is of
-        rows = of.argsort(kind="stable")
-        firsts = np.cumsum([0, *(len(batch) for batch in batches)])
-        bounds = np.searchsorted(of[rows], firsts).tolist()
-        out = []
-        for first, a, b, which in zip(firsts.tolist(), bounds, bounds[1:], counted, strict=False):
-            own = of[rows[a:b]]
-            out.append(collate_rows(built, rows[a:b], users[own], None if which is None else which[own - first]))
-        return out
+        return build_sequences(cuts, self.layout, self.dataset.feedbacks, self.dataset.prefix), by_shard[owner], users
 
     def _cuts(self, shards: list[Shard], sizes: np.ndarray, users: np.ndarray, pieces: np.ndarray) -> Cuts:
         """These pieces of users, `sizes[i]` of them in `shards[i]`."""
@@ -124,6 +141,8 @@ class Step:
     """Of the global batch, over all ranks."""
     position: int
     """Of the stream after this step."""
+    filler: Batch | None = None
+    """Under a token budget ranks may need different numbers of micro-batches: this one is not counted and evens them out."""
 
 
 class TrainStream:
@@ -143,6 +162,7 @@ class TrainStream:
         rank, world: this rank and their number.
         order: epochs over everything, or one pass over part after part.
         workers: processes that build batches; 0 for a thread. The steps are the same.
+        tokens: of a micro-batch at most; their number in a step then follows from the sequences, not from `accumulation`.
     """
 
     def __init__(
@@ -156,11 +176,12 @@ class TrainStream:
         world: int,
         order: Literal["shuffled", "chronological"] = "shuffled",
         workers: int = 0,
+        tokens: int | None = None,
     ) -> None:
         self.source = source
         self.order = Order(source.per_shard, seed, shuffle_shards, source.parts if order == "chronological" else ())
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
-        self.workers = workers
+        self.workers, self.tokens = workers, tokens
         self.position = 0
         """Sequences consumed since the run began, over all epochs: of steps that were handed out, not of those built ahead."""
 
@@ -204,17 +225,20 @@ class TrainStream:
         for position in positions:
             ids = self.order.ids(position, self.batch_size)
             lengths = self.source.lengths(ids)
-            fill = ids[[lengths.argmin()]]  # costs least
-            for dealt in deal(lengths, self.world, self.accumulation)[self.rank]:
+            shortest = ids[[lengths.argmin()]]  # costs least
+            for dealt in deal(lengths, self.world, self.accumulation if self.tokens is None else 1)[self.rank]:
                 some = bool((dealt >= 0).any())
-                chosen.append(ids[dealt[dealt >= 0]] if some else fill)
+                chosen.append(ids[dealt[dealt >= 0]] if some else shortest)
                 counted.append(None if some else np.zeros(1, np.bool_))
             impressions.append(int(self.source.impressions(ids).sum()))
-        batches = self.source.build_all(chosen, counted)
+        if self.tokens is not None:
+            own = self.source.build_within(chosen, self.tokens)
+        else:
+            batches = self.source.build_all(chosen, counted)
+            own = [(batches[i : i + self.accumulation], None) for i in range(0, len(batches), self.accumulation)]
         self.source.dataset.read_ahead(self.order.shards_after(positions[-1] + self.batch_size - 1))
-        own = [batches[i : i + self.accumulation] for i in range(0, len(batches), self.accumulation)]
         ends = [position + self.batch_size for position in positions]
-        return [Step(*made) for made in zip(own, impressions, ends, strict=True)]
+        return [Step(made, count, end, filler) for (made, filler), count, end in zip(own, impressions, ends, strict=True)]
 
 
 def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:

@@ -58,7 +58,9 @@ def predict(
     """
     source = SequenceSource(dataset, split, layout, newest=True)
     parts = [np.empty((0, 4))]
-    for batch in evaluation_batches(source, spec.batch_size, topology.rank, topology.world, spec.max_sequences):
+    # A piece of per_request may be as many sequences as it has impressions.
+    size = max(1, spec.batch_size // layout.targets) if layout.examples == "per_request" else spec.batch_size
+    for batch in evaluation_batches(source, size, topology.rank, topology.world, spec.max_sequences):
         with torch.no_grad():
             logits = forward(batch).cpu()
         valid = batch.readout_valid

@@ -25,6 +25,8 @@ from ctrsink.model.ctr import CTRModel
 from ctrsink.model.groups import set_trainable, trained_as
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed is told where each step ends, so this is a factor of the loss; above 1, or it would not accumulate where it offloads.
+ACCUMULATION = 2
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING"))
 
 
@@ -59,7 +61,6 @@ class Engine:
     def __init__(self, model: CTRModel, spec: RunSpec, stage: StageSpec, topology: Topology, state: EngineState | None) -> None:
         self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
         self.trainable = stage.trainable
-        self._accumulation = spec.accumulation
         set_trainable(model, stage.trainable)
         groups = parameter_groups(model, stage.trainable, spec.train.weight_decay)
         self._group_names = [g["name"] for g in groups]
@@ -84,7 +85,7 @@ class Engine:
         """One optimiser step over the micro-batches of this rank.
 
         Impressions weigh equally whatever micro-batch or rank holds them, so the result does not depend on how a global batch
-        is shared out: `impressions` is the number in the global batch.
+        is shared out: `impressions` is the number in the global batch. Every rank must bring equally many micro-batches.
 
         Raises:
             RunError: the loss or the gradient is not finite.
@@ -92,9 +93,10 @@ class Engine:
         for group, name in zip(self.optimizer.param_groups, self._group_names, strict=True):
             group["lr"] = stage.lr[name.split("/")[0]] * factor
         total = 0.0
-        # DeepSpeed divides by the accumulation and averages over ranks; both are undone here.
-        weight = self._accumulation * self.topology.world / impressions
-        for batch in batches:
+        # DeepSpeed divides by its accumulation and averages over ranks; both are undone here.
+        weight = ACCUMULATION * self.topology.world / impressions
+        for number, batch in enumerate(batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
             loss, _ = self.forward(batch, stage.readout)
             self.engine.backward(loss * weight)
             self.engine.step()
@@ -206,8 +208,8 @@ def deepspeed_config(spec: RunSpec, named: dict[str, nn.Parameter]) -> dict[str,
     bucket = min(sum(p.numel() for p in named.values()), 200_000_000)
     bucket += -bucket % 512  # DeepSpeed wants a multiple of its alignment
     return {
-        "train_micro_batch_size_per_gpu": spec.train.micro_batch_size,
-        "gradient_accumulation_steps": spec.accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": spec.train.clip_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

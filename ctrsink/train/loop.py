@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ctrsink import storage
+from ctrsink.batch import Batch
 from ctrsink.config import RunSpec
 from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
@@ -20,7 +21,7 @@ from ctrsink.data.examples import Layout
 from ctrsink.data.manifest import Manifest
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
-from ctrsink.dist import Topology, all_sum, barrier, gather_rows
+from ctrsink.dist import Topology, all_max, all_sum, barrier, gather_rows
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import evaluate_splits
 from ctrsink.model.build import build_model, load_parameters
@@ -71,6 +72,7 @@ class Trainer:
             topology.world,
             spec.data.order,
             spec.data.workers,
+            spec.train.micro_batch_tokens,
         )
         self.windows = plan(spec, sum(source.per_shard))
         self.progress = Progress()
@@ -138,7 +140,7 @@ class Trainer:
         for step in islice(steps, stop - progress.step):
             waited = time.monotonic() - waiting
             seed_step(self.spec.seed, progress.step, self.topology.rank)
-            result = engine.step(step.micro_batches, step.impressions, window.spec, window.factor(progress.step))
+            result = engine.step(self._evened(step), step.impressions, window.spec, window.factor(progress.step))
             progress.step += 1
             self.impressions += step.impressions
             self.seconds += time.monotonic() - waiting
@@ -150,6 +152,13 @@ class Trainer:
             if progress.step % train.checkpoint_every == 0 or progress.step == stop:
                 self._checkpoint(engine)
             waiting = time.monotonic()
+
+    def _evened(self, step: Step) -> list[Batch]:
+        """The step's micro-batches, as many as the rank with most of them has."""
+        if step.filler is None:
+            return step.micro_batches
+        missing = all_max(len(step.micro_batches), self.topology) - len(step.micro_batches)
+        return [*step.micro_batches, *[step.filler] * missing]
 
     def _engine_for(self, window: StageWindow) -> Engine:
         """The engine of this stage; a new one, on a model built anew, where what is trained changes.
