@@ -28,7 +28,7 @@ from tests.runs import prepared_data, run_tree
 from tests.services.ray_cluster import RayCluster
 
 NO_DROPOUT: dict[str, Any] = {"model": {"backbone": {"config": {"attention_dropout": 0.0}}}}
-TWO_WORKERS: dict[str, Any] = {"runtime": {"kind": "ray", "workers": 2}, "train": {"micro_batch_size": 2}}
+TWO_WORKERS: dict[str, Any] = {"runtime": {"kind": "ray", "workers": 2}, "train": {"micro_batch_tokens": 150}}
 
 
 @pytest.fixture(scope="module")

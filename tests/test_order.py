@@ -196,6 +196,6 @@ def test_micro_batches_keep_to_the_token_budget(lengths: list[int], budget: int)
     sizes = [[lengths[i] for i in group] for group in groups]
     assert all(sum(group) <= budget or len(group) == 1 for group in sizes)
     # Nothing could have been joined to the group before it.
-    assert all(sum(group) + after[0] > budget for group, after in zip(sizes, sizes[1:], strict=False))
+    assert all(sum(group) + after[0] > budget for group, after in pairwise(sizes))
     joined = [length for group in sizes for length in group]
     assert joined == sorted(lengths, reverse=True)
