@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from benchmarks.raw import synthetic_log
 from benchmarks.report import machine, machine_line, markdown
-from benchmarks.training import Trainee, Work, prepare_once, rates, run_of, stream_of, work_for
+from benchmarks.training import Trainee, Work, prepare_once, rates, run_of, stream_of, trainee_of, work_for
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.data import DataSpec
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     models: dict[str, Trainee] = {}
     for (_, precision), spec in everybody.items():
         if precision not in models:
-            models[precision] = Trainee(spec, check(spec))
+            models[precision] = trainee_of(spec, check(spec))
     streams = {who: stream_of(spec) for who, spec in everybody.items()}
     rounds: dict[Who, list[Work]] = {who: [] for who in everybody}
     for number in range(args.repeats + 1):

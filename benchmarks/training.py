@@ -15,7 +15,7 @@ from benchmarks.raw import CONFIGS
 from ctrsink import storage
 from ctrsink.batch import Batch
 from ctrsink.config import RunSpec, load_run
-from ctrsink.config.stages import StageSpec
+from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
 from ctrsink.data.manifest import MANIFEST_NAME
@@ -38,33 +38,39 @@ class Work:
 
 
 class Trainee:
-    """The model of a run, its trainable parameters and AdamW, on one device; neither Ray nor DeepSpeed.
+    """A model that takes training steps on one device with AdamW; neither Ray nor DeepSpeed.
 
     Args:
-        spec: its last stage says what is trained.
-        vocabulary: size of the tokenizer.
+        model: called as a CTRModel is; what requires a gradient is trained.
+        readout: what the click head reads.
         device: what it computes on.
+        clip_norm: largest norm of the gradient.
     """
 
-    def __init__(self, spec: RunSpec, vocabulary: int, device: str = "cpu") -> None:
-        self.stage: StageSpec = spec.stages[-1]
-        self.clip_norm, self.device = spec.train.clip_norm, device
-        self.model: torch.nn.Module = build_model(spec.model, vocabulary, spec.seed, spec.train.precision).to(device).train()
-        set_trainable(self.model, self.stage.trainable)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, betas=spec.train.betas)
+    def __init__(self, model: torch.nn.Module, readout: ReadoutSpec, device: str = "cpu", clip_norm: float = 1.0) -> None:
+        self.model, self.readout, self.device, self.clip_norm = model.to(device).train(), readout, device, clip_norm
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
 
     def step(self, batches: Sequence[Batch]) -> None:
         """Forward and backward of each micro-batch, clipping, AdamW; done when it returns."""
         impressions = sum(batch.impressions for batch in batches)
         for batch in batches:
-            loss, _ = self.model(batch.to(self.device), self.stage.readout)
+            loss, _ = self.model(batch.to(self.device), self.readout)
             (loss / impressions).backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.device != "cpu":
             torch.cuda.synchronize()
+
+
+def trainee_of(spec: RunSpec, vocabulary: int) -> Trainee:
+    """What the run trains in its last stage, on the CPU; `vocabulary` is the size of the tokenizer."""
+    stage = spec.stages[-1]
+    model = build_model(spec.model, vocabulary, spec.seed, spec.train.precision)
+    set_trainable(model, stage.trainable)
+    return Trainee(model, stage.readout, clip_norm=spec.train.clip_norm)
 
 
 def run_of(folder: Path, name: str, fragments: Sequence[str], sections: dict[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
