@@ -1,0 +1,66 @@
+"""Inter-sink attention in its textbook form: an additive float mask [B, 1, L, L] in every layer that carries the bias."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ctrsink.batch import Batch
+from ctrsink.config.model import ModelSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.model.bias import InterSinkBias
+from ctrsink.model.build import build_model
+from ctrsink.model.ctr import CTRModel, decoder_layers
+
+
+class DenseModel(nn.Module):
+    """The CTRModel of `spec` with the same parameters, whose bias is written into a dense mask; transformers' sdpa for all rows.
+
+    What ours is measured against: it computes the same, for one sequence per row of the batch and a readout over all.
+
+    Args:
+        model: with its biases; it is taken apart, so it is of no use by itself afterwards.
+    """
+
+    def __init__(self, model: CTRModel) -> None:
+        super().__init__()
+        self.biases = model.biases
+        layers = decoder_layers(model.backbone)
+        for layer in layers:
+            layer.self_attn._forward_pre_hooks.clear()  # ours would compute its own bias beside
+        model.biases = nn.ModuleList()
+        backbone: Any = model.backbone
+        backbone.set_attn_implementation("sdpa")
+        self.model = model
+        self._batch: Batch | None = None
+        for layer, bias in zip(layers, self.biases, strict=False):
+            assert isinstance(layer.self_attn, nn.Module)
+            layer.self_attn.register_forward_pre_hook(partial(self._add_mask, bias), with_kwargs=True)
+
+    @classmethod
+    def build(cls, spec: ModelSpec, vocabulary: int, seed: int, precision: str = "fp32") -> "DenseModel":
+        """See build_model."""
+        return cls(build_model(spec, vocabulary, seed, precision))
+
+    def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """See CTRModel.forward."""
+        self._batch = batch
+        return self.model(batch, readout)
+
+    def _add_mask(
+        self, bias: InterSinkBias, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self._batch is not None
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return args, kwargs | {"attention_mask": dense_mask(bias, hidden, self._batch)}
+
+
+def dense_mask(bias: InterSinkBias, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """States [B, L, D] before an attention -> what is added to its logits, [B, 1, L, L] in the states' precision."""
+    index, (b, length, _) = batch.sink_positions, hidden.shape
+    table = bias(hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])), batch.sink_valid)
+    cells = index[:, :, None] * length + index[:, None, :]
+    mask = table.new_zeros(b, length * length).scatter_add(1, cells.flatten(1), table.flatten(1)).view(b, 1, length, length)
+    later = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
+    return mask.masked_fill(later, float("-inf")).to(hidden.dtype)

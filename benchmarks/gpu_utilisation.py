@@ -1,0 +1,188 @@
+"""Model FLOPs utilisation of LoRA training of Llama-shaped random models: our attention backends beside plain flash attention.
+
+Contestants alternate step by step. The FLOPs are those that the model needs, counted by hand (see `flops_of`), over the device's
+dense peak; the bias, elementwise work and anything computed twice count as time, not as FLOPs.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.report import machine, machine_line, markdown
+from benchmarks.shapes import SHAPES, VOCABULARY, random_batch, random_spec, shape_of, trained_groups
+from benchmarks.training import Trainee
+from ctrsink import strict_json
+from ctrsink.batch import Batch
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.model.build import build_model
+from ctrsink.model.groups import group_of, set_trainable
+
+# bf16 with fp32 accumulation, without sparsity, from the makers' data sheets.
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
+PLAIN = "flash, no bias"
+
+
+def backends() -> list[str]:
+    """Our backends that this version's configuration allows."""
+    found = []
+    for name in ("flex", "sdpa"):
+        try:
+            random_spec(shape_of("test"), True, 1.0, name)
+        except ValidationError:
+            continue
+        found.append(name)
+    return found
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit code."""
+    args = _arguments()
+    report = run(args)
+    print(strict_json.dumps(report) if args.json else text(report))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    allowed = [*backends(), PLAIN]
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_utilisation", description=__doc__)
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["0.5b", "1.5b"])
+    parser.add_argument("--contestants", nargs="+", choices=allowed, default=allowed)
+    parser.add_argument("--bias-layers", type=float, default=0.5, help="share of the layers with the bias (default: %(default)s)")
+    parser.add_argument("--history", type=int, default=200, help="behaviours of every sequence")
+    parser.add_argument("--event-tokens", type=int, default=9, help="of a behaviour, its sink not counted")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=21, help="steps of each contestant; the median is told")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every shape and return all figures."""
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    names = ("bias_layers", "history", "event_tokens", "batch_size", "warmup", "steps")
+    return {
+        "machine": machine(),
+        "device": name,
+        "peak_flops": peak or measured_peak(args.device),
+        "peak_is": "the data sheet's" if peak else "the fastest of large bf16 matrix products here",
+        "settings": {key: getattr(args, key) for key in names},
+        "steps": [row for shape in args.shape for row in measure(args, shape, peak or measured_peak(args.device))],
+    }
+
+
+def measured_peak(device: str) -> float:
+    """FLOPs/s of the fastest of some large bf16 matrix products."""
+    size = 8192 if device == "cuda" else 512
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def measure(args: argparse.Namespace, shape: str, peak: float) -> list[dict[str, Any]]:
+    """All contestants with one shape, on the same batch."""
+    batch = random_batch(args.batch_size, args.history, args.event_tokens, True).to(args.device)
+    trainees = {name: trainee(args, shape, name) for name in args.contestants}
+    times: dict[str, list[float]] = {name: [] for name in trainees}
+    for number in range(args.warmup + args.steps):
+        for name, made in trainees.items():
+            # Where the flash kernel could not run, this fails instead of being slow.
+            forced = name == PLAIN and args.device == "cuda"
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if forced else nullcontext():
+                began = time.perf_counter()
+                made.step([batch])
+            if number >= args.warmup:
+                times[name].append(time.perf_counter() - began)
+    base = median(times[PLAIN]) if PLAIN in times else None
+    return [_row(shape, name, trainees[name], batch, taken, base, peak) for name, taken in times.items()]
+
+
+def trainee(args: argparse.Namespace, shape: str, name: str) -> Trainee:
+    """A contestant; all have the same sinks, and the plain one no bias."""
+    plain = name == PLAIN
+    spec = random_spec(shape_of(shape), True, 0.0 if plain else args.bias_layers, "sdpa" if plain else name)
+    model = build_model(spec, VOCABULARY, 0, "bf16")
+    set_trainable(model, trained_groups(spec))
+    return Trainee(model, ReadoutSpec(), args.device)
+
+
+def _row(
+    shape: str, name: str, made: Trainee, batch: Batch, taken: list[float], base: float | None, peak: float
+) -> dict[str, Any]:
+    flops, seconds = flops_of(made.model, batch), median(taken)
+    return {
+        "shape": shape,
+        "contestant": name,
+        "tokens": batch.tokens,
+        "s_per_step": seconds,
+        "fastest": min(taken),
+        "slowest": max(taken),
+        "tokens_per_s": batch.tokens / seconds,
+        "matrix_tflops": flops.matrices / 1e12,
+        "attention_tflops": flops.attention / 1e12,
+        "utilisation": (flops.matrices + flops.attention) / seconds / peak,
+        "ratio_to_plain": seconds / base if base else None,
+    }
+
+
+@dataclass(frozen=True)
+class Flops:
+    """What one training step needs, a multiplication and an addition counting as two."""
+
+    matrices: int
+    attention: int
+
+
+def flops_of(model: nn.Module, batch: Batch) -> Flops:
+    """FLOPs of a LoRA step on the tokens of `batch`, padding and embeddings not counted.
+
+    Matrices: 2 per weight and token forward, 2 backward to the activations, and 2 to the weight's own gradient where it is trained
+    (LoRA), so 4 N_frozen + 6 N_lora. Attention: causal, so half of the L^2 pairs of a sequence; forward two products
+    (QK^T, PV) of 2 d each per head, backward four: 6 L^2 H d per layer. The kernels' second QK^T in the backward pass does
+    not count.
+    """
+    backbone: Any = model.backbone
+    config = backbone.config
+    frozen = lora = 0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and not name.endswith("embed_tokens.weight"):
+            frozen += parameter.numel() * (group_of(name) == "backbone")
+            lora += parameter.numel() * (group_of(name) == "lora")
+    lengths = (batch.kinds != 0).sum(1)
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    pairs = int((lengths.double() ** 2).sum())
+    return Flops((4 * frozen + 6 * lora) * batch.tokens, 6 * pairs * width * config.num_hidden_layers)
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    header = ["shape", "attention", "tokens", "s/step", "fastest", "slowest", "tokens/s", "TFLOP", "MFU", f"/ {PLAIN}"]
+    rows = [
+        [row[key] for key in ("shape", "contestant", "tokens", "s_per_step", "fastest", "slowest", "tokens_per_s")]
+        + [row["matrix_tflops"] + row["attention_tflops"], f"{row['utilisation']:.1%}", row["ratio_to_plain"]]
+        for row in report["steps"]
+    ]
+    peak = f"{report['device']}, {report['peak_flops'] / 1e12:,.3g} TFLOP/s in bf16 ({report['peak_is']})"
+    return f"{machine_line(report['machine'])}\n\n{peak}; {settings}\n\n{markdown(header, rows)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

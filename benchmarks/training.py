@@ -1,0 +1,141 @@
+"""What the benchmarks of training share: a run made of configs/, a model with its optimiser, and steps against the clock."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.raw import CONFIGS
+from ctrsink import storage
+from ctrsink.batch import Batch
+from ctrsink.config import RunSpec, load_run
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.examples import Layout
+from ctrsink.data.manifest import MANIFEST_NAME
+from ctrsink.data.prepare.build import prepare
+from ctrsink.data.stream import SequenceSource, Step, TrainStream
+from ctrsink.errors import InputError
+from ctrsink.model.build import build_model
+from ctrsink.model.groups import set_trainable
+
+
+@dataclass(frozen=True)
+class Work:
+    """What some steps did, and how long they took."""
+
+    steps: int
+    impressions: int
+    tokens: int
+    """Positions that are not padding."""
+    seconds: float
+
+
+class Trainee:
+    """A model that takes training steps on one device with AdamW; neither Ray nor DeepSpeed.
+
+    Args:
+        model: called as a CTRModel is; what requires a gradient is trained.
+        readout: what the click head reads.
+        device: what it computes on.
+        clip_norm: largest norm of the gradient.
+    """
+
+    def __init__(self, model: torch.nn.Module, readout: ReadoutSpec, device: str = "cpu", clip_norm: float = 1.0) -> None:
+        self.model, self.readout, self.device, self.clip_norm = model.to(device).train(), readout, device, clip_norm
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """Forward and backward of each micro-batch, clipping, AdamW; done when it returns."""
+        impressions = sum(batch.impressions for batch in batches)
+        for batch in batches:
+            loss, _ = self.model(batch.to(self.device), self.readout)
+            (loss / impressions).backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+
+def trainee_of(spec: RunSpec, vocabulary: int) -> Trainee:
+    """What the run trains in its last stage, on the CPU; `vocabulary` is the size of the tokenizer."""
+    stage = spec.stages[-1]
+    model = build_model(spec.model, vocabulary, spec.seed, spec.train.precision)
+    set_trainable(model, stage.trainable)
+    return Trainee(model, stage.readout, clip_norm=spec.train.clip_norm)
+
+
+def run_of(folder: Path, name: str, fragments: Sequence[str], sections: dict[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
+    """The run of some files below configs/ with `sections` over them; its configuration is kept as `folder/name.yaml`.
+
+    Raises:
+        InputError: they do not go together.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = {"include": [str(CONFIGS / fragment) for fragment in fragments], "run_dir": str(folder / name)}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(tree | sections))))
+    return load_run(str(path), list(overrides))
+
+
+def prepare_once(spec: RunSpec) -> str:
+    """Prepare the run's log unless its folder holds what an earlier benchmark prepared in the same way; returns that folder.
+
+    Raises:
+        InputError: the log cannot be used, or the folder holds something else.
+    """
+    assert spec.prepare is not None
+    uri, wanted = spec.data.uri, spec.prepare.model_dump_json()
+    note = storage.join(uri, "benchmark-prepare.json")
+    if storage.exists(storage.join(uri, MANIFEST_NAME)):
+        if not storage.exists(note) or storage.read_bytes(note).decode() != wanted:
+            raise InputError(f"{uri} holds data prepared from something else: choose another --work, or delete it")
+        return uri
+    prepare(spec.prepare, uri)
+    storage.write_bytes(note, wanted.encode())
+    return uri
+
+
+def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
+    """The steps of the run as training reads them."""
+    dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
+    source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model.sinks))
+    accumulation = spec.train.batch_size // (world * spec.train.micro_batch_size)
+    stream = TrainStream(source, spec.seed, spec.data.shuffle_shards, spec.train.batch_size, accumulation, rank, world)
+    return iter(stream)
+
+
+def work_for(step: Callable[[Step], None], steps: Iterator[Step], seconds: float, least: int = 1) -> Work:
+    """Take steps until `seconds` have passed, `least` of them at any rate; waiting for the data counts."""
+    count = impressions = tokens = 0
+    began = now = time.perf_counter()
+    while now - began < seconds or count < least:
+        taken = next(steps)
+        step(taken)
+        count += 1
+        impressions += taken.impressions
+        tokens += sum(batch.tokens for batch in taken.micro_batches)
+        now = time.perf_counter()
+    return Work(count, impressions, tokens, now - began)
+
+
+def rates(rounds: Sequence[Work]) -> dict[str, Any]:
+    """Median over the rounds of one contestant, the slowest and the fastest, and how many steps they made."""
+    found = sorted(work.impressions / work.seconds for work in rounds)
+    return {
+        "impressions_per_s": median(found),
+        "slowest": found[0],
+        "fastest": found[-1],
+        "tokens_per_s": median(work.tokens / work.seconds for work in rounds),
+        "s_per_step": median(work.seconds / work.steps for work in rounds),
+        "steps": sum(work.steps for work in rounds),
+        "rounds": [asdict(work) for work in rounds],
+    }
