@@ -60,6 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--history", type=int, default=50, help="behaviours before the first target, at most")
     parser.add_argument("--targets", type=int, default=50, help="per_user: impressions of a sequence")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch, at most")
     parser.add_argument("--bias-layers", type=float, default=1.0, help="share of the layers that carry the bias (default: all)")
     parser.add_argument("--no-sinks", action="store_true", help="the plain language model")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median is told")
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for precision in args.precision:
         for examples in args.examples:
             everybody[examples, precision] = spec_of(args, folder, examples, precision)
-    prepare_once(next(iter(everybody.values())))
+    for spec in everybody.values():
+        prepare_once(spec)
     # One model per precision: the forms of examples train the same parameters.
     models: dict[str, Trainee] = {}
     for (_, precision), spec in everybody.items():
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             work = work_for(lambda taken, t=trainee: t.step(taken.micro_batches), steps, args.seconds if number else 0.0)
             if number:  # the first round is the warm-up, one step each
                 rounds[who].append(work)
-    names = ("model", "history", "targets", "batch_size", "bias_layers", "no_sinks", "repeats", "seconds", "threads")
+    names = ("model", "history", "targets", "batch_size", "tokens", "bias_layers", "no_sinks", "repeats", "seconds", "threads")
     return {
         "machine": found,
         "settings": {name: getattr(args, name) for name in names} | {"log": "given" if args.log else "synthetic"},
@@ -111,6 +113,8 @@ def spec_of(args: argparse.Namespace, folder: Path, examples: str, precision: st
     """The run of one contestant; the model is fetched where it is not there."""
     data = "data/movielens-1m.yaml" if args.log else "data/synthetic.yaml"
     prepare: dict[str, Any] = {"source": {"path": str(Path(args.log).resolve())}} if args.log else _synthetic(folder, args.events)
+    # A log without request ids: what one user met in one second is a request.
+    prepare["request_is_second"] = shared = examples == "per_request"
     model: dict[str, Any] = {
         # A signal that does not depend on the target suits every form of examples.
         "sinks": None if args.no_sinks else {"signals": ["previous_gap"]},
@@ -127,14 +131,14 @@ def spec_of(args: argparse.Namespace, folder: Path, examples: str, precision: st
     sections = {
         "prepare": prepare,
         "data": {
-            "uri": str(folder / "data" / f"{'movielens' if args.log else args.events}-{args.model}"),
+            "uri": str(folder / "data" / f"{'movielens' if args.log else args.events}-{args.model}{'-requests' * shared}"),
             "examples": examples,
             "history": args.history,
             "targets": args.targets,
         },
         "model": model,
         "stages": [{"name": "all", "trainable": trainable, "lr": dict.fromkeys(trainable, 1e-4), "steps": 1}],
-        "train": {"batch_size": args.batch_size, "micro_batch_size": args.batch_size, "precision": precision},
+        "train": {"batch_size": args.batch_size, "micro_batch_tokens": args.tokens, "precision": precision},
     }
     return run_of(folder / "runs", f"{examples}-{precision}", [data, MODELS[args.model]], sections)
 

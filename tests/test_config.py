@@ -279,6 +279,13 @@ def test_a_dumped_run_reads_back_equal(
     assert dump_run(again) == dump_run(spec)
 
 
+def test_per_request_needs_a_token_budget() -> None:
+    tree = run_tree(data={"uri": "data", "examples": "per_request"})
+    with pytest.raises(InputError, match=r"bound the memory of a micro-batch with train\.micro_batch_tokens"):
+        parse_run(tree, "x")
+    assert parse_run({**tree, "train": {"micro_batch_tokens": 100}}, "x").accumulation == 1
+
+
 def test_a_dumped_run_is_a_configuration_file(tmp_path: Path) -> None:
     spec = load_run(write(tmp_path / "run.yaml", run_tree()), ["train.weight_decay=1e-7", "model.lora={rank: 2}"])
     assert load_run(write(tmp_path / "again.yaml", dump_run(spec))) == spec

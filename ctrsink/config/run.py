@@ -52,6 +52,11 @@ class RunSpec(Section):
                 f"train.batch_size {batch} is not divisible by runtime.workers {workers}: "
                 f"take {batch - batch % workers or workers} or {batch + workers - batch % workers}"
             )
+        if self.data.examples == "per_request" and self.train.micro_batch_tokens is None:
+            raise ValueError(
+                "data.examples per_request: a piece of `targets` impressions is as many sequences as they were requests; "
+                "bound the memory of a micro-batch with train.micro_batch_tokens, for example 8192"
+            )
         if self.train.micro_batch_tokens is None and batch % (workers * micro):
             raise ValueError(
                 f"train.batch_size {batch} is not runtime.workers {workers} x train.micro_batch_size {micro} x a whole number: "
