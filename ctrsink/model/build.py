@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ctrsink.config.model import LoraSpec, ModelSpec
 from ctrsink.errors import InputError
-from ctrsink.model import attention
-from ctrsink.model.ctr import CTRModel, decoder_layers
+from ctrsink.model.ctr import BACKENDS, CTRModel, decoder_layers
 
 _TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
 _COMMON_FIELDS = frozenset({"head_dim", "rope_theta", "rope_scaling"})  # understood also where a configuration does not list them
@@ -48,7 +47,7 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
     if source.config is not None:
         try:
             config = _from_fields(source.config, vocabulary)
-            return AutoModel.from_config(config, attn_implementation=attention.BACKEND, dtype=dtype)
+            return AutoModel.from_config(config, attn_implementation=BACKENDS[spec.attention], dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(f"model.backbone.config: {_one_line(error)}") from None
     assert source.path is not None  # BackboneSpec has exactly one of the two
@@ -56,7 +55,7 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
         backbone = AutoModel.from_pretrained(
             source.path,
             revision=source.revision or "main",
-            attn_implementation=attention.BACKEND,
+            attn_implementation=BACKENDS[spec.attention],
             dtype=dtype,
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
