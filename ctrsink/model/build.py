@@ -32,6 +32,8 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
         torch.manual_seed(seed)
         backbone = _backbone(spec, vocabulary, DTYPES[precision])
         _check_attention(backbone.config)
+        if spec.attention == "flex":
+            _check_flex(backbone.config)
         decoder_layers(backbone)
         if spec.lora is not None:
             add_lora(backbone, spec.lora)
@@ -98,6 +100,18 @@ def _check_attention(config: PretrainedConfig) -> None:
             f"model.backbone: {text.model_type} uses {', '.join(sorted(kinds - {'full_attention'}))}; "
             "only decoders with full attention in every layer can carry sinks yet"
         )
+
+
+def _check_flex(config: PretrainedConfig) -> None:
+    text = config.get_text_config()
+    if getattr(text, "attention_dropout", 0.0):
+        raise InputError(
+            f"model.attention: flex has no dropout of attention weights, and the backbone's attention_dropout is "
+            f"{text.attention_dropout}: set model.backbone.config.attention_dropout to 0, or use sdpa"
+        )
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if width < 16:
+        raise InputError(f"model.attention: flex needs heads of at least 16 dimensions, the backbone's have {width}; use sdpa")
 
 
 def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:

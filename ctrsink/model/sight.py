@@ -105,5 +105,5 @@ class Sight:
 
 def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bool [Q, K] blocks -> how many in each row, int32 [1, 1, Q], and which, those first, int32 [1, 1, Q, K]."""
-    order = chosen.int().argsort(1, descending=True, stable=True).int()
+    order = chosen.int().argsort(dim=1, descending=True, stable=True).int()
     return chosen.sum(1, dtype=torch.int32)[None, None], order[None, None]
