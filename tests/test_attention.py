@@ -71,7 +71,7 @@ def dense_attention(
     return plan.packing.pack((weights @ value).transpose(1, 2))[None], None
 
 
-def dense_temporal(plan: attention.AttentionPlan, table: torch.Tensor, length: int) -> torch.Tensor:
+def dense_temporal(plan: attention.SdpaPlan, table: torch.Tensor, length: int) -> torch.Tensor:
     """The bias [B, H, R, K] of the rows of targets at the sinks, in its places of [B, H, L, L]."""
     assert plan.targets is not None
     rows = nn.functional.one_hot(plan.targets.positions, length).float() * (plan.targets.positions < length - 1)[:, :, None]

@@ -41,6 +41,7 @@ class RunSpec(Section):
         self._check_batch()
         self._check_signals()
         self._check_bias()
+        self._check_attention()
         self._check_stages()
         self._check_order()
         return self
@@ -76,6 +77,10 @@ class RunSpec(Section):
     def _check_bias(self) -> None:
         if self.model.bias is not None and not self.model.bias.causal and self.data.examples == "per_user":
             raise ValueError("model.bias.causal: false shows a target later behaviours in per_user sequences; use per_target")
+
+    def _check_attention(self) -> None:
+        if self.model.attention == "flex" and self.runtime.device == "cpu":
+            raise ValueError("model.attention: flex has no backward pass on a CPU; use sdpa, or runtime.device cuda")
 
     def _check_stages(self) -> None:
         names = [s.name for s in self.stages]

@@ -23,18 +23,16 @@ BACKEND = "ctrsink_sdpa"
 
 @dataclass
 class AttentionPlan:
-    """What the attention of one forward pass has to know; it travels as a keyword through the backbone."""
+    """What the attention of one forward pass has to know; it travels as a keyword through the backbone.
+
+    Each backend's plan adds what that backend reads.
+    """
 
     packing: Packing
-    sinks: Rows
     sink_valid: torch.Tensor
     """bool [B, K]."""
     packed_sinks: torch.Tensor
     """int64 [B, K]; where the sinks lie in the packed row."""
-    targets: Rows | None
-    """Rows of targets that see less than all before them or have a temporal bias; None: there are none."""
-    base: torch.Tensor | None
-    """bool [B, 1, L, L], what all rows see; None: everything up to themselves, the fastest kernel."""
     window: int | None
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     """Inter-sink bias [B, K, K] by layer, from the layer's hook to its attention."""
@@ -42,6 +40,17 @@ class AttentionPlan:
     """Bias [B, H, R, K] by layer, of the rows of targets at the sinks."""
     followed: set[int] = field(default_factory=set)
     """Layers whose attention has computed by this plan."""
+
+
+@dataclass(kw_only=True)
+class SdpaPlan(AttentionPlan):
+    """The few rows that torch's scaled dot product attention computes again, and their masks."""
+
+    sinks: Rows
+    targets: Rows | None
+    """Rows of targets that see less than all before them or have a temporal bias; None: there are none."""
+    base: torch.Tensor | None
+    """bool [B, 1, L, L], what all rows see; None: everything up to themselves, the fastest kernel."""
 
     def add_temporal(self, biases: nn.ModuleList, batch: Batch) -> None:
         """Give the readouts among the rows of targets their temporal bias, `biases[i]` in layer i."""
@@ -53,14 +62,14 @@ class AttentionPlan:
             self.temporal[layer] = bias(asked, batch.sink_times) * match.any(-1)[:, None, :, None]
 
 
-def plan(batch: Batch, sinks_only: bool, window: int | None = None, temporal: bool = False) -> AttentionPlan:
+def plan(batch: Batch, sinks_only: bool, window: int | None = None, temporal: bool = False) -> SdpaPlan:
     """The plan of a batch; `temporal`: the rows of readouts get a bias of their own."""
     packing = Packing.of(batch)
     targets = restricted_rows(batch, sinks_only, window)
     if targets is None and temporal:
         targets = readout_rows(batch, window)
     base = windowed(batch, window)
-    return AttentionPlan(
+    return SdpaPlan(
         packing=packing,
         sinks=sink_rows(batch, window),
         sink_valid=batch.sink_valid,
@@ -88,10 +97,11 @@ def _compute_table(bias: InterSinkBias, module: nn.Module, args: tuple[Any, ...]
     if given is None:  # the layer above drops keywords: CTRModel finds that the plan was not followed
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    given.tables[_layer(module)] = bias(hidden[0][given.packed_sinks], given.sink_valid, given.window)
+    given.tables[layer_index(module)] = bias(hidden[0][given.packed_sinks], given.sink_valid, given.window)
 
 
-def _layer(module: nn.Module) -> int:
+def layer_index(module: nn.Module) -> int:
+    """The number of the layer whose self-attention `module` is."""
     index = module.layer_idx
     assert isinstance(index, int)
     return index
@@ -108,12 +118,12 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Packed query [1, H, N, d], key and value [1, H_kv, N, d] -> output [1, N, H, d]."""
     given = attention_plan
-    if given is None:  # a layer that drops keywords: CTRModel finds that it did not follow the plan
+    if not isinstance(given, SdpaPlan):  # a layer that drops keywords: CTRModel finds that it did not follow the plan
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
-    given.followed.add(_layer(module))
+    given.followed.add(layer_index(module))
     query, key, value = (given.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
     out, _ = sdpa_attention_forward(module, query, key, value, given.base, **kwargs)
-    special = _special(given, _layer(module), key.shape[2], query.dtype)
+    special = _special(given, layer_index(module), key.shape[2], query.dtype)
     if special is not None:
         index, mask = special
         rows = index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
@@ -122,7 +132,7 @@ def _attention(
     return given.packing.pack(out)[None], None
 
 
-def _special(given: AttentionPlan, layer: int, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _special(given: SdpaPlan, layer: int, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Positions [B, R] of the rows to compute again in this layer and their mask, a float [B, 1 or H, R, L]."""
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     if (table := given.tables.pop(layer, None)) is not None:
@@ -136,7 +146,7 @@ def _special(given: AttentionPlan, layer: int, length: int, dtype: torch.dtype) 
     return torch.cat([index for index, _ in parts], 1), torch.cat([mask.expand(-1, heads, -1, -1) for _, mask in parts], 2)
 
 
-def _masked(given: AttentionPlan, rows: Rows, at_sinks: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor:
+def _masked(given: SdpaPlan, rows: Rows, at_sinks: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor:
     """A bias at the columns of sinks, [B, h, R, K] or none, and what the rows see, as one float mask [B, h, R, L]."""
     hidden = ~rows.visible[:, None]
     if at_sinks is None:

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ctrsink.config.model import LoraSpec, ModelSpec
 from ctrsink.errors import InputError
-from ctrsink.model import attention
-from ctrsink.model.ctr import CTRModel, decoder_layers
+from ctrsink.model.ctr import BACKENDS, CTRModel, decoder_layers
 
 _TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
 _COMMON_FIELDS = frozenset({"head_dim", "rope_theta", "rope_scaling"})  # understood also where a configuration does not list them
@@ -33,6 +32,8 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
         torch.manual_seed(seed)
         backbone = _backbone(spec, vocabulary, DTYPES[precision])
         _check_attention(backbone.config)
+        if spec.attention == "flex":
+            _check_flex(backbone.config)
         decoder_layers(backbone)
         if spec.lora is not None:
             add_lora(backbone, spec.lora)
@@ -48,7 +49,7 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
     if source.config is not None:
         try:
             config = _from_fields(source.config, vocabulary)
-            return AutoModel.from_config(config, attn_implementation=attention.BACKEND, dtype=dtype)
+            return AutoModel.from_config(config, attn_implementation=BACKENDS[spec.attention], dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(f"model.backbone.config: {_one_line(error)}") from None
     assert source.path is not None  # BackboneSpec has exactly one of the two
@@ -56,7 +57,7 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
         backbone = AutoModel.from_pretrained(
             source.path,
             revision=source.revision or "main",
-            attn_implementation=attention.BACKEND,
+            attn_implementation=BACKENDS[spec.attention],
             dtype=dtype,
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
@@ -99,6 +100,18 @@ def _check_attention(config: PretrainedConfig) -> None:
             f"model.backbone: {text.model_type} uses {', '.join(sorted(kinds - {'full_attention'}))}; "
             "only decoders with full attention in every layer can carry sinks yet"
         )
+
+
+def _check_flex(config: PretrainedConfig) -> None:
+    text = config.get_text_config()
+    if getattr(text, "attention_dropout", 0.0):
+        raise InputError(
+            f"model.attention: flex has no dropout of attention weights, and the backbone's attention_dropout is "
+            f"{text.attention_dropout}: set model.backbone.config.attention_dropout to 0, or use sdpa"
+        )
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if width < 16:
+        raise InputError(f"model.attention: flex needs heads of at least 16 dimensions, the backbone's have {width}; use sdpa")
 
 
 def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:

@@ -10,11 +10,15 @@ from ctrsink.batch import Batch
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
-from ctrsink.model import attention
+from ctrsink.model import attention, flex
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.readout import read
 from ctrsink.model.sinks import SinkEmbedding
 from ctrsink.model.temporal import TemporalBias
+
+
+BACKENDS = {"sdpa": attention.BACKEND, "flex": flex.BACKEND}
+"""Names under which transformers knows the attention of each `model.attention`."""
 
 
 class ClickHead(nn.Module):
@@ -34,7 +38,7 @@ class CTRModel(nn.Module):
     """Click probabilities of the targets in a Batch (CTR-Sink, arXiv 2508.03668).
 
     Args:
-        backbone: a decoder without its vocabulary head, whose attention implementation is `ctrsink.model.attention.BACKEND`.
+        backbone: a decoder without its vocabulary head, whose attention implementation is `BACKENDS[spec.attention]`.
         spec: which sinks and bias it carries.
     """
 
@@ -60,6 +64,7 @@ class CTRModel(nn.Module):
             self.temporal.extend(TemporalBias(heads) for _ in decoder_layers(backbone))
         self.layers = len(decoder_layers(backbone))
         self.window = spec.window
+        self.attention = spec.attention
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input vectors [B, L, D]: token embeddings, and sink embeddings at the sinks."""
@@ -76,7 +81,10 @@ class CTRModel(nn.Module):
             RuntimeError: the backbone did not pass the attention plan on to its attention.
         """
         sinks_only = readout.over == "sinks" and readout.form == "attend"
-        plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal))
+        if self.attention == "flex":
+            plan = flex.plan(batch, sinks_only, self.window)
+        else:
+            plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal))
         if self.temporal:
             plan.add_temporal(self.temporal, batch)
         out = self.backbone(

@@ -42,7 +42,9 @@ def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     layout = Layout.of(spec.data, spec.model.sinks)
-    model = build_model(spec.model, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()
+    # Wherever the run trained, this is the backend that every device has.
+    portable = spec.model.model_copy(update={"attention": "sdpa"})
+    model = build_model(portable, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()
     model.mixed_precision = False
     load_parameters(model, checkpoint.parameters)
     windows = plan(spec, sum(SequenceSource(dataset, "train", layout).per_shard))
