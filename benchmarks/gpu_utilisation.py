@@ -70,15 +70,16 @@ def _arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every shape and return all figures."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    known = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    peak = known or measured_peak(args.device)
     names = ("bias_layers", "history", "event_tokens", "batch_size", "warmup", "steps")
     return {
         "machine": machine(),
         "device": name,
-        "peak_flops": peak or measured_peak(args.device),
-        "peak_is": "the data sheet's" if peak else "the fastest of large bf16 matrix products here",
+        "peak_flops": peak,
+        "peak_is": "the data sheet's" if known else "the fastest of large bf16 matrix products here",
         "settings": {key: getattr(args, key) for key in names},
-        "steps": [row for shape in args.shape for row in measure(args, shape, peak or measured_peak(args.device))],
+        "steps": [row for shape in args.shape for row in measure(args, shape, peak)],
     }
 
 

@@ -5,6 +5,7 @@ Each worker takes the steps of `configs/ctr-sink.yaml`, its last stage, in a pro
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -122,8 +123,9 @@ def train(spec: RunSpec, who: Contestant, warmup: int, seconds: float, meet: Pat
 
 def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: float, meet: str) -> Work:
     """What one worker does, in its own process: warm up, then as many steps as the first worker's clock allows."""
+    world = str(who.workers)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     prepare_process("cpu", 1, rank)
-    import torch
     import torch.distributed as dist
 
     from ctrsink.dist import Topology, all_sum
@@ -137,7 +139,6 @@ def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: flo
     trial = work_for(step, steps, 0.0, 3)
     slowest = all_sum([trial.seconds], topology)[0] / who.workers / trial.steps
     work = work_for(step, steps, 0.0, max(1, round(seconds / slowest)))
-    del torch
     dist.destroy_process_group()
     return work
 
