@@ -154,8 +154,8 @@ class Flops:
 def flops_of(model: nn.Module, batch: Batch) -> Flops:
     """FLOPs of a LoRA step on the tokens of `batch`, padding and embeddings not counted.
 
-    Matrices: 2 per weight and token forward, 2 backward to the activations, and 2 to the weight's own gradient where it is trained
-    (LoRA), so 4 N_frozen + 6 N_lora. Attention: causal, so half of the L^2 pairs of a sequence; forward two products
+    Matrices: 2 per weight and token forward, 2 backward to the activations, and 2 to the weight's own gradient where it is
+    trained (LoRA), so 4 N_frozen + 6 N_lora. Attention: causal, so half of the L^2 pairs of a sequence; forward two products
     (QK^T, PV) of 2 d each per head, backward four: 6 L^2 H d per layer. The kernels' second QK^T in the backward pass does
     not count.
     """
