@@ -54,7 +54,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.tiny_model", description=__doc__)
-    parser.add_argument("log", nargs="?", help="folder of MovieLens-100K (default: a synthetic log)")
+    parser.add_argument("--log", metavar="DIR", help="folder of MovieLens-100K (default: a synthetic log)")
     parser.add_argument("--events", type=int, default=100_000, help="size of the synthetic log (default: %(default)s)")
     parser.add_argument("--workers", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="processes of one thread each")
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=["deepspeed"])
@@ -65,10 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", metavar="DIR", help="where temporary files go (default: the system's place)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for configs/ctr-sink.yaml")
-    args = parser.parse_args()
-    if args.log and "=" in args.log:
-        args.log, args.overrides = None, [args.log, *args.overrides]
-    return args
+    return parser.parse_args()
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
