@@ -28,6 +28,7 @@ class DenseModel(nn.Module):
         self.biases = model.biases
         layers = decoder_layers(model.backbone)
         for layer in layers:
+            assert isinstance(layer.self_attn, nn.Module)
             layer.self_attn._forward_pre_hooks.clear()  # ours would compute its own bias beside
         model.biases = nn.ModuleList()
         backbone: Any = model.backbone
@@ -35,7 +36,7 @@ class DenseModel(nn.Module):
         self.model = model
         self._batch: Batch | None = None
         for layer, bias in zip(layers, self.biases, strict=False):
-            assert isinstance(layer.self_attn, nn.Module)
+            assert isinstance(layer.self_attn, nn.Module) and isinstance(bias, InterSinkBias)
             layer.self_attn.register_forward_pre_hook(partial(self._add_mask, bias), with_kwargs=True)
 
     @classmethod

@@ -70,15 +70,16 @@ def _arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every shape and return all figures."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    known = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    peak = known or measured_peak(args.device)
     names = ("bias_layers", "history", "event_tokens", "batch_size", "warmup", "steps")
     return {
         "machine": machine(),
         "device": name,
-        "peak_flops": peak or measured_peak(args.device),
-        "peak_is": "the data sheet's" if peak else "the fastest of large bf16 matrix products here",
+        "peak_flops": peak,
+        "peak_is": "the data sheet's" if known else "the fastest of large bf16 matrix products here",
         "settings": {key: getattr(args, key) for key in names},
-        "steps": [row for shape in args.shape for row in measure(args, shape, peak or measured_peak(args.device))],
+        "steps": [row for shape in args.shape for row in measure(args, shape, peak)],
     }
 
 
@@ -89,7 +90,7 @@ def measured_peak(device: str) -> float:
     best = float("inf")
     for _ in range(10):
         began = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         if device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
@@ -153,8 +154,8 @@ class Flops:
 def flops_of(model: nn.Module, batch: Batch) -> Flops:
     """FLOPs of a LoRA step on the tokens of `batch`, padding and embeddings not counted.
 
-    Matrices: 2 per weight and token forward, 2 backward to the activations, and 2 to the weight's own gradient where it is trained
-    (LoRA), so 4 N_frozen + 6 N_lora. Attention: causal, so half of the L^2 pairs of a sequence; forward two products
+    Matrices: 2 per weight and token forward, 2 backward to the activations, and 2 to the weight's own gradient where it is
+    trained (LoRA), so 4 N_frozen + 6 N_lora. Attention: causal, so half of the L^2 pairs of a sequence; forward two products
     (QK^T, PV) of 2 d each per head, backward four: 6 L^2 H d per layer. The kernels' second QK^T in the backward pass does
     not count.
     """

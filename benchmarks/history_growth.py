@@ -1,6 +1,7 @@
 """How a training step's time and memory grow with the history: ours beside the bias as a dense mask, each in a fresh process.
 
-Memory is what the steps need on top of the built model. A contestant that would go beyond `--memory-gib` is stopped, and said to be.
+Memory is what the steps need on top of the built model. A contestant that would go beyond `--memory-gib` is stopped, and said
+to be.
 """
 
 import argparse

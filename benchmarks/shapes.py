@@ -47,7 +47,7 @@ def trained_groups(spec: ModelSpec) -> tuple[Group, ...]:
 
 
 def random_batch(rows: int, history: int, event_tokens: int, sinks: bool, seed: int = 0) -> Batch:
-    """`rows` sequences of one target behind exactly `history` behaviours of `event_tokens` tokens each, their sinks not counted."""
+    """`rows` sequences of one target behind `history` behaviours of `event_tokens` tokens each, their sinks not counted."""
     chance = np.random.default_rng(seed)
     layout = Layout("per_target", history, 1, ("previous_gap",) if sinks else (), 100)
     texts = Ragged.of([chance.integers(0, VOCABULARY, event_tokens - 1) for _ in range(64)])
@@ -60,4 +60,3 @@ def random_batch(rows: int, history: int, event_tokens: int, sinks: bool, seed: 
         chronology = Chronology(chance.integers(0, 64, events), chance.integers(0, 5, events), times, labels)
         made.append(build_sequence(chronology, np.array([history]), layout, texts, feedbacks, np.empty(0, np.int64)))
     return collate(made, list(range(rows)))
-

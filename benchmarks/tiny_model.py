@@ -5,6 +5,7 @@ Each worker takes the steps of `configs/ctr-sink.yaml`, its last stage, in a pro
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.tiny_model", description=__doc__)
-    parser.add_argument("log", nargs="?", help="folder of MovieLens-100K (default: a synthetic log)")
+    parser.add_argument("--log", metavar="DIR", help="folder of MovieLens-100K (default: a synthetic log)")
     parser.add_argument("--events", type=int, default=100_000, help="size of the synthetic log (default: %(default)s)")
     parser.add_argument("--workers", nargs="+", type=int, choices=[1, 2], default=[1, 2], help="processes of one thread each")
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=["deepspeed"])
@@ -64,10 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", metavar="DIR", help="where temporary files go (default: the system's place)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for configs/ctr-sink.yaml")
-    args = parser.parse_args()
-    if args.log and "=" in args.log:
-        args.log, args.overrides = None, [args.log, *args.overrides]
-    return args
+    return parser.parse_args()
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -122,8 +120,9 @@ def train(spec: RunSpec, who: Contestant, warmup: int, seconds: float, meet: Pat
 
 def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: float, meet: str) -> Work:
     """What one worker does, in its own process: warm up, then as many steps as the first worker's clock allows."""
+    world = str(who.workers)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     prepare_process("cpu", 1, rank)
-    import torch
     import torch.distributed as dist
 
     from ctrsink.dist import Topology, all_sum
@@ -137,7 +136,6 @@ def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: flo
     trial = work_for(step, steps, 0.0, 3)
     slowest = all_sum([trial.seconds], topology)[0] / who.workers / trial.steps
     work = work_for(step, steps, 0.0, max(1, round(seconds / slowest)))
-    del torch
     dist.destroy_process_group()
     return work
 

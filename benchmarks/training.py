@@ -113,7 +113,7 @@ def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
     return iter(stream)
 
 
-def work_for(step: Callable[[Step], None], steps: Iterator[Step], seconds: float, least: int = 1) -> Work:
+def work_for(step: Callable[[Step], object], steps: Iterator[Step], seconds: float, least: int = 1) -> Work:
     """Take steps until `seconds` have passed, `least` of them at any rate; waiting for the data counts."""
     count = impressions = tokens = 0
     began = now = time.perf_counter()

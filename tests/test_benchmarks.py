@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,15 +12,21 @@ import pytest
 import torch
 
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.dense import DenseModel
+from benchmarks.gpu_utilisation import PLAIN, backends, flops_of
 from benchmarks.impressions import read_samples, to_batch, write_parquet
 from benchmarks.memory import resident
 from benchmarks.optional import installed
 from benchmarks.report import markdown
+from benchmarks.shapes import VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.stream_figures import text
-from ctrsink.config.data import Signal
+from ctrsink.config.data import DataSpec, Signal
+from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
 from ctrsink.data.stream import SequenceSource
+from ctrsink.model.build import build_model
+from ctrsink.model.groups import set_trainable
 from tests.builders import make_dataset
 
 MIB = 2**20
@@ -92,6 +98,96 @@ def test_data_prepare_tells_speed_and_memory_and_finds_the_same_bytes(tmp_path: 
     assert [way["workers"] for way in report["same"]["ways"]] == [1, 2, 3]
     assert len({way["block_bytes"] for way in report["same"]["ways"]}) == 3
     assert {len(way["manifest_sha256"]) for way in report["same"]["ways"]} == {64}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_model_training_tells_the_rate_of_every_form_and_precision(tmp_path: Path, repository: Path) -> None:
+    sizes = ["--events", 2000, "--history", 5, "--targets", 4, "--batch-size", 2, "--repeats", 2, "--seconds", 0.1]
+    report = run_benchmark(repository, "model_training", "--model", "tiny-llama", "--threads", 1, "--work", tmp_path, *sizes)
+    forms = get_args(DataSpec.model_fields["examples"].annotation)
+    assert {(row["examples"], row["precision"]) for row in report["speed"]} == {(f, p) for f in forms for p in ("fp32", "bf16")}
+    for row in report["speed"]:
+        assert row["steps"] >= 2
+        assert row["slowest"] <= row["impressions_per_s"] <= row["fastest"]
+        assert row["tokens_per_s"] > row["impressions_per_s"]
+        assert row["ratio_to_published"] is None  # the published rate is that of another model
+    rate = {row["examples"]: row["rounds"][0] for row in report["speed"]}
+    assert rate["per_target"]["impressions"] == 2 * rate["per_target"]["steps"]
+    assert rate["per_user"]["impressions"] > 2 * rate["per_user"]["steps"]
+
+
+def test_bias_price_measures_every_contestant_on_the_same_behaviours(repository: Path) -> None:
+    sizes = ["--history", 6, "--event-tokens", 3, "--batch-size", 2, "--warmup", 1, "--steps", 2, "--threads", 1]
+    report = run_benchmark(repository, "bias_price", "--shape", "test", *sizes)
+    rows = {row["contestant"]: row for row in report["steps"]}
+    assert set(rows) == {"no sinks", "sinks", "sinks and bias", "sinks and dense bias"}
+    assert rows["sinks"]["ratio"] == 1
+    assert rows["no sinks"]["positions"] < rows["sinks"]["positions"] == rows["sinks and dense bias"]["positions"]
+    assert all(0 < row["fastest"] <= row["s_per_step"] <= row["slowest"] for row in rows.values())
+
+
+@pytest.mark.slow
+def test_history_growth_stops_who_would_need_too_much_memory(repository: Path) -> None:
+    sizes = ["--history", 4, 600, "--event-tokens", 9, "--batch-size", 4, "--steps", 1, "--threads", 1, "--memory-gib", 2]
+    report = run_benchmark(repository, "history_growth", "--shape", "test", "--bias-layers", 1, *sizes)
+    rows = {(row["contestant"], row["history"]): row for row in report["growth"]}
+    assert set(rows) == {(who, n) for who in ("ours", "dense") for n in (4, 600)}
+    assert rows["dense", 600]["peak_gib"] is None  # its masks alone are 4 x 6,016 squared floats in each layer
+    assert 0 <= rows["ours", 4]["peak_gib"] < rows["ours", 600]["peak_gib"] < 2
+    assert rows["ours", 4]["s_per_step"] < rows["ours", 600]["s_per_step"]
+
+
+def test_gpu_utilisation_runs_on_a_cpu_and_tells_a_share_of_the_peak(repository: Path) -> None:
+    sizes = ["--history", 5, "--batch-size", 2, "--warmup", 1, "--steps", 2]
+    report = run_benchmark(repository, "gpu_utilisation", "--device", "cpu", "--shape", "test", *sizes)
+    assert "sdpa" in backends()
+    assert [row["contestant"] for row in report["steps"]] == [*backends(), PLAIN]
+    for row in report["steps"]:
+        assert 0 < row["utilisation"] < 1
+        assert row["tokens"] == 2 * (5 * 10 + 8)  # behaviours with their sinks, and a target without feedback
+    assert report["steps"][-1]["ratio_to_plain"] == 1
+
+
+def test_flops_count_frozen_weights_four_times_and_trained_ones_six_times() -> None:
+    spec = random_spec(shape_of("test"), True, 1.0)
+    model = build_model(spec, VOCABULARY, 0)
+    batch = random_batch(rows=2, history=3, event_tokens=4, sinks=True)
+    found = flops_of(model, batch)
+    # Per layer: q and o 32 x 32, k and v 32 x 16, three of 32 x 64; LoRA of rank 8 takes 8 (in + out) for each.
+    frozen = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    lora = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    length = 3 * 5 + 3
+    assert batch.tokens == 2 * length
+    assert found.matrices == (4 * frozen + 6 * lora) * 2 * length
+    assert found.attention == 6 * 2 * length**2 * 32 * 2
+
+
+def test_the_dense_form_computes_what_ours_does() -> None:
+    spec = random_spec(shape_of("test") | {"initializer_range": 0.3}, True, 0.5)
+    batch = random_batch(rows=3, history=6, event_tokens=3, sinks=True)
+    answers, gradients = [], []
+    for wrap in (lambda model: model, DenseModel):
+        model = build_model(spec, VOCABULARY, 0)
+        set_trainable(model, trained_groups(spec))
+        biases = list(model.biases)
+        loss, logits = wrap(model)(batch, ReadoutSpec())
+        loss.backward()
+        answers.append(logits.detach())
+        gradients.append(torch.cat([p.grad.flatten() for bias in biases for p in bias.parameters() if p.grad is not None]))
+    assert torch.allclose(*answers, atol=1e-5)
+    assert torch.allclose(*gradients, atol=1e-5)
+    assert gradients[0].abs().max() > 1e-4  # the bias matters here
+
+
+@pytest.mark.slow
+def test_tiny_model_trains_with_one_and_two_workers(tmp_path: Path, repository: Path) -> None:
+    sizes = ["--events", 2000, "--repeats", 1, "--warmup", 1, "--seconds", 0.1, "--work", tmp_path]
+    report = run_benchmark(repository, "tiny_model", *sizes, "--workers", 1, 2, "--engine", "deepspeed", "torch, fused Adam")
+    assert {(row["workers"], row["engine"]) for row in report["speed"]} == {
+        (workers, engine) for workers in (1, 2) for engine in ("deepspeed", "torch, fused Adam")
+    }
+    assert all(row["tokens_per_s"] > row["impressions_per_s"] > 0 for row in report["speed"])
     assert list(tmp_path.iterdir()) == []
 
 
