@@ -27,18 +27,19 @@ _FILES = (
 
 
 class Encoder:
-    """Texts -> vectors, on a GPU where the process sees one.
+    """Texts -> vectors.
 
     Args:
         folder: local folder of the encoder.
         max_tokens: texts are cut to this many.
         name: of the encoder, for errors.
+        device: where it runs; left out, a GPU where the process sees one.
 
     Raises:
         InputError: it is no encoder that can be used here, with safetensors and without code of its own.
     """
 
-    def __init__(self, folder: Path, max_tokens: int, name: str) -> None:
+    def __init__(self, folder: Path, max_tokens: int, name: str, device: str | None = None) -> None:
         self.max_tokens, self.name = max_tokens, name
         self.pooling = _pooling(folder, name)
         loading: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -61,7 +62,7 @@ class Encoder:
             limit = min(positions, self.tokenizer.model_max_length)
             raise InputError(f"prepare.encoder.max_tokens {max_tokens} is more than the {limit} that the encoder {name} reads")
         self.width = int(model.config.hidden_size)
-        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -139,8 +140,8 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 @lru_cache(maxsize=1)
-def load_encoder(uri: str, max_tokens: int, name: str) -> Encoder:
-    """The encoder in a folder, local or s3://, whose content never changes; kept for the next call."""
+def load_encoder(uri: str, max_tokens: int, name: str, fingerprint: str) -> Encoder:
+    """The encoder with that fingerprint in a folder, local or s3://; kept for the next call."""
     if not storage.is_remote(uri):
         return Encoder(Path(uri.removeprefix("file://")), max_tokens, name)
     with tempfile.TemporaryDirectory(prefix="ctrsink-encoder-") as folder:

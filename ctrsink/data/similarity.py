@@ -17,7 +17,7 @@ def cosines(vectors: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.nda
     """
     used, places = np.unique(np.concatenate([rows, others]), return_inverse=True)
     table = vectors[used].astype(np.float32)
-    unknown = ~table.any(1)
+    unknown: np.ndarray = np.logical_not(table.any(axis=1))
     a, b = places[: len(rows)], places[len(rows) :]
     out = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), _AT_ONCE):

@@ -18,7 +18,7 @@ from ctrsink.model.hf import FORMAT, CTRSinkConfig, CTRSinkModel
 
 
 def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedTokenizerBase, Encoder | None]:
-    """The model in the folder `uri`, local or s3://, in evaluation mode, its tokenizer, and the encoder of items where it needs one.
+    """The model in the folder `uri`, local or s3://, in evaluation mode, its tokenizer, and the encoder of items if it needs one.
 
     Raises:
         InputError: `uri` holds no exported model, one of another format, or one that is damaged.
@@ -31,8 +31,8 @@ def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedT
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the model {uri} is damaged ({reason}): export it again") from None
-        encoder = _encoder(uri, folder, loaded[0].config.encoder)  # pyright: ignore[reportGeneralTypeIssues]
-    model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
+        model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
+        encoder = _encoder(uri, folder, model.config.encoder, device)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
             name = sorted(map(str, found[kind]))[0]
@@ -42,13 +42,13 @@ def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedT
     return model.to(device).eval(), tokenizer, encoder
 
 
-def _encoder(uri: str, folder: Path, entry: dict[str, Any] | None) -> Encoder | None:
+def _encoder(uri: str, folder: Path, entry: dict[str, Any] | None, device: str) -> Encoder | None:
     """The encoder in the model's folder, which must be the one that its data set was prepared with."""
     if entry is None:
         return None
     if folder_fingerprint(folder / FOLDER, entry["max_tokens"]) != entry["fingerprint"]:
         raise InputError(f"the encoder in {uri} is not the one the model was trained with: export it again")
-    return Encoder(folder / FOLDER, entry["max_tokens"], f"{uri}/{FOLDER}")
+    return Encoder(folder / FOLDER, entry["max_tokens"], f"{uri}/{FOLDER}", device)
 
 
 def _check_config(uri: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from ctrsink import storage
 from ctrsink.config.data import EncoderSpec
 from ctrsink.data.arrow import from_ipc, pack, to_ipc, to_parquet, unpack
-from ctrsink.data.encoder import FOLDER, encoder_files, fingerprint, load_encoder
+from ctrsink.data.encoder import FOLDER, Encoder, encoder_files, fingerprint, load_encoder
 from ctrsink.data.manifest import VECTOR, EncoderEntry, Manifest, read_file
 from ctrsink.data.prepare.assemble import put
 from ctrsink.data.prepare.execute import Execute
@@ -26,10 +26,7 @@ CHUNK = 2048
 class Embedding:
     """The tasks."""
 
-    encoder: str
-    """Folder of the encoder."""
-    max_tokens: int
-    name: str
+    encoding: "Encoding"
     texts: str
     """File of the texts of the items that have no vector yet."""
     folder: str
@@ -38,7 +35,7 @@ class Embedding:
     def __call__(self, number: int) -> int:
         """Encode chunk `number`; returns that number, once its vectors are written."""
         texts = from_ipc(storage.read_bytes(self.texts)).column("text").slice(number * CHUNK, CHUNK).to_pylist()
-        vectors = load_encoder(self.encoder, self.max_tokens, self.name).encode(texts)
+        vectors = self.encoding.encoder().encode(texts)
         storage.write_bytes(storage.join(self.folder, f"{number:06d}.vectors"), vectors.tobytes())
         return number
 
@@ -85,8 +82,12 @@ class Encoding:
         folder = storage.join(work, f"{FOLDER}-{found[:16]}")
         for name, content in files.items():
             storage.write_bytes(storage.join(folder, name), content)
-        encoder = load_encoder(folder, spec.max_tokens, spec.path)
+        encoder = load_encoder(folder, spec.max_tokens, spec.path, found)
         return cls(folder, tuple(files), spec.max_tokens, spec.path, found, encoder.width, None)
+
+    def encoder(self) -> Encoder:
+        """The encoder itself."""
+        return load_encoder(self.folder, self.max_tokens, self.name, self.fingerprint)
 
     def write_vectors(self, to: str, work: str, items: Items, execute: Execute, folder: Callable[..., str]) -> str:
         """Encode the items without a vector in the data set `to`, and write those of all; returns the file, named by content."""
@@ -98,7 +99,7 @@ class Encoding:
         place = folder("vectors", self.fingerprint, storage.sha256(texts))
         path = storage.join(place, "texts.arrow")
         storage.write_bytes(path, texts)
-        task = Embedding(self.folder, self.max_tokens, self.name, path, place)
+        task = Embedding(self, path, place)
         new = items.table.num_rows - len(known)
         chunks, done = range(-(-new // CHUNK)), task.done()
         running = execute(task, [number for number in chunks if number not in done])
