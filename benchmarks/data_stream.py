@@ -116,7 +116,7 @@ def write_forms(task: Task, packages: set[str | None]) -> dict[str, int]:
     """Write the impressions as the packages want them; returns the bytes of each form."""
     manifest = read_manifest(task.data)
     shards = [file for shard in manifest.shards for file in (shard.events_file, shard.tokens_file)]
-    sizes = {OURS: sum(file.bytes for file in (manifest.index, manifest.items, *manifest.tokenizer, *shards))}
+    sizes = {OURS: sum(file.bytes for file in (*manifest.common_files, *shards))}
     if "datasets" in packages:
         write_parquet(Path(task.parquet), read_samples(source(task)), task.total)
         sizes["datasets"] = bytes_below(task.parquet)

@@ -33,6 +33,8 @@ class DenseModel(nn.Module):
         model.biases = nn.ModuleList()
         backbone: Any = model.backbone
         backbone.set_attn_implementation("sdpa")
+        # Padded rows, not one packed row: transformers' sdpa does not know where sequences end.
+        model.hidden_states = self._hidden_states  # pyright: ignore[reportAttributeAccessIssue]
         self.model = model
         self._batch: Batch | None = None
         for layer, bias in zip(layers, self.biases, strict=False):
@@ -48,6 +50,10 @@ class DenseModel(nn.Module):
         """See CTRModel.forward."""
         self._batch = batch
         return self.model(batch, readout)
+
+    def _hidden_states(self, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
+        embedded = self.model.embed(batch)
+        return self.model.backbone(inputs_embeds=embedded, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
     def _add_mask(
         self, bias: InterSinkBias, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,6 +1,6 @@
 """Random decoders of known shapes, and random batches for them: what a step costs does not depend on what was learned."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +29,9 @@ def shape_of(name: str, layers: int | None = None) -> dict[str, Any]:
     return {"model_type": "llama", "max_position_embeddings": 65536} | fields | more
 
 
-def random_spec(fields: dict[str, Any], sinks: bool, bias_layers: float, attention: str = "sdpa") -> ModelSpec:
+def random_spec(
+    fields: dict[str, Any], sinks: bool, bias_layers: float, attention: Literal["sdpa", "flex"] = "sdpa"
+) -> ModelSpec:
     """A random model with LoRA; `bias_layers` is the share of the layers that carry the bias, 0 for none."""
     return ModelSpec(
         backbone=BackboneSpec(config=fields),

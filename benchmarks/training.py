@@ -108,9 +108,12 @@ def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
     """The steps of the run as training reads them."""
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
     source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model.sinks))
-    accumulation = spec.train.batch_size // (world * spec.train.micro_batch_size)
-    stream = TrainStream(source, spec.seed, spec.data.shuffle_shards, spec.train.batch_size, accumulation, rank, world)
-    return iter(stream)
+    train = spec.train
+    accumulation = max(1, train.batch_size // (world * train.micro_batch_size))
+    tokens = train.micro_batch_tokens
+    return iter(
+        TrainStream(source, spec.seed, spec.data.shuffle_shards, train.batch_size, accumulation, rank, world, tokens=tokens)
+    )
 
 
 def work_for(step: Callable[[Step], object], steps: Iterator[Step], seconds: float, least: int = 1) -> Work:

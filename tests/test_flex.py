@@ -6,21 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.attention import flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctrsink.batch import Batch
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.errors import InputError
-from ctrsink.model import flex
-from ctrsink.model.build import build_model
 from ctrsink.model.ctr import CTRModel
-from ctrsink.model.packing import Packing
-from ctrsink.model.rows import visible
-from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
+from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
 EXAMPLES = ["per_target", "per_request", "per_user"]

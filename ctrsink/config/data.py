@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from ctrsink.config.base import Section
 
-Signal = Literal["recency_rank", "time_gap", "previous_gap", "random", "none"]
-TARGET_DEPENDENT_SIGNALS: frozenset[str] = frozenset({"recency_rank", "time_gap"})
+Signal = Literal["recency_rank", "time_gap", "previous_gap", "similarity", "random", "none"]
+TARGET_DEPENDENT_SIGNALS: frozenset[str] = frozenset({"recency_rank", "time_gap", "similarity"})
 
 
 class ColumnSpec(Section):
@@ -78,6 +78,18 @@ class TokenizerSpec(Section):
         return self
 
 
+class EncoderSpec(Section):
+    """A text encoder that gives every item a vector, once, at preparation; for the signal `similarity` and `data.retrieve`."""
+
+    path: str
+    """Hugging Face id or folder, local or s3://, of an encoder with weights in safetensors; of a sentence-transformers model its
+    pooling is used (mean or cls), of another the mean over its tokens."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    max_tokens: int = Field(default=128, ge=3)
+    """An item's text is cut to this many of the encoder's tokens, its special ones counted."""
+
+
 class SplitSpec(Section):
     """Split by global time: the earliest `train` share of impressions, the next `valid`, the rest is test."""
 
@@ -99,6 +111,8 @@ class PrepareSpec(Section):
     source: SourceSpec
     text: TextSpec = TextSpec()
     tokenizer: TokenizerSpec
+    encoder: EncoderSpec | None = None
+    """null: items have no vectors."""
     positive_from: float = 4.0
     """Label rule: 1 where feedback is at least this."""
     request_is_second: bool = False
@@ -136,6 +150,9 @@ class DataSpec(Section):
     behaviour; the least work, and not the same results."""
     history: int = Field(default=50, ge=0)
     """Behaviours before a sequence's first target, at most."""
+    retrieve: int | None = Field(default=None, ge=1)
+    """`per_target`: of these behaviours only as many as are most similar to the target, by the vectors of `prepare.encoder`, in
+    their order in time (the retrieval of CTR-Sink, arXiv 2508.03668). null: all."""
     targets: int = Field(default=32, ge=1)
     """`per_user`: impressions trained in one sequence. `per_request`: impressions that are dealt out together, however many
     requests they are (train.micro_batch_tokens bounds the memory); a longer request is divided."""
@@ -147,6 +164,14 @@ class DataSpec(Section):
     workers: int = Field(default=0, ge=0)
     """Processes of each rank that build batches ahead; 0 for a thread. The batches are the same."""
     cache: CacheSpec = CacheSpec()
+
+    @model_validator(mode="after")
+    def _retrieve_for_a_target(self) -> "DataSpec":
+        if self.retrieve is not None and self.examples != "per_target":
+            raise ValueError(f"retrieve chooses behaviours for one target: use examples per_target, not {self.examples}, or null")
+        if self.retrieve is not None and self.retrieve > self.history:
+            raise ValueError(f"retrieve {self.retrieve} is more than history {self.history}, which it chooses from")
+        return self
 
     @property
     def targets_per_sequence(self) -> int:

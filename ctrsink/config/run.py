@@ -65,7 +65,14 @@ class RunSpec(Section):
             )
 
     def _check_signals(self) -> None:
-        if self.model.sinks is None or self.data.examples != "per_user":
+        if self.model.sinks is None or self.data.examples == "per_target":
+            return
+        if self.data.examples == "per_request":
+            if "similarity" in self.model.sinks.signals:
+                raise ValueError(
+                    "model.sinks.signals: similarity depends on the target's item, which the history of per_request sequences is "
+                    "shared by; use data.examples per_target, or another signal"
+                )
             return
         for signal in self.model.sinks.signals:
             if signal in TARGET_DEPENDENT_SIGNALS:

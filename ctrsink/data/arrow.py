@@ -30,6 +30,26 @@ def to_ipc(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def pack(vectors: np.ndarray) -> pa.Array:
+    """float16 [N, width] as a column of fixed-size binaries, little-endian, which Parquet reads at once."""
+    content = np.ascontiguousarray(vectors, "<f2")
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(2 * content.shape[1]), len(content), [None, pa.py_buffer(content.tobytes())]
+    )
+
+
+def unpack(column: pa.ChunkedArray) -> np.ndarray:
+    """What `pack` packed; read-only."""
+    array = column.combine_chunks()
+    width = array.type.byte_width // 2
+    found = (
+        np.frombuffer(array.buffers()[1], "<f2", width * len(array), 2 * width * array.offset)
+        if len(array)
+        else np.empty(0, "<f2")
+    )
+    return found.reshape(-1, width)
+
+
 def from_ipc(content: bytes) -> pa.Table:
     """The table of an Arrow stream."""
     return pa.ipc.open_stream(pa.py_buffer(content)).read_all()

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrsink import storage
+from ctrsink.data.arrow import unpack
 from ctrsink.data.cache import Cache
 from ctrsink.data.examples import Chronology, Events, Ragged
-from ctrsink.data.manifest import SPLITS, FileEntry, Manifest, read_file, read_manifest
+from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, VECTOR, FileEntry, Manifest, read_file, read_manifest
 from ctrsink.data.reading import begin
 from ctrsink.data.requests import known_events
+from ctrsink.errors import InputError
 
 READERS = 4  # shards of a remote data set that are fetched at a time; a disk is fast enough for one, which takes less memory
 COLUMNS = ["user", "item", "timestamp", "feedback_id", "label", "request"]
@@ -56,7 +58,7 @@ class Dataset:
     def __init__(self, uri: str, keep_shards: int = 16, cache: Cache | None = None) -> None:
         self.uri = uri
         self.manifest: Manifest = read_manifest(uri)
-        self.keep_shards, self._cache = keep_shards, cache
+        self.keep_shards, self._cache, self._with_vectors = keep_shards, cache, False
         self._start()
         table = pq.read_table(pa.BufferReader(self._read(self.manifest.index)))
         self.index: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
@@ -75,6 +77,21 @@ class Dataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._start()
+
+    def use_vectors(self) -> None:
+        """From now on shards are read with the vectors of their items.
+
+        Raises:
+            InputError: the data set has none.
+        """
+        if self.manifest.encoder is None:
+            raise InputError(
+                f"the data set {self.uri} has no item vectors, which the signal similarity and data.retrieve need: "
+                "prepare it again with prepare.encoder"
+            )
+        if not self._with_vectors:
+            self._with_vectors = True
+            self._start()
 
     def events(self, split: str, user: int) -> tuple[int, int]:
         """Range [lo, hi) of the user's events that lie in the split."""
@@ -116,9 +133,10 @@ class Dataset:
 
     def _load(self, number: int) -> Shard:
         entry = self.manifest.shards[number]
+        wanted = [*TOKENS_SCHEMA.names, *([VECTOR] if self._with_vectors else [])]
         events, tokens = (
             pq.read_table(pa.BufferReader(self._read(file)), columns=columns, use_threads=False)
-            for file, columns in ((entry.events_file, COLUMNS), (entry.tokens_file, None))
+            for file, columns in ((entry.events_file, COLUMNS), (entry.tokens_file, wanted))
         )
         return _to_arrays(events, tokens)
 
@@ -145,5 +163,6 @@ def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
         offsets=np.append(0, np.cumsum(lengths)),
         items=items,
         impressions=np.flatnonzero(labels >= 0).astype(np.int32),
+        vectors=unpack(tokens[VECTOR]) if VECTOR in tokens.column_names else None,
         users=np.array(events["user"].to_pylist(), np.dtypes.StringDType()),
     )

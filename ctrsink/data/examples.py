@@ -4,7 +4,7 @@ Many sequences are built at once, by arrays over all their events: a loop over t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from ctrsink.batch import FEEDBACK, PREFIX, SINK, TEXT
 from ctrsink.config.data import DataSpec, Signal
 from ctrsink.config.model import SinkSpec
 from ctrsink.data.signals import signal_ids
+from ctrsink.data.similarity import cosines, most_similar
 from ctrsink.errors import InputError
 
 
@@ -26,12 +27,19 @@ class Layout:
     signals: tuple[Signal, ...] = ()
     """Empty: no sinks."""
     buckets: int = 1
+    retrieve: int | None = None
+    """`per_target`: of the history only this many behaviours, those most similar to the target."""
 
     @classmethod
     def of(cls, data: DataSpec, sinks: SinkSpec | None) -> "Layout":
         if sinks is None:
-            return cls(data.examples, data.history, data.targets_per_sequence)
-        return cls(data.examples, data.history, data.targets_per_sequence, sinks.signals, sinks.buckets)
+            return cls(data.examples, data.history, data.targets_per_sequence, retrieve=data.retrieve)
+        return cls(data.examples, data.history, data.targets_per_sequence, sinks.signals, sinks.buckets, data.retrieve)
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether sequences depend on the vectors of the items."""
+        return "similarity" in self.signals or self.retrieve is not None
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class Events:
     known: np.ndarray
     tokens: Ragged
     """Token table of the items' texts."""
+    vectors: np.ndarray | None = field(default=None, kw_only=True)
+    """float16 [rows of `tokens`, width], those of the items; zeros where unknown."""
 
 
 @dataclass(frozen=True)
@@ -169,18 +179,24 @@ class Sequences:
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> "Sequences":
-        columns = [np.concatenate([getattr(s, field.name) for s in sequences]) for field in fields(Sequence)]
+        columns = [np.concatenate([getattr(s, column.name) for s in sequences]) for column in fields(Sequence)]
         sizes = [[len(of) for of in (s.input_ids, s.sink_positions, s.targets)] for s in sequences]
         return cls(Sequence(*columns), *np.cumsum([[0, 0, 0], *sizes], axis=0).T)
 
 
 def build_sequence(
-    chronology: Chronology, targets: np.ndarray, layout: Layout, texts: Ragged, feedbacks: Ragged, prefix: np.ndarray
+    chronology: Chronology,
+    targets: np.ndarray,
+    layout: Layout,
+    texts: Ragged,
+    feedbacks: Ragged,
+    prefix: np.ndarray,
+    vectors: np.ndarray | None = None,
 ) -> Sequence:
     """The sequence of `targets` (numbers of events in the chronology, ascending); see build_sequences."""
     c = chronology
     known = np.arange(len(c.texts)) if c.known is None else c.known
-    events = Events(c.texts, c.feedbacks, c.timestamps, c.labels, known, texts)
+    events = Events(c.texts, c.feedbacks, c.timestamps, c.labels, known, texts, vectors=vectors)
     cuts = Cuts([events], np.array([1]), np.array([0]), Ragged.of([targets]))
     return build_sequences(cuts, layout, feedbacks, prefix)[0]
 
@@ -196,7 +212,8 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
     """
     w, targets = _windows(cuts, layout), cuts.targets
     # A sequence is a run of slots, the prefix and then its events; a slot has three parts: text, feedback, sink.
-    slots = w.counts + 1
+    sizes = w.sizes
+    slots = sizes + 1
     ends = np.cumsum(slots)
     firsts, lasts = ends - slots, ends - 1
     event = np.ones(ends[-1], np.bool_)
@@ -255,26 +272,43 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
         labels=np.concatenate([events.labels[rows] for events, rows in cuts.each(targets.values, targets.offsets[1:])]),
         targets=targets.values - cuts.begins[owner],
     )
-    sinks = w.counts - tails if layout.signals else np.zeros_like(slots)
+    sinks = sizes - tails if layout.signals else np.zeros_like(slots)
     return Sequences(columns, positions, np.append(0, sinks.cumsum()), targets.offsets)
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Which rows each of n sequences takes: `counts - tails` from `starts` on, then its last `tails` targets."""
+    """Which rows each of n sequences takes: `counts - tails` from `starts` on, then its last `tails` targets; those `kept`."""
 
     cuts: Cuts
     starts: np.ndarray
     counts: np.ndarray
     together: np.ndarray
     """bool [n]; the targets were shown at one moment: all are tails. Else the last alone is, and the others lie before it."""
+    cosines: np.ndarray | None = None
+    """[sum of counts], of each row with the last of its sequence; where the layout needs vectors."""
+    kept: np.ndarray | None = None
+    """bool [sum of counts]; None: all."""
 
     @property
     def tails(self) -> np.ndarray:
         return np.where(self.together, np.diff(self.cuts.targets.offsets), 1)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows that each sequence keeps, its last target among them."""
+        return (
+            self.counts if self.kept is None else np.add.reduceat(self.kept, self.counts.cumsum() - self.counts, dtype=np.int64)
+        )
+
+    def chosen(self) -> Iterator[tuple[Events, np.ndarray]]:
+        """The events and those of the rows kept that point there."""
+        if self.kept is None:
+            return self.each()
+        return self.cuts.each(np.concatenate([rows for _, rows in self.each()])[self.kept], self.sizes.cumsum())
+
     def each(self, lead: np.ndarray | int = 0) -> Iterator[tuple[Events, np.ndarray]]:
-        """The events and those of all rows that point there, with `lead` more before each sequence's first."""
+        """The events and those of all rows that point there, kept or not, with `lead` more before each sequence's first."""
         counts = self.counts + lead
         ends = counts.cumsum()
         rows = ranges(self.starts - lead, counts)
@@ -291,9 +325,11 @@ class _Windows:
         return self.cuts.each(rows, ends)
 
     def behaviour_times(self) -> np.ndarray:
-        """Seconds of all behaviours."""
-        none = np.zeros_like(self.counts)
-        return np.concatenate([events.timestamps[rows] for events, rows in self.behaviours(none, target=False)])
+        """Seconds of all behaviours kept."""
+        times = np.concatenate([events.timestamps[rows] for events, rows in self.chosen()])
+        wanted = np.ones(len(times), np.bool_)
+        wanted[ranges(self.sizes.cumsum() - self.tails, self.tails)] = False
+        return times[wanted]
 
     def _tail_rows(self) -> np.ndarray:
         ends = self.cuts.targets.offsets[1:]
@@ -314,13 +350,28 @@ def _windows(cuts: Cuts, layout: Layout) -> _Windows:
     # One target: what was known when its request was made, then the target. Several: everything from the first to the last.
     past = known[firsts]
     starts = np.maximum(cuts.begins, past - layout.history)
-    return _Windows(cuts, starts, np.where(together, past + counts, rows[ends - 1] + 1) - starts, together)
+    windows = _Windows(cuts, starts, np.where(together, past + counts, rows[ends - 1] + 1) - starts, together)
+    if not layout.needs_vectors:
+        return windows
+    similar = _cosines(windows)
+    kept = None if layout.retrieve is None else most_similar(similar, windows.counts, layout.retrieve)
+    return replace(windows, cosines=similar, kept=kept)
+
+
+def _cosines(windows: _Windows) -> np.ndarray:
+    """Of the items of all rows with that of their sequence's target."""
+    targets = windows.cuts.each(windows.cuts.targets.values.repeat(windows.counts), windows.counts.cumsum())
+    found = []
+    for (events, rows), (_, lasts) in zip(windows.each(), targets, strict=True):
+        assert events.vectors is not None
+        found.append(cosines(events.vectors, events.texts[rows], events.texts[lasts]))
+    return np.concatenate(found)
 
 
 def _contents(windows: _Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of all events: lengths of their texts, the texts' tokens, rows of the feedback table."""
     lengths, ids, feedbacks = [], [], []
-    for events, rows in windows.each():
+    for events, rows in windows.chosen():
         texts = events.texts[rows]
         lengths.append(events.tokens.lengths(texts))
         ids.append(events.tokens.values[ranges(events.tokens.offsets[texts], lengths[-1])])
@@ -329,12 +380,21 @@ def _contents(windows: _Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _signals(windows: _Windows, layout: Layout) -> np.ndarray:
-    """Of all behaviours; one event more is read before the window, so that the oldest behaviour knows the gap before it."""
+    """Of all behaviours kept; one event more is read before the window, so that the oldest behaviour knows the gap before it.
+
+    A behaviour that was retrieved has the signals that it has among all of the history.
+    """
     lead = (windows.starts > windows.cuts.begins).astype(np.int64)
     lengths = windows.counts - windows.tails + 1 + lead
     times = np.concatenate([events.timestamps[rows] for events, rows in windows.behaviours(lead, target=True)])
     ends = lengths.cumsum()
     wanted = np.ones(len(times), np.bool_)
-    wanted[ends - 1] = False
     wanted[(ends - lengths)[lead > 0]] = False
-    return signal_ids(layout.signals, times, layout.buckets, lengths)[wanted]
+    similar = None
+    if windows.cosines is not None:
+        similar = np.full(len(times), np.nan, np.float32)
+        similar[wanted] = windows.cosines
+    if windows.kept is not None:
+        wanted[wanted] = windows.kept
+    wanted[ends - 1] = False
+    return signal_ids(layout.signals, times, layout.buckets, lengths, similar)[wanted]

@@ -98,7 +98,7 @@ def _sums(group: np.ndarray, values: pa.ChunkedArray, groups: int) -> np.ndarray
 def _add_shard(found: Inspection, shard: ShardEntry, past: np.ndarray) -> None:
     content = read_file(found.uri, shard.events_file)
     table = pq.read_table(io.BytesIO(content), columns=["item", "timestamp", "feedback_id", "label", "request"])
-    tokens = pq.read_table(io.BytesIO(read_file(found.uri, shard.tokens_file)))
+    tokens = pq.read_table(io.BytesIO(read_file(found.uri, shard.tokens_file)), columns=["item", "tokens"])
     lengths = pc.list_value_length(table["item"]).to_numpy()
     item, timestamp, feedback, label = (_flat(table, name) for name in ("item", "timestamp", "feedback_id", "label"))
 
@@ -147,7 +147,7 @@ def summarise(found: Inspection) -> dict[str, Any]:
         "quietest_hour": int(found.hours.argmin()),
         "skipped_rows": manifest.skipped_rows,
         "shards": len(manifest.shards),
-        "bytes": sum(file.bytes for file in (manifest.index, manifest.items, *manifest.tokenizer))
+        "bytes": sum(file.bytes for file in manifest.common_files)
         + sum(shard.events_file.bytes + shard.tokens_file.bytes for shard in manifest.shards),
         "popularity": {f"top_{percent}_percent": _top(popular, percent) for percent in (1, 10)},
         "splits": {name: _split(found, name) for name in (*SPLITS, "all")},

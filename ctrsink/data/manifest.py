@@ -33,6 +33,7 @@ SHARD_SCHEMA = pa.schema(
 )
 # The token sidecar of a shard: just the items that the shard mentions, by item.
 TOKENS_SCHEMA = pa.schema([("item", pa.int32()), ("tokens", pa.list_(pa.int32()))])
+VECTOR = "vector"
 # One row per chronology, in shard order: enough to know every sequence of an epoch without opening a shard.
 # Events and impressions (events with a label) are counted per split; a user's splits follow each other in time. Before them lie
 # `past_events`: in a part that was appended, the user's latest events of earlier parts, there as history only.
@@ -48,6 +49,19 @@ class FileEntry(Section):
     path: str
     bytes: int
     sha256: str
+
+
+class EncoderEntry(Section):
+    """The encoder that gave every item a vector; it lies in the data set, for what is appended and for exported models."""
+
+    files: tuple[FileEntry, ...]
+    max_tokens: int
+    fingerprint: str
+    """Of the files and `max_tokens`, see encoder.fingerprint."""
+    width: int
+    """Numbers of a vector."""
+    vectors: FileEntry
+    """Parquet with the `vector` of every item, in the order of the item table; shards carry those they mention."""
 
 
 class ShardEntry(Section):
@@ -106,6 +120,7 @@ class Manifest(Section):
     """Parquet with a row per item: `id`, its text fields, and `text`, the rendered template."""
     tokenizer: tuple[FileEntry, ...]
     tokenizer_fingerprint: str
+    encoder: EncoderEntry | None = None
     text: TextSpec
     positive_from: float
     prefix_tokens: tuple[int, ...]
@@ -113,6 +128,17 @@ class Manifest(Section):
     """What follows a behaviour's item text (feedback, then separator), by `feedback_id`."""
     feedback_tokens: tuple[tuple[int, ...], ...]
     item_count: int
+
+    @property
+    def tokens_schema(self) -> pa.Schema:
+        """That of the token sidecars: TOKENS_SCHEMA, and behind it the items' vectors where there are any."""
+        return TOKENS_SCHEMA if self.encoder is None else with_vectors(self.encoder.width)
+
+    @property
+    def common_files(self) -> tuple[FileEntry, ...]:
+        """Those that belong to no shard."""
+        encoder = () if self.encoder is None else (*self.encoder.files, self.encoder.vectors)
+        return (self.index, self.items, *self.tokenizer, *encoder)
 
     @property
     def split_times(self) -> SplitTimes:
@@ -157,6 +183,11 @@ class Manifest(Section):
             shards = [shard.model_dump_json() for shard in self.shards if shard.part == number]
             found.append(storage.sha256("\n".join([*found[-1:], fixed, part.model_dump_json(), *shards]).encode()))
         return tuple(found)
+
+
+def with_vectors(width: int) -> pa.Schema:
+    """TOKENS_SCHEMA with a column VECTOR: `width` numbers of float16, little-endian."""
+    return TOKENS_SCHEMA.append(pa.field(VECTOR, pa.binary(2 * width)))
 
 
 def read_manifest(uri: str) -> Manifest:

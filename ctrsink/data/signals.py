@@ -4,6 +4,7 @@ import numpy as np
 
 from ctrsink.config.data import Signal
 from ctrsink.data.order import mix64
+from ctrsink.data.similarity import similarity_bucket
 
 
 def log_bucket(seconds: np.ndarray, buckets: int) -> np.ndarray:
@@ -13,7 +14,11 @@ def log_bucket(seconds: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def signal_ids(
-    signals: tuple[Signal, ...], timestamps: np.ndarray, buckets: int, lengths: np.ndarray | None = None
+    signals: tuple[Signal, ...],
+    timestamps: np.ndarray,
+    buckets: int,
+    lengths: np.ndarray | None = None,
+    cosines: np.ndarray | None = None,
 ) -> np.ndarray:
     """Buckets of chronologies whose last event is the target.
 
@@ -22,15 +27,16 @@ def signal_ids(
         timestamps: int64 [N], seconds, oldest first within each chronology.
         buckets: rows of each signal's table.
         lengths: events of each chronology, none of them 0; left out, there is one.
+        cosines: [N], of each event with its target, NaN where unknown; for `similarity` only.
 
     Returns:
         int64 [N, S]. The target's own row is there too: a sequence of several targets, each becoming a behaviour, uses it.
     """
     lengths = np.array([len(timestamps)]) if lengths is None else lengths
-    return np.stack([_bucket(signal, timestamps, buckets, lengths) for signal in signals], axis=1)
+    return np.stack([_bucket(signal, timestamps, buckets, lengths, cosines) for signal in signals], axis=1)
 
 
-def _bucket(signal: Signal, timestamps: np.ndarray, buckets: int, lengths: np.ndarray) -> np.ndarray:
+def _bucket(signal: Signal, timestamps: np.ndarray, buckets: int, lengths: np.ndarray, cosines: np.ndarray | None) -> np.ndarray:
     ends = np.cumsum(lengths)
     match signal:
         case "recency_rank":
@@ -41,6 +47,9 @@ def _bucket(signal: Signal, timestamps: np.ndarray, buckets: int, lengths: np.nd
             gaps = log_bucket(np.diff(timestamps, prepend=timestamps[:1]), buckets)
             gaps[ends - lengths] = 0
             return gaps
+        case "similarity":
+            assert cosines is not None
+            return similarity_bucket(cosines, buckets)
         case "random":
             return (mix64(timestamps) % np.uint64(buckets)).astype(np.int64)
         case "none":

@@ -36,6 +36,8 @@ class SequenceSource:
     def __init__(self, dataset: Dataset, split: str, layout: Layout, newest: bool = False) -> None:
         self.dataset, self.split, self.layout = dataset, split, layout
         self._impressions = dataset.index[f"{split}_impressions"]
+        if layout.needs_vectors:
+            dataset.use_vectors()
         newest = newest and len(dataset.manifest.parts) > 1
         if newest:
             older = sum(shard.part < len(dataset.manifest.parts) - 1 for shard in dataset.manifest.shards)
@@ -68,7 +70,7 @@ class SequenceSource:
         """Events of each sequence, about: exact where every event is an impression."""
         users, pieces = self.owners(ids)
         past = self._past[users] + pieces * self.layout.targets
-        return self._targets(users, pieces) + np.minimum(self.layout.history, past)
+        return self._targets(users, pieces) + np.minimum(self.layout.retrieve or self.layout.history, past)
 
     def build(self, ids: np.ndarray, counted: np.ndarray | None = None) -> Batch:
         """The sequences `ids` as one batch; where `counted` is False a row only fills it."""

@@ -18,7 +18,6 @@ from ctrsink.data.manifest import (
     MANIFEST_NAME,
     SHARD_SCHEMA,
     SPLITS,
-    TOKENS_SCHEMA,
     WORK,
     FileEntry,
     Manifest,
@@ -59,7 +58,7 @@ def verify(uri: str, tell: Callable[[str], None]) -> dict[str, Any]:
         InputError: a file is bad, or there is no manifest to go by.
     """
     manifest = read_manifest(uri)
-    entries = [manifest.index, manifest.items, *manifest.tokenizer]
+    entries = list(manifest.common_files)
     entries += [file for shard in manifest.shards for file in (shard.events_file, shard.tokens_file)]
     bad: list[str] = []
     for path, problem in _problems(uri, manifest):
@@ -91,7 +90,7 @@ def _problems(uri: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield MANIFEST_NAME, f"has shards of a part that is none of its {len(manifest.parts)}"
         return
     found = _Found()
-    for entry in manifest.tokenizer:
+    for entry in manifest.common_files[2:]:  # of index and items more is known
         _read(uri, entry, found)
     _check_items(uri, manifest, found)
     index = _check_index(uri, manifest, found)
@@ -173,7 +172,7 @@ def _check_index(uri: str, manifest: Manifest, found: _Found) -> dict[str, np.nd
 def _check_shard(uri: str, manifest: Manifest, number: int, index: dict[str, np.ndarray] | None) -> _Found:
     found, shard = _Found(), manifest.shards[number]
     events = _read_table(uri, shard.events_file, SHARD_SCHEMA, found)
-    tokens = _read_table(uri, shard.tokens_file, TOKENS_SCHEMA, found)
+    tokens = _read_table(uri, shard.tokens_file, manifest.tokens_schema, found)
     mentioned = None
     if events is not None and _check_lists(events, shard, manifest, found):
         _check_counts(events, number, manifest, index, found)

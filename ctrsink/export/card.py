@@ -87,13 +87,17 @@ def _training(run: TrainedRun) -> str:
         [
             f"{checkpoint.step:,} optimiser steps of {spec.train.batch_size} sequences: {checkpoint.position:,} sequences with "
             f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {spec.train.precision}, examples "
-            f"`{layout.examples}`, history of {layout.history} behaviours.",
+            f"`{layout.examples}`, history of {layout.history} behaviours{_retrieved(layout.retrieve)}.",
             "",
             "| stage | readout over | length | learning rate of what is trained |",
             "| --- | --- | --- | --- |",
             *rows,
         ]
     )
+
+
+def _retrieved(count: int | None) -> str:
+    return "" if count is None else f", of which the {count} most similar to the target are kept"
 
 
 def _stage_row(stage: StageSpec) -> str:

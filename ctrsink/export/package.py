@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from ctrsink import storage
+from ctrsink.data.encoder import write_files
 from ctrsink.data.manifest import read_file
 from ctrsink.errors import InputError
 from ctrsink.export.card import CARD_NAME, model_card
@@ -49,9 +50,11 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         for entry in run.dataset.manifest.tokenizer:
             (folder / Path(entry.path).name).write_bytes(read_file(run.dataset.uri, entry))
+        for entry in run.dataset.manifest.encoder.files if config.encoder and run.dataset.manifest.encoder else ():
+            write_files(folder, {entry.path: read_file(run.dataset.uri, entry)})
         (folder / CARD_NAME).write_text(model_card(run, dtype), "utf-8")
         config.to_json_file(folder / CONFIG_NAME, use_diff=True)
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     log.info("exported step %d of %s to %s", run.checkpoint.step, run_dir, to)
     return {
         "model": to,
@@ -88,6 +91,9 @@ def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
         text=manifest.text.model_dump(mode="json"),
         prefix_tokens=list(manifest.prefix_tokens),
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
+        encoder=manifest.encoder.model_dump(include={"max_tokens", "fingerprint"})
+        if manifest.encoder and run.layout.needs_vectors
+        else None,
     )
 
 

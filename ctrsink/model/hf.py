@@ -40,6 +40,8 @@ class CTRSinkConfig(PretrainedConfig):
     prefix_tokens: list[int] | None = None
     """Tokens at the start of every sequence."""
     tokenizer_fingerprint: str | None = None
+    encoder: dict[str, Any] | None = None
+    """`max_tokens` and `fingerprint` of the text encoder in the folder `encoder`, where sequences depend on items' vectors."""
 
     def model_spec(self) -> ModelSpec:
         """The ModelSpec of the merged model: no LoRA, a backbone from its configuration."""

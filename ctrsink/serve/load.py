@@ -5,18 +5,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ctrsink import storage
+from ctrsink.data.encoder import FOLDER, Encoder, folder_fingerprint
 from ctrsink.data.tokenize import fingerprint
 from ctrsink.errors import InputError
 from ctrsink.model.hf import FORMAT, CTRSinkConfig, CTRSinkModel
 
 
-def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedTokenizerBase]:
-    """The model in the folder `uri`, local or s3://, in evaluation mode, and its tokenizer.
+def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedTokenizerBase, Encoder | None]:
+    """The model in the folder `uri`, local or s3://, in evaluation mode, its tokenizer, and the encoder of items if it needs one.
 
     Raises:
         InputError: `uri` holds no exported model, one of another format, or one that is damaged.
@@ -29,14 +31,24 @@ def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedT
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the model {uri} is damaged ({reason}): export it again") from None
-    model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
+        model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
+        encoder = _encoder(uri, folder, model.config.encoder, device)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
             name = sorted(map(str, found[kind]))[0]
             raise InputError(f"the weights of the model {uri} do not fit its configuration ({kind} {name}): export it again")
     if fingerprint(tokenizer) != model.config.tokenizer_fingerprint:
         raise InputError(f"the tokenizer in {uri} is not the one the model was trained with: export it again")
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer, encoder
+
+
+def _encoder(uri: str, folder: Path, entry: dict[str, Any] | None, device: str) -> Encoder | None:
+    """The encoder in the model's folder, which must be the one that its data set was prepared with."""
+    if entry is None:
+        return None
+    if folder_fingerprint(folder / FOLDER, entry["max_tokens"]) != entry["fingerprint"]:
+        raise InputError(f"the encoder in {uri} is not the one the model was trained with: export it again")
+    return Encoder(folder / FOLDER, entry["max_tokens"], f"{uri}/{FOLDER}", device)
 
 
 def _check_config(uri: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ctrsink import storage
 from ctrsink.config.data import TextSpec
 from ctrsink.data.collate import collate
+from ctrsink.data.encoder import Encoder
 from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
 from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts
 from ctrsink.data.tokenize import encode
@@ -29,11 +30,12 @@ class Scorer:
     Args:
         model: in evaluation mode.
         tokenizer: the one it was trained with.
+        encoder: that of its data set, where sequences depend on items' vectors.
     """
 
-    def __init__(self, model: CTRSinkModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: CTRSinkModel, tokenizer: PreTrainedTokenizerBase, encoder: Encoder | None = None) -> None:
         config = model.config
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
         self.text = TextSpec.model_validate(config.text)
         self.fields = template_fields(self.text.item)
         self.prefix = np.array(config.prefix_tokens, np.int64)
@@ -77,9 +79,11 @@ class Scorer:
         return out
 
     def _sequences(self, request: Request) -> list[Sequence]:
-        """The history and candidates behind it, CANDIDATES at a time."""
+        """The history and candidates behind it, as many as may share one."""
         count = len(request.history)
-        texts = self._item_tokens([*(b.item for b in request.history), *request.candidates])
+        items = [*(b.item for b in request.history), *request.candidates]
+        texts = self._item_tokens(items)
+        vectors = self.encoder and self.encoder.encode(self._item_texts(items))
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
         rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
         feedback_rows = feedback_ids(self.text, rendered, given)
@@ -94,14 +98,19 @@ class Scorer:
             labels=np.zeros(count + candidates, np.int8),
             known=np.append(np.arange(count), np.full(candidates, count)),
         )
+        # What depends on the candidate's vector is no history that candidates share.
+        together = 1 if self.layout.needs_vectors else CANDIDATES
         return [
-            build_sequence(chronology, chosen, self.layout, texts, feedbacks, self.prefix)
-            for chosen in np.split(np.arange(count, count + candidates), range(CANDIDATES, candidates, CANDIDATES))
+            build_sequence(chronology, chosen, self.layout, texts, feedbacks, self.prefix, vectors)
+            for chosen in np.split(np.arange(count, count + candidates), range(together, candidates, together))
         ]
 
+    def _item_texts(self, items: list[dict[str, Any]]) -> list[str]:
+        return item_texts(self.text.item, item_table(items, self.fields))
+
     def _item_tokens(self, items: list[dict[str, Any]]) -> Ragged:
-        rendered = item_texts(self.text.item, item_table(items, self.fields))
-        tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in encode(self.tokenizer, rendered)]
+        rendered = encode(self.tokenizer, self._item_texts(items))
+        tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in rendered]
         empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
         if empty is not None:
             raise InputError(f"the text of the item {json.dumps(items[empty], ensure_ascii=False)} is empty: fill in its fields")

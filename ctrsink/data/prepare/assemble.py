@@ -10,7 +10,7 @@ from ctrsink import storage
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_ipc, pc, to_ipc, to_parquet
 from ctrsink.data.chronology import NO_LABEL, PAST, Chronologies
-from ctrsink.data.manifest import SHARD_SCHEMA, TOKENS_SCHEMA, FileEntry, ShardEntry, SplitTimes
+from ctrsink.data.manifest import SHARD_SCHEMA, TOKENS_SCHEMA, VECTOR, FileEntry, ShardEntry, SplitTimes
 from ctrsink.data.prepare.partition import Partition, read_ids
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.render import feedback_ids
@@ -35,6 +35,8 @@ class Assembly:
     """File of the ids of all items."""
     tokens: str
     """File of the tokens of all items."""
+    vectors: str | None
+    """File of the vectors of all items, where they have any."""
     part: int
     first_shard: int
     """Number of the part's first shard in the data set."""
@@ -66,7 +68,9 @@ class Assembly:
         }
         table = _shard(columns, found)
         mentioned = pc.unique(columns["item"]).sort()
-        sidecar = pa.Table.from_arrays([mentioned, _tokens(self.tokens).take(mentioned)], schema=TOKENS_SCHEMA)
+        sidecar = pa.Table.from_arrays([mentioned, _column(self.tokens, "tokens").take(mentioned)], schema=TOKENS_SCHEMA)
+        if self.vectors:
+            sidecar = sidecar.append_column(VECTOR, _column(self.vectors, VECTOR).take(mentioned))
         shard = self.first_shard + number
         name = f"shards/{shard:05d}"
         entry = ShardEntry(
@@ -137,6 +141,6 @@ def _shard(columns: dict[str, pa.ChunkedArray | pa.Array], users: Chronologies) 
 
 
 @lru_cache(maxsize=2)
-def _tokens(path: str) -> pa.Array:
-    """Token ids of all items, list<int32>; a file of that name never changes."""
-    return from_ipc(storage.read_bytes(path)).column("tokens").combine_chunks()
+def _column(path: str, name: str) -> pa.Array:
+    """A value of each item: its token ids, list<int32>, or its vector; a file of that name never changes."""
+    return from_ipc(storage.read_bytes(path)).column(name).combine_chunks()

@@ -12,10 +12,20 @@ from transformers import PreTrainedTokenizerBase
 
 from ctrsink import __version__, storage
 from ctrsink.config.data import PrepareSpec
-from ctrsink.data import chronology, tokenize
+from ctrsink.data import chronology, encoder, tokenize
 from ctrsink.data.arrow import to_parquet
 from ctrsink.data.events import OnBadRow
-from ctrsink.data.manifest import FORMAT, MANIFEST_NAME, WORK, Manifest, PartEntry, ShardEntry, read_file, read_manifest
+from ctrsink.data.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    WORK,
+    EncoderEntry,
+    Manifest,
+    PartEntry,
+    ShardEntry,
+    read_file,
+    read_manifest,
+)
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import Execute, in_process
 from ctrsink.data.prepare.items import Items
@@ -24,6 +34,7 @@ from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.places import Places
 from ctrsink.data.prepare.progress import Done, reported
 from ctrsink.data.prepare.survey import Totals, count_splits, split_times
+from ctrsink.data.prepare.vectors import Encoding
 from ctrsink.data.render import feedback_table
 from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError, first_line
@@ -54,7 +65,8 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
     """Append the log that `spec` names, newer than all there is, as a new part to the data set `to`.
 
     Chronologies of the new shards begin with their users' latest `spec.past_events` events, as history. Nothing that the data set
-    holds changes, and readers of the old manifest are not disturbed. Tokenizer, templates and label rule are the data set's.
+    holds changes, and readers of the old manifest are not disturbed. Tokenizer, encoder, templates and label rule are the data
+    set's.
 
     Raises:
         InputError: there is no data set, the log or the configuration cannot be used, or an event is not newer.
@@ -113,8 +125,9 @@ class _Build:
         source = open_source(self.spec.source)
         listed = source.items()
         blocks = tuple(source.blocks(self.spec.block_bytes))
-        # A tokenizer that cannot be had is found before hours of work.
+        # A tokenizer or an encoder that cannot be had is found before hours of work.
         tokenizer = self._given_tokenizer()
+        encoding = Encoding.of(self.spec.encoder, self.to, self.work, self.base)
         items = Items.of(listed, self.spec.text) if listed is not None else None
         if self.base is not None:
             old = Items(pq.read_table(io.BytesIO(read_file(self.to, self.base.items))))
@@ -146,18 +159,20 @@ class _Build:
         tokenizer = tokenizer or tokenize.make_tokenizer(self.spec.tokenizer, [*items.texts, *texts])
         ids = items.write_ids(self.work)
         tokens = items.write_tokens(self.work, tokenizer, self.spec.text.max_item_tokens)
+        vectors = encoding and encoding.write_vectors(self.to, self.work, items, self.execute, self._folder)
         ranges = tuple(chronology.cut_shards(totals.prefix_events, self.spec.shard_events))
         past = Past(self.to, self.base, self.spec.past_events) if self.base else None
         assembly = Assembly(
             partition=partition,
             to=self.to,
-            folder=self._folder("shards", partition.folder, ranges, times, texts, ids, tokens, past),
+            folder=self._folder("shards", partition.folder, ranges, times, texts, ids, tokens, vectors, past),
             slice_ends=tuple(survey.slice_ends for survey in surveys()),
             ranges=ranges,
             split_times=times,
             feedback_texts=texts,
             items=ids,
             tokens=tokens,
+            vectors=vectors,
             part=len(self.base.parts) if self.base else 0,
             first_shard=len(self.base.shards) if self.base else 0,
             past=past,
@@ -166,7 +181,13 @@ class _Build:
             # Only now, with all the input good, is anything at the place changed. Entries that an attempt with another
             # configuration left speak of shards that are gone then.
             stale = [name for name in storage.list_dirs(self.work) if name.startswith("shards-")]
-            for old_file in (MANIFEST_NAME, *(storage.join(WORK, name) for name in stale), "shards", tokenize.FOLDER):
+            for old_file in (
+                MANIFEST_NAME,
+                *(storage.join(WORK, name) for name in stale),
+                "shards",
+                tokenize.FOLDER,
+                encoder.FOLDER,
+            ):
                 storage.delete(storage.join(self.to, old_file))
         shards, index = self._write(assembly, totals)
         written = sum(entry.events for entry in shards)
@@ -182,7 +203,8 @@ class _Build:
             skipped_rows=totals.rows - totals.events,
             past_events=self.spec.past_events if self.base else 0,
         )
-        return self._manifest(part, shards, index, items, tokenizer, texts)
+        encoded = encoding and vectors and encoding.entry(self.to, vectors)
+        return self._manifest(part, shards, index, items, tokenizer, encoded or None, texts)
 
     def _folder(self, name: str, *facts: object) -> str:
         """Below the work folder, a name that depends on all that the results there depend on."""
@@ -192,7 +214,7 @@ class _Build:
         """A folder without a manifest of ours, and without work of ours, keeps what is in it."""
         if any(storage.exists(storage.join(self.to, name)) for name in (MANIFEST_NAME, WORK)):
             return
-        for name in ("shards", tokenize.FOLDER):
+        for name in ("shards", tokenize.FOLDER, encoder.FOLDER):
             if storage.exists(storage.join(self.to, name)):
                 raise InputError(f"{self.to} holds a folder {name} that is not a data set's: choose another folder, or remove it")
 
@@ -266,6 +288,7 @@ class _Build:
         index: pa.Table,
         items: Items,
         tokenizer: PreTrainedTokenizerBase,
+        encoded: EncoderEntry | None,
         texts: tuple[str, ...],
     ) -> Manifest:
         base = self.base
@@ -283,6 +306,7 @@ class _Build:
             items=put(self.to, "items", ".parquet", to_parquet(items.table), appended=base is not None),
             tokenizer=files,
             tokenizer_fingerprint=tokenize.fingerprint(tokenizer),
+            encoder=encoded,
             text=self.spec.text,
             positive_from=self.spec.positive_from,
             prefix_tokens=tuple(tokenize.prefix_tokens(tokenizer, self.spec.text.prefix)),

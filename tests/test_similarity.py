@@ -1,0 +1,126 @@
+"""Similarity buckets and retrieval against plain loops, alone and in the sequences that are built of them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctrsink.config import parse_run
+from ctrsink.config.data import Signal
+from ctrsink.data.examples import Chronology, Layout, build_sequence
+from ctrsink.data.signals import signal_ids
+from ctrsink.data.similarity import cosines, most_similar, similarity_bucket
+from ctrsink.errors import InputError
+from tests.builders import FEEDBACKS, TEXTS, chronologies
+from tests.serving_fixtures import LLAMA
+
+# Quarters: their products are exact in any order of summation. Some rows are zero: unknown.
+quarters = st.lists(st.integers(-2, 2), min_size=4, max_size=4)
+ITEMS = len(TEXTS.offsets) - 1
+
+
+def tables(rows: int) -> st.SearchStrategy[np.ndarray]:
+    return st.lists(quarters, min_size=rows, max_size=rows).map(lambda found: np.array(found, np.float16).reshape(rows, 4) / 4)
+
+
+def plain_cosine(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) if any(a) and any(b) else math.nan
+
+
+def plain_bucket(cosine: float, buckets: int) -> int:
+    return 0 if math.isnan(cosine) else 1 + min(buckets - 2, math.floor((cosine + 1) / 2 * (buckets - 1)))
+
+
+def plain_choice(cosine: list[float], count: int) -> list[int]:
+    """Numbers of the most similar, ascending; the later first where they are alike, the unknown last."""
+    ranked = sorted(range(len(cosine)), key=lambda i: (-2 if math.isnan(cosine[i]) else cosine[i], i), reverse=True)
+    return sorted(ranked[:count])
+
+
+@given(tables(6), st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=7), min_size=1, max_size=5), st.integers(1, 6))
+def test_cosines_and_choices_of_many_chronologies_equal_a_plain_loop(
+    vectors: np.ndarray, histories: list[list[int]], count: int
+) -> None:
+    """The last of each list is its target."""
+    lengths = np.array([len(history) for history in histories])
+    targets = np.array([history[-1] for history in histories]).repeat(lengths)
+    found = cosines(vectors, np.concatenate(histories), targets)
+    table = vectors.tolist()
+    expected = [[plain_cosine(table[i], table[history[-1]]) for i in history] for history in histories]
+    np.testing.assert_array_equal(found, np.concatenate(expected).astype(np.float32))
+    kept = np.split(most_similar(found, lengths, count), lengths.cumsum()[:-1])
+    for which, cosine in zip(kept, expected, strict=True):
+        assert np.flatnonzero(which).tolist() == [*plain_choice(cosine[:-1], count), len(cosine) - 1]
+
+
+@given(st.lists(st.floats(-1, 1, width=32) | st.just(math.nan), min_size=1), st.integers(2, 200))
+def test_buckets_are_linear_and_leave_zero_to_the_unknown(cosine: list[float], buckets: int) -> None:
+    found = similarity_bucket(np.array(cosine, np.float32), buckets)
+    assert found.tolist() == [plain_bucket(value, buckets) for value in cosine]
+    assert similarity_bucket(np.array([-1, 1], np.float32), buckets).tolist() == [1, buckets - 1]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Chronology, int, Layout, np.ndarray]:
+    chronology = draw(chronologies())
+    target = draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
+    signals: tuple[Signal, ...] = draw(st.sampled_from([(), ("similarity",), ("previous_gap", "similarity", "recency_rank")]))
+    history = draw(st.integers(1, 6))
+    layout = Layout("per_target", history, 1, signals, draw(st.sampled_from([2, 10])), draw(st.none() | st.integers(1, history)))
+    return chronology, target, layout, draw(tables(ITEMS))
+
+
+@given(cases())
+def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whole_history(
+    case: tuple[Chronology, int, Layout, np.ndarray],
+) -> None:
+    chronology, target, layout, vectors = case
+    prefix = np.array([90])
+    built = build_sequence(chronology, np.array([target]), layout, TEXTS, FEEDBACKS, prefix, vectors)
+    table = vectors.tolist()
+    window = list(range(max(0, target - layout.history), target))
+    cosine = [plain_cosine(table[chronology.texts[i]], table[chronology.texts[target]]) for i in window]
+    chosen = plain_choice(cosine, len(window) if layout.retrieve is None else layout.retrieve)
+    # A chronology of just those events, without retrieval, reads the same; its signals would not be.
+    rows = np.array([*(window[i] for i in chosen), target])
+    columns = (getattr(chronology, name)[rows] for name in ("texts", "feedbacks", "timestamps", "labels"))
+    plain = dataclasses.replace(layout, retrieve=None, signals=("none",) if layout.signals else ())
+    expected = build_sequence(Chronology(*columns), np.array([len(rows) - 1]), plain, TEXTS, FEEDBACKS, prefix)
+    for name in ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions", "labels"):
+        assert getattr(built, name).tolist() == getattr(expected, name).tolist()
+    assert built.targets.tolist() == [target]
+    others = tuple(signal for signal in layout.signals if signal != "similarity")
+    for column, signal in enumerate(layout.signals):
+        if signal == "similarity":
+            wanted = [plain_bucket(cosine[i], layout.buckets) for i in chosen]
+        else:
+            known = signal_ids(others, chronology.timestamps[: target + 1], layout.buckets)[:, others.index(signal)]
+            wanted = known[[window[i] for i in chosen]].tolist()
+        assert built.signals[:, column].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "signals", "message"),
+    [
+        ({"examples": "per_user"}, ["similarity"], "model.sinks.signals: similarity depends on the target"),
+        ({"examples": "per_user", "retrieve": 3}, ["none"], "data: retrieve chooses behaviours for one target"),
+        ({"history": 4, "retrieve": 5}, ["none"], "data: retrieve 5 is more than history 4"),
+        ({"retrieve": 0}, ["none"], "data.retrieve"),
+    ],
+)
+def test_what_has_no_single_target_or_nothing_to_choose_from_is_refused(
+    data: dict[str, Any], signals: list[str], message: str
+) -> None:
+    tree = {
+        "run_dir": "run",
+        "data": {"uri": "data", **data},
+        "model": {"backbone": {"config": LLAMA}, "sinks": {"signals": signals}},
+        "stages": [{"name": "only", "trainable": ["sink"], "lr": {"sink": 0.1}, "steps": 1}],
+    }
+    with pytest.raises(InputError) as refused:
+        parse_run(tree, "test")
+    assert message in str(refused.value)
