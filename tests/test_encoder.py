@@ -122,15 +122,14 @@ def test_only_new_items_are_encoded_when_a_log_is_appended(tiny: Path, tmp_path:
 def test_an_interrupted_preparation_repeats_no_vector_and_gives_the_same_bytes(
     tiny: Path, tmp_path: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors, "CHUNK", 2)
+    monkeypatch.setattr(vectors, "CHUNK", 1)
     spec = spec_with(tiny, write_log(tmp_path / "log.csv", ROWS), block_bytes=4096)
     counting = Counting()
     manifest = prepare(spec, str(tmp_path / "whole"), execute=counting)
     whole = sorted(encoded)
     encoded.clear()
-    chunks = -(-len(whole) // 2)
-    assert chunks > 6
-    blocks = counting.done - len(manifest.shards) - chunks
+    assert len(whole) > 6
+    blocks = counting.done - len(manifest.shards) - len(whole)
     for limit in (blocks + 1, 1, 1):
         assert len(encoded) < len(whole)
         with pytest.raises(KeyboardInterrupt):
