@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -11,7 +10,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789()-.,'\"éè"
 
 
-def write_encoder(folder: Path, seed: int = 0, pooling: str | None = "mean_tokens", **config: Any) -> Path:
+def write_encoder(folder: Path, seed: int = 0, pooling: str | None = "mean_tokens") -> Path:
     """Write a BERT of two layers that reads characters; `pooling` None leaves out what sentence-transformers adds."""
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *_CHARACTERS]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
@@ -21,11 +20,18 @@ def write_encoder(folder: Path, seed: int = 0, pooling: str | None = "mean_token
     core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    model = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, initializer_range=0.5, **sizes | config))
+    config = BertConfig(
+        vocab_size=len(words),
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     if pooling is not None:
         kinds = ["Transformer", "Pooling", "Normalize"]
         modules = [{"idx": i, "name": str(i), "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]

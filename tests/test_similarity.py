@@ -93,7 +93,7 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
     for name in ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions", "labels"):
         assert getattr(built, name).tolist() == getattr(expected, name).tolist()
     assert built.targets.tolist() == [target]
-    others = tuple(signal for signal in layout.signals if signal != "similarity")
+    others: tuple[Signal, ...] = tuple(signal for signal in layout.signals if signal != "similarity")
     for column, signal in enumerate(layout.signals):
         if signal == "similarity":
             wanted = [plain_bucket(cosine[i], layout.buckets) for i in chosen]
