@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,8 @@ def test_requests_are_split_as_by_a_plain_loop(users: list[tuple[Chronology, int
             last = shards.pop()
             begin = len(last.texts)
             columns = [
-                np.append(getattr(last, n), getattr(chronology, n)) for n in ("texts", "feedbacks", "timestamps", "labels", "known")
+                np.append(getattr(last, n), getattr(chronology, n))
+                for n in ("texts", "feedbacks", "timestamps", "labels", "known")
             ]
             shards.append(Events(*columns, TEXTS))
         else:
@@ -154,13 +156,11 @@ def test_requests_are_split_as_by_a_plain_loop(users: list[tuple[Chronology, int
             sizes[-1] += 1
     cuts, owner = split_requests(Cuts(shards, np.array(sizes), np.array(begins), Ragged.of(pieces)))
     rows, offsets = cuts.targets.values, cuts.targets.offsets
-    assert [rows[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == expected
+    assert [rows[a:b].tolist() for a, b in pairwise(offsets.tolist())] == expected
     assert owner.tolist() == owners
     assert cuts.begins.tolist() == [begins[o] for o in owners]
     ends = np.cumsum(sizes)
-    assert cuts.sizes.tolist() == [
-        sum(a <= o < b for o in owners) for a, b in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)
-    ]
+    assert cuts.sizes.tolist() == [sum(a <= o < b for o in owners) for a, b in pairwise([0, *ends.tolist()])]
 
 
 def make_requests(folder: Path, second: bool = False) -> str:
@@ -240,7 +240,6 @@ def test_an_epoch_of_requests_trains_each_impression_once_for_any_workers(
     counted = 0
     for rank in range(world):
         stream = TrainStream(source, 5, 2, batch_size, accumulation, rank, world)
-        # Whole steps until an epoch has passed; what lies in the next epoch is what it begins with.
         for step in stream.steps(0, total):  # `batch_size` epochs
             assert len(step.micro_batches) == accumulation
             counted += step.impressions if rank == 0 else 0
