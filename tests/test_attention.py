@@ -18,7 +18,7 @@ from ctrsink.model import attention
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.packing import Packing
-from ctrsink.model.rows import restricted_rows, visible
+from ctrsink.model.rows import target_rows, visible
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
@@ -148,7 +148,7 @@ def test_visibility_is_the_written_rule(seed: int, per_user: bool) -> None:
     for sinks_only in (True, False):
         for window in (None, 2):
             assert torch.equal(visible(batch, every, sinks_only, window), plain_mask(batch, sinks_only, window))
-    assert restricted_rows(batch, False, None) is None
+    assert target_rows(batch, False, None) is None
 
 
 def bias_by_loop(module: InterSinkBias, sinks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,7 @@ class RunSpec(Section):
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stages: two stages have the same name")
-        owners = {"sink": self.model.sinks, "bias": self.model.bias, "lora": self.model.lora}
+        owners = {"sink": self.model.sinks, "bias": self.model.bias or self.model.temporal or None, "lora": self.model.lora}
         for stage in self.stages:
             for group in stage.trainable:
                 if group in owners and owners[group] is None:

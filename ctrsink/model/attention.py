@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ctrsink.batch import Batch
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.packing import Packing
-from ctrsink.model.rows import Rows, readout_rows, restricted_rows, sink_rows, windowed
+from ctrsink.model.rows import Rows, sink_rows, target_rows, windowed
 
 BACKEND = "ctrsink_sdpa"
 
@@ -65,16 +65,13 @@ class SdpaPlan(AttentionPlan):
 def plan(batch: Batch, sinks_only: bool, window: int | None = None, temporal: bool = False) -> SdpaPlan:
     """The plan of a batch; `temporal`: the rows of readouts get a bias of their own."""
     packing = Packing.of(batch)
-    targets = restricted_rows(batch, sinks_only, window)
-    if targets is None and temporal:
-        targets = readout_rows(batch, window)
     base = windowed(batch, window)
     return SdpaPlan(
         packing=packing,
         sinks=sink_rows(batch, window),
         sink_valid=batch.sink_valid,
         packed_sinks=packing.find(batch.sink_positions),
-        targets=targets,
+        targets=target_rows(batch, sinks_only, window, temporal),
         base=None if base is None else base[:, None],
         window=window,
     )
@@ -97,7 +94,9 @@ def _compute_table(bias: InterSinkBias, module: nn.Module, args: tuple[Any, ...]
     if given is None:  # the layer above drops keywords: CTRModel finds that the plan was not followed
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    given.tables[layer_index(module)] = bias(hidden[0][given.packed_sinks], given.sink_valid, given.window)
+    # Slots that are not valid point anywhere: without causal order they take part, but must not bring in other sequences.
+    states = hidden[0][given.packed_sinks].masked_fill(~given.sink_valid[..., None], 0.0)
+    given.tables[layer_index(module)] = bias(states, given.sink_valid, given.window)
 
 
 def layer_index(module: nn.Module) -> int:

@@ -17,14 +17,20 @@ class Rows:
     """bool [B, R, L]."""
 
 
-def restricted_rows(batch: Batch, sinks_only: bool, window: int | None) -> Rows | None:
+def target_rows(batch: Batch, sinks_only: bool, window: int | None, readouts: bool = False) -> Rows | None:
     """The rows of targets that see less than all that lies before them; None where there are none.
 
     Targets that share a history do not see one another (DTI, arXiv 2503.01001). With `sinks_only` (readout over sinks, form
     attend) an aligned position sees the prefix, its own event and, of other events, the sinks (CTR-Sink, arXiv 2508.03668,
     two-stage training). Rows that a window alone narrows are not among them: it narrows all, see `windowed`.
+
+    Args:
+        readouts: the rows of all readouts too, whatever they see: they have a bias of their own.
     """
     rows = batch.aligned if sinks_only else batch.candidate & (_candidates(batch) > 1)[:, None]
+    if readouts:
+        rows = rows.scatter(1, batch.readout_positions, True)
+        rows[:, -1] = False  # padding, where slots that are not used point
     count = int(rows.sum(1).max())
     if count == 0:
         return None
@@ -38,14 +44,9 @@ def sink_rows(batch: Batch, window: int | None) -> Rows:
     return Rows(batch.sink_positions, visible(batch, batch.sink_positions, False, window))
 
 
-def readout_rows(batch: Batch, window: int | None) -> Rows:
-    """The rows of the readouts where nothing but a window restricts them."""
-    return Rows(batch.readout_positions, visible(batch, batch.readout_positions, False, window))
-
-
 def windowed(batch: Batch, window: int | None) -> torch.Tensor | None:
     """What every position sees, bool [B, L, L]; None where no sequence is longer than the window."""
-    if window is None or int(batch.event_ids.max()) <= window + 1:
+    if window is None or int(_places(batch).max()) <= window + 1:
         return None
     b, length = batch.event_ids.shape
     every = torch.arange(length, device=batch.event_ids.device).expand(b, length)
@@ -67,11 +68,19 @@ def visible(batch: Batch, positions: torch.Tensor, sinks_only: bool, window: int
         through = ((kind == SINK) | (kind == PREFIX))[:, None, :]
         seen &= same | through | ~batch.aligned.gather(1, positions)[:, :, None]
     if window is not None:
-        # Padding has event 0, as the prefix has; it comes after everything else.
-        seen &= (own_event - event[:, None, :] <= window) | (kind == PREFIX)[:, None, :]
+        # Padding has place 0, as the prefix has; it comes after everything else.
+        place = _places(batch)
+        distance = place.gather(1, positions)[:, :, None] - place[:, None, :]
+        seen &= (distance <= window) | (kind == PREFIX)[:, None, :]
     seen &= columns <= positions[:, :, None]
     # Padding's own row may see nothing else: a softmax over nothing is nan.
     return seen | (columns == positions[:, :, None])
+
+
+def _places(batch: Batch) -> torch.Tensor:
+    """What a window counts, int32 [B, L]: event_ids, but all candidates stand in the place of the first of them."""
+    first = batch.event_ids.masked_fill(~batch.candidate, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
+    return torch.where(batch.candidate, first, batch.event_ids)
 
 
 def _candidates(batch: Batch) -> torch.Tensor:

@@ -1,0 +1,278 @@
+"""The three forms of examples: `per_request` is `per_target` for less work, and what `per_user` may and may not see."""
+
+import dataclasses
+import json
+from collections import Counter
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrsink.batch import Batch
+from ctrsink.config.data import ColumnSpec, PrepareSpec, Signal, SourceSpec, SplitSpec, TokenizerSpec
+from ctrsink.config.model import BiasSpec, ModelSpec, SinkSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.train import EvaluateSpec
+from ctrsink.data.collate import collate
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.examples import Chronology, Cuts, Events, Layout, Ragged, build_sequence, build_sequences, split_requests
+from ctrsink.data.prepare.build import prepare
+from ctrsink.data.stream import SequenceSource, TrainStream
+from ctrsink.dist import Topology
+from ctrsink.evaluate.evaluator import predict
+from ctrsink.model.build import build_model
+from ctrsink.model.ctr import CTRModel
+from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, make_log, tiny_spec
+
+SIGNALS: tuple[Signal, ...] = ("time_gap", "recency_rank", "previous_gap")
+READOUTS = [ReadoutSpec(over=over, form=form) for over in ("all", "sinks") for form in ("attend", "pool")]
+close = torch.testing.assert_close
+
+
+def spec_of(kind: str = "llama", temporal: bool = False, window: int | None = None) -> ModelSpec:
+    spec = tiny_spec(kind, bias=BiasSpec(layers=1.0, gamma=2.0))
+    sinks = SinkSpec(signals=SIGNALS, buckets=10, embedding_size=8)
+    return spec.model_copy(update={"sinks": sinks, "temporal": temporal, "window": window})
+
+
+@lru_cache
+def model_of(kind: str, temporal: bool, window: int | None = None, vocabulary: int = VOCABULARY) -> CTRModel:
+    """A tiny model whose temporal bias is random."""
+    model = build_model(spec_of(kind, temporal, window), vocabulary, 1).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.temporal.parameters():
+        parameter.data.normal_(generator=generator)
+    return model
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> Chronology:
+    """A chronology some of whose neighbours were shown together, most of them at one moment."""
+    chronology = draw(chronologies(max_events=8))
+    count = len(chronology.texts)
+    known, times = np.arange(count), chronology.timestamps.copy()
+    for event in range(1, count):
+        if draw(st.booleans()):
+            known[event] = known[event - 1]
+            if draw(st.integers(0, 3)):
+                times[event] = times[event - 1]
+    return dataclasses.replace(chronology, known=known, timestamps=np.sort(times))
+
+
+def cuts_of(chronology: Chronology, targets: np.ndarray) -> Cuts:
+    c = chronology
+    assert c.known is not None
+    events = Events(c.texts, c.feedbacks, c.timestamps, c.labels, c.known, TEXTS)
+    return Cuts([events], np.array([1]), np.array([0]), Ragged.of([targets]))
+
+
+def both_forms(chronology: Chronology, history: int) -> tuple[Batch, Batch]:
+    """All impressions, one sequence each and one per request."""
+    targets = np.flatnonzero(chronology.labels >= 0)
+    layout = Layout("per_target", history, 1, SIGNALS, 10)
+    apart = [build_sequence(chronology, targets[i : i + 1], layout, TEXTS, FEEDBACKS, PREFIX) for i in range(len(targets))]
+    cuts, _ = split_requests(cuts_of(chronology, targets))
+    built = build_sequences(cuts, dataclasses.replace(layout, examples="per_request"), FEEDBACKS, PREFIX)
+    together = [built[i] for i in range(len(cuts.targets.offsets) - 1)]
+    return collate(apart, [0] * len(apart)), collate(together, [0] * len(together))
+
+
+def results(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits in the order of the events, and gradients."""
+    model.zero_grad(set_to_none=True)
+    loss, logits = model(batch, readout)
+    loss.backward()
+    order = batch.targets[..., 1][batch.readout_valid].argsort()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits[batch.readout_valid][order].detach(), found
+
+
+@settings(max_examples=40)
+@given(
+    asked(),
+    st.integers(0, 5),
+    st.sampled_from(["llama", "qwen3"]),
+    st.booleans(),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from(READOUTS),
+)
+def test_per_request_equals_per_target_in_logits_and_gradients(
+    chronology: Chronology, history: int, kind: str, temporal: bool, window: int | None, readout: ReadoutSpec
+) -> None:
+    model = model_of(kind, temporal, window)
+    apart, together = both_forms(chronology, history)
+    assert together.tokens <= apart.tokens
+    expected, gradients = results(model, apart, readout)
+    logits, others = results(model, together, readout)
+    close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert others.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        # Long sums in fp32: the tolerance grows with what is summed.
+        bound = 1e-5 * max(1.0, float(gradient.abs().max()))
+        close(others[name], gradient, atol=bound, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@given(st.lists(st.tuples(asked(), st.integers(1, 4)), min_size=1, max_size=3), st.data())
+def test_requests_are_split_as_by_a_plain_loop(users: list[tuple[Chronology, int]], data: st.DataObject) -> None:
+    """Pieces of several users, in one or several shards."""
+    shards: list[Events] = []
+    sizes: list[int] = []
+    begins: list[int] = []
+    pieces: list[np.ndarray] = []
+    expected: list[list[int]] = []
+    owners: list[int] = []
+    for chronology, size in users:
+        begin = 0
+        if shards and data.draw(st.booleans()):  # another user of the same shard
+            last = shards.pop()
+            begin = len(last.texts)
+            columns = [
+                np.append(getattr(last, n), getattr(chronology, n))
+                for n in ("texts", "feedbacks", "timestamps", "labels", "known")
+            ]
+            shards.append(Events(*columns, TEXTS))
+        else:
+            shards.append(cuts_of(chronology, np.array([0])).events[0])
+            sizes.append(0)
+        targets = np.flatnonzero(chronology.labels >= 0)
+        for first in range(0, len(targets), size):
+            piece = targets[first : first + size]
+            assert chronology.known is not None
+            previous = None
+            for target in piece.tolist():
+                moment = (chronology.known[target], chronology.timestamps[target])
+                if moment != previous:
+                    expected.append([])
+                    owners.append(len(pieces))
+                expected[-1].append(begin + target)
+                previous = moment
+            pieces.append(begin + piece)
+            begins.append(begin)
+            sizes[-1] += 1
+    cuts, owner = split_requests(Cuts(shards, np.array(sizes), np.array(begins), Ragged.of(pieces)))
+    rows, offsets = cuts.targets.values, cuts.targets.offsets
+    assert [rows[a:b].tolist() for a, b in pairwise(offsets.tolist())] == expected
+    assert owner.tolist() == owners
+    assert cuts.begins.tolist() == [begins[o] for o in owners]
+    ends = np.cumsum(sizes)
+    assert cuts.sizes.tolist() == [sum(a <= o < b for o in owners) for a, b in pairwise([0, *ends.tolist()])]
+
+
+def make_requests(folder: Path, second: bool = False) -> str:
+    """A data set whose users are shown one to four items at a time; `second`: known by nothing but the moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sorted(make_log(3, 14), key=lambda row: (row["user"], row["timestamp"]))
+    before = None
+    for number, row in enumerate(rows):
+        if before is not None and before["user"] == row["user"] and number % 4:
+            row["timestamp"] = before["timestamp"]
+        row["page"] = f"p{row['timestamp']}" if number % 9 else None
+        before = row
+    rows.sort(key=lambda row: (row["timestamp"], row["user"]))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "items.jsonl").write_text("".join(json.dumps({"item": f"i{i}", "title": f"No. {i}"}) + "\n" for i in range(9)))
+    columns = ColumnSpec(feedback="stars", request=None if second else "page")
+    spec = PrepareSpec(
+        source=SourceSpec(kind="table", path=str(folder / "log.jsonl"), items=str(folder / "items.jsonl"), columns=columns),
+        tokenizer=TokenizerSpec(train_vocabulary=300),
+        split=SplitSpec(train=0.6, valid=0.2),
+        request_is_second=second,
+        shard_events=25,
+    )
+    prepare(spec, str(folder / "data"))
+    return str(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return Dataset(make_requests(tmp_path_factory.mktemp("requests")))
+
+
+def layout_of(examples: str, targets: int = 1) -> Layout:
+    return Layout(examples, 4, targets, SIGNALS, 10)  # pyright: ignore[reportArgumentType]
+
+
+def targets_of(batch: Batch) -> list[tuple[int, int]]:
+    return [(int(u), int(e)) for u, e in batch.targets[batch.readout_valid]]
+
+
+def impressions_of(dataset: Dataset, split: str) -> list[tuple[int, int]]:
+    source = SequenceSource(dataset, split, layout_of("per_target"))
+    return sorted(targets_of(source.build(np.arange(sum(source.per_shard)))))
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("targets", [1, 3, 50])
+def test_requests_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset, split: str, targets: int) -> None:
+    source = SequenceSource(dataset, split, layout_of("per_request", targets))
+    ids = np.arange(sum(source.per_shard))
+    batches = source.build_all([ids[::2][::-1], ids[1::2]] if len(ids) > 1 else [ids], [None, None])
+    found = sorted(t for batch in batches for t in targets_of(batch))
+    assert found == impressions_of(dataset, split)
+    assert len(found) == dataset.manifest.splits[split].impressions  # pyright: ignore[reportArgumentType]
+    for batch in batches:
+        for row in range(len(batch.input_ids)):
+            assert len(set(batch.readout_times[row][batch.readout_valid[row]].tolist())) == 1
+
+
+def test_the_data_set_has_requests_of_several_impressions(dataset: Dataset) -> None:
+    source = SequenceSource(dataset, "train", layout_of("per_request", 50))
+    batch = source.build(np.arange(sum(source.per_shard)))
+    sizes = Counter(batch.readout_valid.sum(1).tolist())
+    assert sizes[1] > 2
+    assert sum(count for size, count in sizes.items() if size > 1) > 10
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (5, 2)]), st.integers(1, 9), st.integers(1, 5))
+def test_an_epoch_of_requests_trains_each_impression_once_for_any_workers(
+    dataset: Dataset, sharing: tuple[int, int], batch_size: int, targets: int
+) -> None:
+    world, accumulation = sharing
+    source = SequenceSource(dataset, "train", layout_of("per_request", targets))
+    total = sum(source.per_shard)
+    found: Counter[tuple[int, int]] = Counter()
+    counted = 0
+    for rank in range(world):
+        stream = TrainStream(source, 5, 2, batch_size, accumulation, rank, world)
+        for step in stream.steps(0, total):  # `batch_size` epochs
+            assert len(step.micro_batches) == accumulation
+            counted += step.impressions if rank == 0 else 0
+            for batch in step.micro_batches:
+                found.update(targets_of(batch))
+    assert found == dict.fromkeys(impressions_of(dataset, "train"), batch_size)
+    assert counted == found.total()
+
+
+@pytest.mark.parametrize("temporal", [False, True], ids=["plain", "temporal"])
+@pytest.mark.parametrize("readout", READOUTS[::3], ids=str)
+def test_an_evaluation_per_request_is_that_per_target(dataset: Dataset, temporal: bool, readout: ReadoutSpec) -> None:
+    model, spec = model_of("llama", temporal, vocabulary=300), EvaluateSpec(batch_size=5)
+    apart, together = (
+        predict(lambda batch: model(batch, readout)[1], dataset, "test", layout, spec, Topology())
+        for layout in (layout_of("per_target"), layout_of("per_request", 7))
+    )
+    assert together.users.tolist() == apart.users.tolist()
+    assert together.events.tolist() == apart.events.tolist()
+    assert np.ptp(apart.probabilities) > 0.05
+    np.testing.assert_allclose(together.probabilities, apart.probabilities, atol=1e-5)
+
+
+def test_what_one_second_showed_is_one_request_if_asked_for(tmp_path: Path) -> None:
+    seconds = Dataset(make_requests(tmp_path, second=True))
+    alone = together = 0
+    for user in range(seconds.manifest.users):
+        shard, row = seconds.locate(user)
+        chronology = shard.chronology(row)
+        assert chronology.known is not None
+        expected = np.searchsorted(chronology.timestamps, chronology.timestamps)
+        assert chronology.known.tolist() == expected.tolist()
+        together += int((expected != np.arange(len(expected))).sum())
+        alone += int((expected == np.arange(len(expected))).sum())
+    assert together > 10
+    assert alone > 10
