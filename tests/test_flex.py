@@ -26,7 +26,15 @@ from ctrsink.model.packing import Packing
 from ctrsink.model.rows import visible
 from ctrsink.model.sight import Sight
 from tests.builders import (
-    FEEDBACKS, PREFIX, TEXTS, VOCABULARY, layout_of, random_batch, random_chronology, tiny_model, tiny_spec,
+    FEEDBACKS,
+    PREFIX,
+    TEXTS,
+    VOCABULARY,
+    layout_of,
+    random_batch,
+    random_chronology,
+    tiny_model,
+    tiny_spec,
 )  # fmt: skip
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
@@ -89,7 +97,7 @@ def test_results_and_gradients_equal_those_of_sdpa(
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
         close(grad, expected_grads[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-    assert grads["biases.0.gamma"].abs().max() > 1e-4
+    assert grads["biases.0.gamma"].abs().max() > 2e-5  # more than the tolerance
 
 
 @settings(max_examples=10, deadline=None)
@@ -155,7 +163,8 @@ def test_who_sees_whom_is_the_rule_by_pair_and_by_block(
 
 def chosen(counts: torch.Tensor | None, indices: torch.Tensor | None, size: int) -> torch.Tensor:
     """bool [Q * size, K * size] of blocks that are listed."""
-    assert counts is not None and indices is not None
+    assert counts is not None
+    assert indices is not None
     listed = torch.arange(indices.shape[-1]) < counts[0, 0][:, None]
     grid = torch.zeros(listed.shape, dtype=torch.bool).scatter(1, indices[0, 0].long(), listed)
     return grid.repeat_interleave(size, 0).repeat_interleave(size, 1)

@@ -16,7 +16,6 @@ from ctrsink.model.readout import read
 from ctrsink.model.sinks import SinkEmbedding
 from ctrsink.model.temporal import TemporalBias
 
-
 BACKENDS = {"sdpa": attention.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
 
