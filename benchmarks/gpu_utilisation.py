@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, shape: str, peak: float) -> list[dict[str,
 def trainee(args: argparse.Namespace, shape: str, name: str) -> Trainee:
     """A contestant; all have the same sinks, and the plain one no bias."""
     plain = name == PLAIN
-    spec = random_spec(shape_of(shape), True, 0.0 if plain else args.bias_layers, "sdpa" if plain else name)
+    spec = random_spec(shape_of(shape), True, 0.0 if plain else args.bias_layers, "flex" if name == "flex" else "sdpa")
     model = build_model(spec, VOCABULARY, 0, "bf16")
     set_trainable(model, trained_groups(spec))
     return Trainee(model, ReadoutSpec(), args.device)

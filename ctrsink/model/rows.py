@@ -46,7 +46,7 @@ def sink_rows(batch: Batch, window: int | None) -> Rows:
 
 def windowed(batch: Batch, window: int | None) -> torch.Tensor | None:
     """What every position sees, bool [B, L, L]; None where no sequence is longer than the window."""
-    if window is None or int(_places(batch).max()) <= window + 1:
+    if window is None or int(places(batch).max()) <= window + 1:
         return None
     b, length = batch.event_ids.shape
     every = torch.arange(length, device=batch.event_ids.device).expand(b, length)
@@ -69,7 +69,7 @@ def visible(batch: Batch, positions: torch.Tensor, sinks_only: bool, window: int
         seen &= same | through | ~batch.aligned.gather(1, positions)[:, :, None]
     if window is not None:
         # Padding has place 0, as the prefix has; it comes after everything else.
-        place = _places(batch)
+        place = places(batch)
         distance = place.gather(1, positions)[:, :, None] - place[:, None, :]
         seen &= (distance <= window) | (kind == PREFIX)[:, None, :]
     seen &= columns <= positions[:, :, None]
@@ -77,7 +77,7 @@ def visible(batch: Batch, positions: torch.Tensor, sinks_only: bool, window: int
     return seen | (columns == positions[:, :, None])
 
 
-def _places(batch: Batch) -> torch.Tensor:
+def places(batch: Batch) -> torch.Tensor:
     """What a window counts, int32 [B, L]: event_ids, but all candidates stand in the place of the first of them."""
     first = batch.event_ids.masked_fill(~batch.candidate, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
     return torch.where(batch.candidate, first, batch.event_ids)

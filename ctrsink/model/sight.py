@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ctrsink.batch import PREFIX, SINK, Batch
 from ctrsink.model.packing import Packing
+from ctrsink.model.rows import places
 
 BLOCK = 128
 Sees = Callable[[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -26,7 +27,7 @@ class Sight:
     asks: torch.Tensor
     """The least `shown` of other events that this token sees, 1 or 2."""
     reach: torch.Tensor
-    """The event; of the prefix, which every window reaches, the largest number."""
+    """What a window counts; of the prefix, which every window reaches, the largest number."""
     oldest: torch.Tensor
     """The least `reach` that this token sees."""
 
@@ -37,6 +38,7 @@ class Sight:
         kind, event, candidate, aligned = (
             packing.pack(x) for x in (batch.kinds, batch.event_ids, batch.candidate, batch.aligned)
         )
+        place = packing.pack(places(batch))
         sequence = torch.arange(b, dtype=torch.int32, device=event.device)[:, None].expand(b, length)
         through = (kind == SINK) | (kind == PREFIX)
         return cls(
@@ -44,8 +46,8 @@ class Sight:
             event=event,
             shown=(1 + through.int()).masked_fill(candidate, 0),
             asks=1 + aligned.int() if sinks_only else torch.ones_like(event),
-            reach=event.masked_fill(kind == PREFIX, torch.iinfo(torch.int32).max),
-            oldest=torch.zeros_like(event) if window is None else event - window,
+            reach=place.masked_fill(kind == PREFIX, torch.iinfo(torch.int32).max),
+            oldest=torch.zeros_like(event) if window is None else place - window,
         )
 
     def rule(self) -> Sees:
@@ -60,13 +62,13 @@ class Sight:
 
         return sees
 
-    def block_mask(self, sees: Sees) -> BlockMask:
+    def block_mask(self, sees: Sees, size: int = BLOCK) -> BlockMask:
         """What the kernel computes: no block that is hidden whole, and without `sees` those that are seen whole.
 
-        Both are told from the least and the largest numbers of a block, [N / BLOCK] each; where these leave it open, `sees`
+        Both are told from the least and the largest numbers of a block, [N / size] each; where these leave it open, `sees`
         decides by pair.
         """
-        least, most = self._bounds()
+        least, most = self._bounds(size)
         count = least.sequence.shape[0]
         later = torch.ones(count, count, dtype=torch.bool, device=least.sequence.device).triu(1)
         # Rows are queries, columns keys.
@@ -85,19 +87,19 @@ class Sight:
         return BlockMask.from_kv_blocks(
             *_ordered(partial),
             *_ordered(whole),
-            BLOCK_SIZE=BLOCK,
+            BLOCK_SIZE=size,
             mask_mod=sees,
             seq_lengths=(len(self.sequence), len(self.sequence)),
         )
 
-    def _bounds(self) -> tuple["Sight", "Sight"]:
+    def _bounds(self, size: int) -> tuple["Sight", "Sight"]:
         """The least and the largest of each number in each block."""
-        missing = -len(self.sequence) % BLOCK
+        missing = -len(self.sequence) % size
 
         def blocks(values: torch.Tensor, own_end: bool = False) -> torch.Tensor:
             end = values[-1:].expand(missing)
             # A sequence of their own after the last token: a block that is not full is never seen whole.
-            return torch.cat([values, end + 1 if own_end else end]).unflatten(0, (-1, BLOCK))
+            return torch.cat([values, end + 1 if own_end else end]).unflatten(0, (-1, size))
 
         split = {name: blocks(values, name == "sequence") for name, values in vars(self).items()}
         return Sight(**{k: v.amin(1) for k, v in split.items()}), Sight(**{k: v.amax(1) for k, v in split.items()})
