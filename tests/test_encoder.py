@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
+from ctrsink import storage
 from ctrsink.config import EvaluateSpec
 from ctrsink.config.data import EncoderSpec
 from ctrsink.data.dataset import Dataset
@@ -29,6 +30,7 @@ from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer, request_of
 from ctrsink.train.restore import restore_run
 from ctrsink.wheel import fetch_wheel
+from tests.conftest import BUCKET
 from tests.data_fixtures import MOVIES
 from tests.encoder_fixtures import write_encoder
 from tests.prepared_in_tasks import HALF, ROWS, Counting, Interrupted, contents, spec_of, write_log
@@ -249,6 +251,21 @@ def test_a_model_that_needs_no_vectors_is_exported_without_an_encoder(served: Pr
     write_run(spec)
     export_run(spec.run_dir, str(tmp_path / "out"))
     assert not (tmp_path / "out" / "encoder").exists()
+
+
+def test_encoder_data_set_and_model_on_s3(tiny: Path, tmp_path: Path, s3_server: object) -> None:
+    uri, encoder = f"s3://{BUCKET}/vectors/data", f"s3://{BUCKET}/vectors/encoder"
+    storage.upload_dir(tiny, encoder)
+    log = prepared(tmp_path).spec
+    spec = log.model_copy(update={"encoder": EncoderSpec(path=encoder, max_tokens=64)})
+    local = tmp_path / "here"
+    manifest = prepare(log.model_copy(update={"encoder": EncoderSpec(path=str(tiny), max_tokens=64)}), str(local))
+    assert prepare(spec, uri) == manifest
+    run = run_spec(Prepared(uri, spec), str(tmp_path / "run"), model={"sinks": SINKS}, retrieve=2)
+    write_run(run)
+    export_run(run.run_dir, f"s3://{BUCKET}/vectors/model")
+    request = request_of(Dataset(uri), 1, 6, [0, 1, 2])
+    assert len(Scorer.load(f"s3://{BUCKET}/vectors/model").score(request)) == 3
 
 
 @pytest.mark.slow
