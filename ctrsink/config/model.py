@@ -65,8 +65,15 @@ class LoraSpec(Section):
     """An adapter's output is scaled by `alpha / rank`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that is dropped in training."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the layers; listed, because `all-linear` would wrap the sink and bias modules too."""
+    targets: tuple[str, ...] | None = None
+    """Names of the layers, for example `[q_proj, v_proj]`; null: every linear layer of the decoder, by the names it has there."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not value:
+            raise ValueError("name at least one layer, or null for every linear layer")
+        return value
 
 
 class ModelSpec(Section):

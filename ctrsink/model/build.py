@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from ctrsink.config.model import LoraSpec, ModelSpec
 from ctrsink.errors import InputError
 from ctrsink.model.ctr import BACKENDS, CTRModel, decoder_layers
+from ctrsink.model.limits import check_config, check_flex, check_layers, guard_length
 
 _TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
 _COMMON_FIELDS = frozenset({"head_dim", "rope_theta", "rope_scaling"})  # understood also where a configuration does not list them
@@ -31,16 +32,18 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _backbone(spec, vocabulary, DTYPES[precision])
-        _check_attention(backbone.config)
+        check_layers(decoder_layers(backbone))
+        guard_length(backbone)
         if spec.attention == "flex":
-            _check_flex(backbone.config)
-        decoder_layers(backbone)
+            check_flex(backbone.config)
         if spec.lora is not None:
             add_lora(backbone, spec.lora)
         model = CTRModel(backbone, spec)
     model.mixed_precision = precision == "bf16"
     if spec.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        # The newer name where there is one: the older warns, and goes away in transformers 6.
+        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 
@@ -49,18 +52,22 @@ def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
     if source.config is not None:
         try:
             config = _from_fields(source.config, vocabulary)
+            check_config(config, own_fields=True)
             return AutoModel.from_config(config, attn_implementation=BACKENDS[spec.attention], dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(f"model.backbone.config: {_one_line(error)}") from None
     assert source.path is not None  # BackboneSpec has exactly one of the two
+    chosen: dict[str, Any] = {"revision": source.revision or "main", "trust_remote_code": spec.trust_remote_code}
     try:
+        config = AutoConfig.from_pretrained(source.path, **chosen)
+        check_config(config, own_fields=False)
         backbone = AutoModel.from_pretrained(
             source.path,
-            revision=source.revision or "main",
+            config=config,
             attn_implementation=BACKENDS[spec.attention],
             dtype=dtype,
-            trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
+            **chosen,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
@@ -90,40 +97,32 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _check_attention(config: PretrainedConfig) -> None:
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True):
-        kinds.add("sliding_attention")
-    if kinds - {"full_attention"}:
-        raise InputError(
-            f"model.backbone: {text.model_type} uses {', '.join(sorted(kinds - {'full_attention'}))}; "
-            "only decoders with full attention in every layer can carry sinks yet"
-        )
-
-
-def _check_flex(config: PretrainedConfig) -> None:
-    text = config.get_text_config()
-    if getattr(text, "attention_dropout", 0.0):
-        raise InputError(
-            f"model.attention: flex has no dropout of attention weights, and the backbone's attention_dropout is "
-            f"{text.attention_dropout}: set model.backbone.config.attention_dropout to 0, or use sdpa"
-        )
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if width < 16:
-        raise InputError(f"model.attention: flex needs heads of at least 16 dimensions, the backbone's have {width}; use sdpa")
-
-
 def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
-    """Put adapters in place on the layers that `spec.targets` names; the backbone keeps its class."""
-    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=list(spec.targets))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    """Put adapters in place on the layers that `spec.targets` names; the backbone keeps its class.
+
+    Raises:
+        InputError: a target names no layer, or one that cannot be adapted.
+    """
+    found = linear_layers(backbone)
+    targets = found if spec.targets is None else list(spec.targets)
+    # PEFT is content when one of several names exists, and would leave the layers of the others as they are.
+    names = [f".{name}" for name, _ in backbone.named_modules()]
+    if missing := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
+        raise InputError(f"model.lora.targets {missing}: the layers of {type(backbone).__name__} are {', '.join(found)}")
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
         inject_adapter_in_model(config, backbone)
     except ValueError as error:
-        raise InputError(f"model.lora.targets {list(spec.targets)}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"model.lora.targets {targets}: {str(error).splitlines()[0]}") from None
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def linear_layers(backbone: nn.Module) -> list[str]:
+    """Names of the linear layers of a decoder layer, `q_proj` and so on, in their order; Phi-3 has `qkv_proj` instead."""
+    modules = (pair for layer in decoder_layers(backbone) for pair in layer.named_modules())
+    return list(dict.fromkeys(name.split(".")[-1] for name, module in modules if isinstance(module, nn.Linear)))
 
 
 def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
