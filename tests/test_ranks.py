@@ -12,6 +12,7 @@ import torch
 
 from ctrsink.batch import Batch
 from ctrsink.config import parse_run
+from ctrsink.config.load import merge
 from ctrsink.data.manifest import read_manifest
 from ctrsink.model.build import build_model
 from ctrsink.runtime.start import start
@@ -88,7 +89,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Ran:
     one_each = {"zero_stage": 3, "batch_size": 4, "micro_batch_size": 4}
     trees = [run_tree(data, str(folder / "uneven"), model=WITHOUT_DROPOUT, train=one_each)]
     for zero in (2, 3):
-        tree = run_tree(data, str(folder / f"zero{zero}"), **REQUESTS, train={"zero_stage": zero, "micro_batch_size": 2})
+        two = {"train": {"zero_stage": zero, "micro_batch_size": 2}, "runtime": {"kind": "ray", "workers": 2}}
+        tree = merge(run_tree(data, str(folder / f"zero{zero}")), REQUESTS | two)
         spec = parse_run(tree, "test")
         claim(spec, False, identities(spec, read_manifest(data)))
         trees.append(tree)
@@ -129,7 +131,7 @@ def test_a_rank_without_any_sink_does_not_hang(ran: Ran) -> None:
 
 def test_two_ranks_train_requests_with_a_temporal_bias_as_one_does(ran: Ran) -> None:
     """Under ZeRO-2 and under ZeRO-3, with two micro-batches in a step."""
-    expected = start(parse_run(run_tree(ran.data, str(ran.folder / "alone"), **REQUESTS), "test"))
+    expected = start(parse_run(merge(run_tree(ran.data, str(ran.folder / "alone")), REQUESTS), "test"))
     assert expected["evaluation"]["test"]["impressions"] == read_manifest(ran.data).splits["test"].impressions
     assert expected["impressions"] > 20 * 8
     for number, zero in enumerate((2, 3), start=1):
