@@ -19,6 +19,7 @@ from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import Predictions, predict
 from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer, request_of, score_file
+from ctrsink.serve.scorer import CANDIDATES
 from ctrsink.train.restore import restore_run
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
 
@@ -103,6 +104,62 @@ def test_candidates_are_scored_apart_and_in_order(data: Prepared, model: str) ->
     apart = [scorer.score(request_of(dataset, 2, 5, [item]))[0] for item in (0, 1, 2)]
     assert len(set(apart)) == 3
     np.testing.assert_allclose(together, apart * 15, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("readout", READOUTS, ids=lambda r: "-".join(r.values()))
+@pytest.mark.parametrize("examples", ["per_request", "per_user"])
+def test_many_candidates_behind_one_history_score_as_one_by_one(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: str, readout: dict[str, str], window: int | None
+) -> None:
+    """With the temporal bias and a window, which travel with the exported model."""
+    signals = ["previous_gap"] if examples == "per_user" else ["time_gap", "recency_rank"]
+    more = {"sinks": {"signals": signals, "buckets": 20, "embedding_size": 8}, "temporal": True, "window": window}
+    spec = run_spec(data, str(tmp_path / "run"), model=more, readout=readout, examples=examples, targets=3)
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(data.uri)
+    assert scorer.model.ctr.window == window
+    assert any(p.abs().max() > 0.01 for p in scorer.model.ctr.temporal.parameters())
+    chance = np.random.default_rng(0)
+    request = request_of(dataset, 2, 5, chance.integers(0, 6, 64).tolist())
+    sizes: list[int] = []
+    count = lambda module, args, kwargs: sizes.append(int(kwargs["batch"].tokens if kwargs else args[0].tokens))  # noqa: E731
+    handle = scorer.model.register_forward_pre_hook(count, with_kwargs=True)
+    together = scorer.score(request)
+    assert len(sizes) == 1
+    apart = [scorer.score(request | {"candidates": [candidate]})[0] for candidate in request["candidates"]]
+    handle.remove()
+    # The history is computed once: 64 candidates take far fewer tokens than 64 requests.
+    assert 2 * sizes[0] < sum(sizes[1:])
+    assert len(set(np.round(apart, 6))) == len({json.dumps(c) for c in request["candidates"]})
+    np.testing.assert_allclose(together, apart, atol=1e-5)
+    # More than are scored at once: in parts, in order.
+    monkeypatch.setattr(module_of(Scorer), "CANDIDATES", 9)
+    np.testing.assert_allclose(scorer.score(request), apart, atol=1e-5)
+
+
+def module_of(kind: type) -> Any:
+    return sys.modules[kind.__module__]
+
+
+def test_more_candidates_than_are_scored_at_once(data: Prepared, model: str) -> None:
+    scorer, dataset = Scorer.load(model), Dataset(data.uri)
+    apart = [scorer.score(request_of(dataset, 2, 5, [item]))[0] for item in range(6)]
+    for count in (CANDIDATES, CANDIDATES + 1, 2 * CANDIDATES + 5):
+        items = [i % 6 for i in range(count)]
+        np.testing.assert_allclose(scorer.score(request_of(dataset, 2, 5, items)), [apart[i] for i in items], atol=1e-5)
+
+
+@pytest.mark.parametrize("examples", ["per_target", "per_request"])
+def test_scores_equal_the_evaluators_with_temporal_bias_and_window(data: Prepared, tmp_path: Path, examples: str) -> None:
+    spec = run_spec(data, str(tmp_path / "run"), model={"temporal": True, "window": 2}, examples=examples, targets=3)
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    expected = predictions(spec.run_dir, "train")
+    np.testing.assert_allclose(
+        scores(Scorer.load(str(tmp_path / "out")), Dataset(data.uri), expected), expected.probabilities, atol=1e-5
+    )
 
 
 def test_history_is_sorted_by_time_and_may_be_empty(data: Prepared, model: str) -> None:
