@@ -1,0 +1,136 @@
+"""The inter-sink bias: exact gradients in double precision, any number of sinks, independence of what does not belong to it."""
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ctrsink.batch import PAD, Batch
+from ctrsink.config.model import BiasSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.model.bias import InterSinkBias
+from ctrsink.model.ctr import CTRModel
+from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
+
+ALL, POOL = ReadoutSpec(over="all"), ReadoutSpec(over="sinks", form="pool")
+HISTORY = 5
+close = torch.testing.assert_close
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fp32 islands of the model, `x.float()`, leave a tensor in double precision as it is."""
+    convert = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else convert(self))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+@pytest.mark.usefixtures("double")
+def test_gradients_are_exact(sinks: int, causal: bool) -> None:
+    torch.manual_seed(0)
+    module = InterSinkBias(6, 2, gamma=0.7, causal=causal).double()
+    valid = torch.arange(sinks)[None] < torch.tensor([[sinks], [sinks // 2]])
+    states = torch.randn(2, sinks, 6, dtype=torch.float64, requires_grad=True)
+    assert module(states, valid).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda x, *_: module(x, valid), (states, *module.parameters()))
+
+
+@pytest.mark.parametrize("part", ["gamma", "query.weight", "key.weight", "norm.weight", "sinks"])
+@pytest.mark.usefixtures("double")
+def test_gradients_through_the_whole_model_are_exact(part: str) -> None:
+    """The loss's slope along a random direction, by central differences in double precision."""
+    model, batch = tiny_model(tiny_spec(bias=BiasSpec(layers=1.0, gamma=2.0))).double(), random_batch(5, layout_of(), (8, 1, 4))
+    batch = Batch(**{f.name: as_double(getattr(batch, f.name)) for f in fields(batch)})
+    chosen = [p for n, p in model.named_parameters() if (n.startswith("biases") and n.endswith(part)) or n.startswith(part)]
+    torch.manual_seed(0)
+    directions = [torch.randn_like(p) for p in chosen]
+    model(batch, POOL)[0].backward()
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(chosen, directions, strict=True) if p.grad is not None)
+
+    def moved(by: float) -> float:
+        other = copy.deepcopy(model)
+        named = dict(other.named_parameters())
+        with torch.no_grad():
+            for (name, _), d in zip(names_of(model, chosen), directions, strict=True):
+                named[name] += by * d
+            return float(other(batch, POOL)[0])
+
+    assert abs(slope) > 1e-3
+    assert slope == pytest.approx((moved(1e-5) - moved(-1e-5)) / 2e-5, rel=1e-6)
+
+
+def names_of(model: nn.Module, chosen: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    wanted = {id(p) for p in chosen}
+    return [(n, p) for n, p in model.named_parameters() if id(p) in wanted]
+
+
+def as_double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def test_tables_belong_to_their_rows() -> None:
+    """Other rows of a batch, their order and the number of spare slots change nothing."""
+    torch.manual_seed(0)
+    module = InterSinkBias(8, 2, gamma=1.3)
+    valid = torch.arange(5)[None] < torch.tensor([5, 0, 1, 3])[:, None]
+    states = torch.randn(4, 5, 8)
+    tables = module(states, valid)
+    order = torch.tensor([2, 0, 3, 1])
+    close(module(states[order], valid[order]), tables[order])
+    for row, count in enumerate((5, 0, 1, 3)):
+        close(module(states[row : row + 1, :count], valid[row : row + 1, :count])[0], tables[row, :count, :count])
+        assert not tables[row, count:].any()
+        assert not tables[row, :, count:].any()
+
+
+def test_gamma_zero_is_a_table_of_zeros_that_still_learns() -> None:
+    module = InterSinkBias(8, 2, gamma=0.0)
+    table = module(torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
+    assert not table.any()
+    table.sum().backward()
+    assert module.gamma.grad is not None
+    assert module.gamma.grad.abs().max() > 1
+
+
+def scale(model: CTRModel, gamma: float) -> CTRModel:
+    other = copy.deepcopy(model)
+    for bias in other.biases:
+        bias.get_parameter("gamma").data.fill_(gamma)
+    return other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("examples", ["per_target", "per_user"])
+def test_the_bias_matters_from_the_second_sink_on(examples: str) -> None:
+    """K = 0 and a first sink are the plain model whatever gamma is: the row of one sink has one entry, the same at every place."""
+    model = tiny_model(tiny_spec())
+    plain, strong = scale(model, 0.0), scale(model, 30.0)
+    for events in range(1, HISTORY + 2):
+        batch = random_batch(7, layout_of(examples, HISTORY, 1), (events,))
+        sinks = int(batch.sink_valid.sum())
+        assert sinks == min(events - 1, HISTORY) if examples == "per_target" else sinks >= events - 1
+        difference = (strong.hidden_states(batch, ALL) - plain.hidden_states(batch, ALL))[batch.kinds != PAD].abs().max()
+        if sinks == 0:
+            assert difference == 0
+        else:
+            assert difference > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("readout", [ALL, POOL], ids=str)
+def test_rows_of_no_one_and_all_sinks_in_one_batch_are_what_each_is_alone(readout: ReadoutSpec) -> None:
+    model, events = scale(tiny_model(tiny_spec()), 3.0), (1, 2, HISTORY + 1, 3)
+    layout = layout_of("per_target", HISTORY)
+    together = random_batch(4, layout, events)
+    assert sorted(together.sink_valid.sum(1).tolist()) == [0, 1, 2, HISTORY]
+    logits = model(together, readout)[1]
+    order = torch.tensor([3, 1, 0, 2])
+    permuted = Batch(**{f.name: getattr(together, f.name)[order] for f in fields(together)})
+    close(model(permuted, readout)[1], logits[order], atol=1e-5, rtol=1e-5)
+    for row in range(len(events)):
+        alone = Batch(**{f.name: getattr(together, f.name)[row : row + 1] for f in fields(together)})
+        close(model(alone, readout)[1], logits[row : row + 1], atol=1e-5, rtol=1e-5)
