@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from ctrsink.cli import main
-from ctrsink.config import PrepareSpec
+from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec
+from ctrsink.config.model import SinkSpec
 from ctrsink.data.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +57,13 @@ def test_pictures_are_well_formed_legible_and_bring_their_own_ground(name: str) 
     assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)) >= 13
 
 
-def test_the_example_of_a_column_mapping_is_valid() -> None:
-    (body,) = [body for info, body in BLOCK.findall((ROOT / "docs/data.md").read_text("utf-8")) if info == "yaml"]
-    assert PrepareSpec.model_validate(yaml.safe_load(body)["prepare"]).source.columns.user == "viewer"
+def test_the_examples_of_a_column_mapping_and_of_item_vectors_are_valid() -> None:
+    page = (ROOT / "docs/data.md").read_text("utf-8")
+    mapping, vectors = (yaml.safe_load(body) for info, body in BLOCK.findall(page) if info == "yaml")
+    assert PrepareSpec.model_validate(mapping["prepare"]).source.columns.user == "viewer"
+    assert EncoderSpec.model_validate(vectors["prepare"]["encoder"]).path.endswith("all-MiniLM-L6-v2")
+    assert DataSpec.model_validate({"uri": "data", **vectors["data"]}).retrieve == 20
+    assert "similarity" in SinkSpec.model_validate(vectors["model"]["sinks"]).signals
 
 
 def test_the_commands_for_ones_own_log_work_as_written(
