@@ -84,11 +84,15 @@ def to_batch(samples: Samples, signals: int) -> Batch:
         "kinds": kinds,
         "event_ids": event_ids,
         "aligned": (kinds == TEXT) & (event_ids == last[:, None]),
+        "candidate": (kinds == TEXT) & (event_ids == last[:, None]),
+        "position_ids": np.arange(length) * (kinds != PAD),
         "sink_positions": sink_positions,
         "sink_valid": sink_valid,
         "signals": buckets,
+        "sink_times": np.zeros((rows, slots), np.int64),  # no sample holds times: the runs compared have no use for them
         "readout_positions": lengths[:, None] - 1,
         "readout_valid": np.ones((rows, 1), np.bool_),
+        "readout_times": np.zeros((rows, 1), np.int64),
         "labels": samples.head[:, 2:].astype(np.float32),
         "targets": samples.head[:, None, :2].copy(),
     }

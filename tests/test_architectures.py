@@ -86,7 +86,7 @@ def test_without_a_bias_sinks_are_nothing_but_vectors(kind: str) -> None:
     vectors: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        vectors.append(kwargs["inputs_embeds"])
+        vectors.append(kwargs["attention_plan"].packing.unpack(kwargs["inputs_embeds"][0]))
 
     handle = model.backbone.register_forward_pre_hook(keep, with_kwargs=True)
     biased = model.hidden_states(batch, ALL)

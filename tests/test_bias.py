@@ -106,7 +106,7 @@ def scale(model: CTRModel, gamma: float) -> CTRModel:
 @torch.no_grad()
 @pytest.mark.parametrize("examples", ["per_target", "per_user"])
 def test_the_bias_matters_from_the_second_sink_on(examples: str) -> None:
-    """K = 0 and a first sink are the plain model whatever gamma is: the row of one sink has one entry, the same at every place."""
+    """K = 0 and a first sink are the plain model whatever gamma is: its row has one entry."""
     model = tiny_model(tiny_spec())
     plain, strong = scale(model, 0.0), scale(model, 30.0)
     for events in range(1, HISTORY + 2):

@@ -1,4 +1,4 @@
-"""Attention that plain causal attention would compute wrongly is refused with its reason; a window that no sequence feels is not."""
+"""Attention that would be computed wrongly is refused with its reason; a window that no sequence feels is not."""
 
 from pathlib import Path
 from typing import Any

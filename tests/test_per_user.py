@@ -135,7 +135,8 @@ def test_signals_of_per_user_tell_nothing_of_the_target() -> None:
         model = {"backbone": {"config": {"model_type": "llama"}}, "sinks": {"signals": [signal]}, "temporal": True}
         with pytest.raises(InputError, match=f"{signal} depends on the target"):
             parse_run(run_tree(data=data, model=model), "test")
-        assert parse_run(run_tree(data=data | {"examples": "per_request"}, model=model), "test").model.temporal
+        shared = run_tree(data=data | {"examples": "per_request"}, model=model, train={"micro_batch_tokens": 1000})
+        assert parse_run(shared, "test").model.temporal
 
 
 def test_a_stage_may_train_the_temporal_bias_alone() -> None:
