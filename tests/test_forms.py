@@ -135,7 +135,7 @@ def test_requests_are_split_as_by_a_plain_loop(users: list[tuple[Chronology, int
                 np.append(getattr(last, n), getattr(chronology, n))
                 for n in ("texts", "feedbacks", "timestamps", "labels", "known")
             ]
-            shards.append(Events(*columns, TEXTS))
+            shards.append(Events(*columns, tokens=TEXTS))
         else:
             shards.append(cuts_of(chronology, np.array([0])).events[0])
             sizes.append(0)

@@ -24,12 +24,13 @@ from tests.test_forms import make_requests
 
 RANK = """
 import json, os, sys
-rank, store, uneven, *runs = sys.argv[1:]
+rank, store, uri, uneven, *runs = sys.argv[1:]
 os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
 from ctrsink.runtime.process import prepare_process
 prepare_process("cpu", 1, int(rank))
 import torch.distributed as dist
 from ctrsink.config import parse_run
+from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.dist import Topology
 from ctrsink.model.build import build_model
 from ctrsink.train.engine import Engine
@@ -51,10 +52,11 @@ temporal = {n: float(v.abs().max()) for n, v in engine.state().moments.items() i
 engine.destroy()
 print(json.dumps({"losses": losses, "temporal": temporal}))
 for run in runs:
-    result = Trainer(parse_run(json.loads(run), "test"), topology, 300).run()
+    result = Trainer(parse_run(json.loads(run), "test"), topology, len(load_tokenizer(uri))).run()
     print(json.dumps({name: result[name] for name in ("steps", "finished", "impressions")}))
 dist.destroy_process_group()
 """
+pytestmark = pytest.mark.slow  # both share one start of two processes with DeepSpeed, about half a minute
 WITHOUT_DROPOUT = {"temporal": True, "backbone": {"config": {"attention_dropout": 0.0}}}
 REQUESTS: dict[str, Any] = {
     "data": {"examples": "per_request", "targets": 6},
@@ -94,7 +96,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Ran:
         spec = parse_run(tree, "test")
         claim(spec, False, identities(spec, read_manifest(data)))
         trees.append(tree)
-    arguments = [str(folder / "store"), *map(json.dumps, trees)]
+    arguments = [str(folder / "store"), data, *map(json.dumps, trees)]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), *arguments],
