@@ -142,7 +142,7 @@ def test_gpu_utilisation_runs_on_a_cpu_and_tells_a_share_of_the_peak(repository:
     sizes = ["--history", 5, "--batch-size", 2, "--warmup", 1, "--steps", 2]
     report = run_benchmark(repository, "gpu_utilisation", "--device", "cpu", "--shape", "test", *sizes)
     assert "sdpa" in backends()
-    assert [row["contestant"] for row in report["steps"]] == [*backends(), PLAIN]
+    assert [row["contestant"] for row in report["steps"]] == ["sdpa", PLAIN]  # flex has no backward pass on a CPU
     for row in report["steps"]:
         assert 0 < row["utilisation"] < 1
         assert row["tokens"] == 2 * (5 * 10 + 8)  # behaviours with their sinks, and a target without feedback

@@ -35,8 +35,8 @@ class InterSinkBias(nn.Module):
         """
         b, k, d = sinks.shape
         x = self.norm(sinks)
-        query = self.query(x).view(b, k, self.heads, -1).transpose(1, 2)
-        key = self.key(x).view(b, k, self.heads, -1).transpose(1, 2)
+        query = self.query(x).view(b, k, self.heads, d // self.heads).transpose(1, 2)
+        key = self.key(x).view(b, k, self.heads, d // self.heads).transpose(1, 2)
         scores = query @ key.transpose(2, 3) * (d // self.heads) ** -0.5
         pairs = valid[:, :, None] & valid[:, None, :]
         if self.causal:
@@ -44,5 +44,6 @@ class InterSinkBias(nn.Module):
             # A row without a valid sink keeps itself: its softmax stays finite and is cleared below.
             allowed = allowed | torch.eye(k, dtype=torch.bool, device=valid.device)
             scores = scores.masked_fill(~allowed[:, None], float("-inf"))
-        table = scores.float().softmax(-1).mean(1)
-        return self.gamma.float() * table.masked_fill(~pairs, 0.0)
+        # At least fp32, whatever the weights and the products are in.
+        table = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).mean(1)
+        return self.gamma.to(table.dtype) * table.masked_fill(~pairs, 0.0)

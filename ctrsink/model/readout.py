@@ -22,5 +22,6 @@ def read(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tens
     # Of targets that share a history each counts its own text only.
     event = batch.event_ids[:, None, :]
     member &= ~batch.candidate[:, None, :] | (event == event.transpose(1, 2).gather(1, last))
-    weight = (member | (columns == last)).float()  # long sums and counts do not fit bfloat16
-    return weight @ hidden.float() / weight.sum(-1, keepdim=True)
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # long sums and counts do not fit bfloat16
+    weight = (member | (columns == last)).to(wide)
+    return weight @ hidden.to(wide) / weight.sum(-1, keepdim=True)
