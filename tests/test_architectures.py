@@ -164,6 +164,19 @@ def test_lora_adapts_every_linear_layer_and_the_base_gets_no_gradient(kind: str)
     assert {name.split(".lora_")[0] for name, grad in grads.items() if ".lora_B" in name and grad.any()} == adapted
 
 
+def test_bfloat16_stays_near_fp32_and_trains_in_fp32(kind: str) -> None:
+    spec, batch = spec_of(kind, lora=LoraSpec(rank=2)), random_batch(5, layout_of(), (8, 4))
+    model = tiny_model(spec, precision="bf16")
+    set_trainable(model, ("sink", "bias", "head", "lora"))
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    logits, grads = run(model, batch, POOL)
+    expected, _ = run(tiny_model(spec), batch, POOL)
+    assert (logits - expected).abs().max() < 0.1
+    assert expected.std() > 0.1  # the readouts differ by more than what rounding may change
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+
+
 @torch.no_grad()
 def test_a_model_goes_on_from_stored_parameters(kind: str) -> None:
     """What a stage trained is all that a checkpoint holds; the rest comes from the seed again."""

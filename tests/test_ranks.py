@@ -60,6 +60,7 @@ pytestmark = pytest.mark.slow  # both share one start of two processes with Deep
 WITHOUT_DROPOUT = {"temporal": True, "backbone": {"config": {"attention_dropout": 0.0}}}
 REQUESTS: dict[str, Any] = {
     "data": {"examples": "per_request", "targets": 6},
+    "train": {"micro_batch_tokens": 200},
     "model": WITHOUT_DROPOUT | {"sinks": {"signals": ["time_gap", "previous_gap"], "embedding_size": 8}},
 }
 
@@ -91,8 +92,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Ran:
     one_each = {"zero_stage": 3, "batch_size": 4, "micro_batch_size": 4}
     trees = [run_tree(data, str(folder / "uneven"), model=WITHOUT_DROPOUT, train=one_each)]
     for zero in (2, 3):
-        two = {"train": {"zero_stage": zero, "micro_batch_size": 2}, "runtime": {"kind": "ray", "workers": 2}}
-        tree = merge(run_tree(data, str(folder / f"zero{zero}")), REQUESTS | two)
+        two = {"train": {"zero_stage": zero}, "runtime": {"kind": "ray", "workers": 2}}
+        tree = merge(run_tree(data, str(folder / f"zero{zero}")), merge(REQUESTS, two))
         spec = parse_run(tree, "test")
         claim(spec, False, identities(spec, read_manifest(data)))
         trees.append(tree)

@@ -13,6 +13,7 @@ from ctrsink.config.model import BackboneSpec, ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model import attention
 from ctrsink.model.ctr import CTRModel
+from ctrsink.model.limits import guard_length
 
 FORMAT = "ctrsink-model/1"
 
@@ -64,6 +65,7 @@ class CTRSinkModel(PreTrainedModel):
         fields = dict(config.backbone or {})
         backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         backbone = AutoModel.from_config(backbone_config, attn_implementation=attention.BACKEND)
+        guard_length(backbone)
         self.ctr = CTRModel(backbone, config.model_spec())
         self.readout = ReadoutSpec.model_validate(config.readout)
         self.post_init()
