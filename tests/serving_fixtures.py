@@ -73,7 +73,7 @@ def run_spec(
                 "readout": readout or {"over": "all", "form": "attend"},
             }
         ],
-        "train": {"batch_size": 4, "micro_batch_size": 4},
+        "train": {"batch_size": 4, "micro_batch_tokens": 200},
     }
     return parse_run(tree, "test")
 
