@@ -88,24 +88,27 @@ class Pace:
         self._waited += waited
         self._steps += 1
 
-    def report(self, steps_left: int) -> dict[str, float]:
-        """Rates since the last report, and seconds left at this pace; starts anew."""
+    def report(self, steps_left: int | None) -> dict[str, float]:
+        """Rates since the last report, and seconds left at this pace if the steps left are known; starts anew."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         row = {
             "impressions_per_s": self._impressions / seconds,
             "tokens_per_s": self._tokens / seconds,
             "data_wait": self._waited / seconds,
-            "seconds_left": steps_left * seconds / max(1, self._steps),
         }
+        if steps_left is not None:
+            row["seconds_left"] = max(0, steps_left) * seconds / max(1, self._steps)
         self._begin()
         return row
 
 
-def progress_line(row: dict[str, Any], total: int) -> str:
-    """One line for people, from a row of metrics."""
-    minutes, seconds = divmod(round(row["seconds_left"]), 60)
-    return (
-        f"step {row['step']}/{total} stage {row['stage']} loss {row['loss']:.4f} "
-        f"{row['impressions_per_s']:.0f} impressions/s {row['tokens_per_s']:.0f} tokens/s "
-        f"data wait {row['data_wait']:.1%} left {minutes}:{seconds:02d}"
-    )
+def progress_line(row: dict[str, Any], total: int | None) -> str:
+    """One line for people, from a row of metrics; `total` steps, if that is known."""
+    line = f"step {row['step']}{f'/{total}' if total is not None else ''} stage {row['stage']} loss {row['loss']:.4f} "
+    line += f"{row['impressions_per_s']:.0f} impressions/s {row['tokens_per_s']:.0f} tokens/s data wait {row['data_wait']:.1%}"
+    if "valid/auc" in row:
+        line += f" valid AUC {row['valid/auc']:.4f}"
+    if "seconds_left" in row:
+        minutes, seconds = divmod(round(row["seconds_left"]), 60)
+        line += f" left {minutes}:{seconds:02d}"
+    return line
