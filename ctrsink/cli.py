@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from ctrsink.config import RunSpec
     from ctrsink.data.manifest import Manifest
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 good, 1 failure, 2 bad input, 130 interrupted."""
+    """Run one verb; returns the exit code: 0 good, 1 failure, 2 bad input, 130 interrupted, 143 saved and stopped."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes overrides on one side of an option only.
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(strict_json.dumps(result))
     else:
         print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()))
-    return OK
+    # Whoever watches the process must see that the run is not done: Kubernetes would take 0 for its end.
+    return STOPPED if result.get("stopped") else OK
 
 
 def _fail(args: argparse.Namespace, error: object, code: int) -> int:
@@ -164,6 +165,14 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     return {"run_dir": spec.run_dir} | start(spec, args.resume, args.stop_after)
 
 
+def _stop(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.train.rundir import read_run, request_stop
+
+    read_run(args.run_dir)
+    request_stop(args.run_dir, "ctrsink stop")
+    return {"run_dir": args.run_dir, "requested": "save and stop; it takes a step and a few seconds"}
+
+
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.runtime.evaluate import evaluate_run
 
@@ -235,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     _configured(train)
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run_dir, if there is one")
     train.add_argument("--stop-after", type=_count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
+
+    stop = _verb(verbs, "stop", _stop, "ask a run that trains somewhere to save itself and stop; --resume goes on with it")
+    stop.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
 
     evaluate = _verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set")
     evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")

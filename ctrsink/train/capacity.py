@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from ctrsink.batch import Batch
+from ctrsink.model.ctr import CTRModel
 
 SHARE = 0.6  # of the free memory: the backward pass and the allocator need the rest
 GIB = 2**30
 
 
-def tokens_within(model: nn.Module, forward: Callable[[Batch], torch.Tensor], batch: Batch, memory_gib: float | None) -> int:
+def tokens_within(model: CTRModel, forward: Callable[[Batch], torch.Tensor], batch: Batch, memory_gib: float | None) -> int:
     """Tokens whose activations fit into `memory_gib`, or into most of what is free.
 
     Activations grow with the tokens of a packed row, so one pass over a small `batch` says how much a token needs.
@@ -23,10 +24,9 @@ def tokens_within(model: nn.Module, forward: Callable[[Batch], torch.Tensor], ba
     """
     memory = memory_gib * GIB if memory_gib is not None else SHARE * free_bytes(next(model.parameters()).device)
     kept = saved_bytes(lambda: forward(batch), model)
-    if getattr(model, "backbone", None) is not None and model.backbone.is_gradient_checkpointing:  # pyright: ignore[reportAttributeAccessIssue]
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.backbone.modules()):
         # Checkpointed layers keep what enters them, out of sight of the hooks.
-        config = model.backbone.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        kept += 4 * batch.tokens * config.hidden_size * config.num_hidden_layers
+        kept += 4 * batch.tokens * model.backbone.config.get_text_config().hidden_size * model.layers
     return max(1, int(memory * batch.tokens / kept))
 
 

@@ -112,26 +112,24 @@ class Engine:
         weight = ACCUMULATION * self.topology.world / impressions
         norm = math.nan
         for number, batch in enumerate(batches, start=1):
-            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            self.engine.set_gradient_accumulation_boundary(last := number == len(batches))
             loss, _ = self.forward(batch, stage.readout)
             self.engine.backward(loss * weight)
-            if self.zero_stage == 0 and number == len(batches):
-                norm = self._checked_norm()
-            self.engine.step()
+            if last and self.zero_stage == 0:
+                norm = self._norm()
+            if last and self.zero_stage == 0 and not math.isfinite(norm):
+                self.engine.zero_grad()  # DeepSpeed would step all the same
+            else:
+                self.engine.step()
             total += float(loss.detach())
         if self.zero_stage > 0:
             norm = float(self.engine.get_global_grad_norm())
         total, *summed = all_sum([total, *signals], self.topology)
         return StepResult(total / impressions, norm, tuple(summed))
 
-    def _checked_norm(self) -> float:
-        """Norm of the gradient under ZeRO 0, where DeepSpeed neither keeps it nor looks at it; one not finite is dropped."""
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            for p in self.named.values():
-                p.grad = None  # Adam leaves a parameter without gradient as it is, and its moments
-        return norm
+    def _norm(self) -> float:
+        """Norm of the gradient under ZeRO 0, where DeepSpeed does not keep it."""
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]))
 
     def state(self, wanted: bool = True) -> EngineState:
         """Collective: every rank must call it, and gets the whole state on the CPU; an empty one where it is not `wanted`."""

@@ -1,0 +1,270 @@
+"""What a run survives, and at what price: workers killed at random, workers that come and go, failures one after another.
+
+Every failure is real: `kill -9` of a worker's process, or of a whole Ray node. Each run is compared with one that was left alone:
+its losses, and the multiset of impressions that it trained on, by its checksum (see ctrsink.train.audit).
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.raw import synthetic_log
+from benchmarks.report import machine, machine_line, markdown
+from benchmarks.training import prepare_once
+from ctrsink import logs, strict_json
+from ctrsink.config import RunSpec, load_run
+from ctrsink.runtime.process import stay_on_loopback
+from ctrsink.train.checkpoint import list_checkpoints
+from ctrsink.train.telemetry import read_metrics
+
+Breaker = Callable[[str, threading.Event], list[float]]
+"""Breaks something while a run trains in the folder, until it is told to end; returns when, in seconds since the start."""
+WORKER = "ray::RayTrainWorker"
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit code: 1 where a run did not end or was not exact."""
+    args = _arguments()
+    logs.configure()
+    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1", "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        report = {"machine": machine(), **args.experiment(args, Path(folder).resolve())}
+    print(strict_json.dumps(report) if args.json else text(report))
+    return 0 if all(row["finished"] and row["exact"] for row in report["runs"]) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.survival", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--events", type=int, default=20_000, help="of the synthetic log (default: %(default)s)")
+    common.add_argument("--seed", type=int, default=0, help="of the moments of failure")
+    common.add_argument("--work", metavar="DIR", help="where temporary files go (default: the system's place)")
+    common.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    kinds = parser.add_subparsers(required=True, metavar="EXPERIMENT")
+    kill = kinds.add_parser("kill", parents=[common], help="runs with kill -9 of a random worker at a random moment")
+    kill.add_argument("--runs", type=int, default=20)
+    kill.add_argument("--steps", type=int, default=300)
+    kill.set_defaults(experiment=killed_runs)
+    elastic = kinds.add_parser("elastic", parents=[common], help="two workers, then one, then two again")
+    elastic.add_argument("--steps", type=int, default=1500)
+    elastic.set_defaults(experiment=elastic_run)
+    soak = kinds.add_parser("soak", parents=[common], help="a failure every so many seconds; goodput")
+    soak.add_argument("--minutes", type=float, default=15.0)
+    soak.add_argument("--every", type=float, default=60.0, help="seconds between two failures")
+    soak.set_defaults(experiment=soaked_run)
+    return parser.parse_args()
+
+
+def spec_of(args: argparse.Namespace, folder: Path, name: str, *overrides: str) -> RunSpec:
+    """A run of two Ray workers on the tiny model, fp32, with dropout, and a stage boundary; the data are prepared once."""
+    config = synthetic_log(folder, args.events) if not (folder / "raw").exists() else folder / "run.yaml"
+    own = [
+        f"run_dir={folder / name}", f"data.uri={folder / 'data'}", "data.examples=per_user", "data.history=10", "data.targets=20",
+        "runtime.kind=ray", "runtime.workers=2", "runtime.max_failures=-1", "runtime.collective_timeout_s=60",
+        "model.backbone.config.attention_dropout=0.1", "train.batch_size=8", "train.micro_batch_size=4",
+        "train.checkpoint_every=20", "train.log_every=1", "evaluate.splits=[valid]", "evaluate.max_sequences=100",
+    ]  # fmt: skip
+    spec = load_run(str(config), [*own, *overrides])
+    prepare_once(spec)
+    return spec
+
+
+def train(spec: RunSpec, breaker: Breaker | None = None) -> dict[str, Any]:
+    """Train the run while `breaker` breaks things; what it said of itself, when failures were, and how long it all took."""
+    from ctrsink.runtime.start import start
+
+    ended, failures = threading.Event(), list[float]()
+    thread = threading.Thread(target=lambda: failures.extend(breaker(spec.run_dir, ended) if breaker else []))
+    began = time.monotonic()
+    thread.start()
+    try:
+        result = start(spec)
+    finally:
+        ended.set()
+        thread.join()
+    return result | {"failures": failures, "wall": time.monotonic() - began}
+
+
+def workers() -> list[psutil.Process]:
+    """The processes that train now, below this one."""
+    return [p for p in psutil.Process().children(recursive=True) if p.is_running() and WORKER in " ".join(_command(p))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def steps_of(run_dir: str) -> int:
+    """Steps of the newest checkpoint, finished or not."""
+    found = list_checkpoints(run_dir)
+    return int(found[0].rpartition("-")[2]) if found else 0
+
+
+def kill_once(chance: random.Random, steps: int) -> Breaker:
+    """Kill a random worker in a random one of the first `steps` steps."""
+
+    def breaker(run_dir: str, ended: threading.Event) -> list[float]:
+        began, target = time.monotonic(), chance.randrange(1, steps)
+        while steps_of(run_dir) < target - 20 and not ended.wait(0.02):
+            pass
+        ended.wait(chance.random() * 2)
+        found = workers()
+        if ended.is_set() or not found:
+            return []
+        chance.choice(found).kill()
+        return [time.monotonic() - began]
+
+    return breaker
+
+
+def killed_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """20 runs, each with one kill; beside the run that was left alone."""
+    stay_on_loopback(None)
+    chance = random.Random(args.seed)
+    limits = [f"stages=[{_stage('align', args.steps // 3, 'sinks')},{_stage('all', args.steps - args.steps // 3, 'all')}]"]
+    alone = spec_of(args, folder, "alone", *limits)
+    whole = train(alone)
+    rows = []
+    for number in range(args.runs):
+        spec = spec_of(args, folder, f"killed-{number}", *limits)
+        rows.append(_row(f"kill {number}", spec, train(spec, kill_once(chance, args.steps)), alone, whole))
+        logs.logging.getLogger("ctrsink").info("%s", rows[-1])
+    return {"experiment": "kill", "runs": rows}
+
+
+def _stage(name: str, steps: int, over: str) -> str:
+    trained = ["sink", "bias", "head"] + (["backbone"] if over == "all" else [])
+    return strict_json.dumps(
+        {"name": name, "readout": {"over": over}, "trainable": trained, "lr": dict.fromkeys(trained, 0.003), "steps": steps}
+    )
+
+
+def _row(name: str, spec: RunSpec, result: dict[str, Any], alone: RunSpec, whole: dict[str, Any]) -> dict[str, Any]:
+    """A run beside the one that was left alone."""
+    a, b = ([row["loss"] for row in read_metrics(run.run_dir)] for run in (alone, spec))
+    last = abs(a[-1] - b[-1]) / abs(a[-1]) if len(a) == len(b) else float("inf")
+    return {
+        "run": name,
+        "finished": result["finished"],
+        "failures": len(result["failures"]),
+        "exact": (result["impressions"], result["checksum"]) == (whole["impressions"], whole["checksum"]),
+        "bitwise": a == b,
+        "last_loss_off": last,
+        "wall_s": result["wall"],
+        "goodput": result["seconds"] / result["wall"],
+    }
+
+
+def elastic_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A cluster of two nodes with a core each beside the head; one node is killed and comes back."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    stay_on_loopback(None)
+    stages = [f"stages=[{_stage('all', args.steps, 'all')}]"]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
+    ray.init(address=cluster.address)
+    # The head keeps its core for Ray Train's controller.
+    keep = ray.remote(num_cpus=1)(_Idle).options(scheduling_strategy=_on(ray.nodes()[0]["NodeID"])).remote()
+    alone = spec_of(args, folder, "alone", *stages, "model.backbone.config.attention_dropout=0")
+    whole = train(alone)
+    spec = spec_of(
+        args, folder, "elastic", *stages, "model.backbone.config.attention_dropout=0",
+        "runtime.workers={min: 1, max: 2}", "runtime.resize_every_s=5",
+    )  # fmt: skip
+
+    def come_and_go(run_dir: str, ended: threading.Event) -> list[float]:
+        began, when = time.monotonic(), []
+        while steps_of(run_dir) < args.steps // 4 and not ended.wait(0.1):
+            pass
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        when.append(time.monotonic() - began)
+        gone = steps_of(run_dir)
+        while steps_of(run_dir) < gone + args.steps // 4 and not ended.wait(0.1):
+            pass
+        nodes.append(cluster.add_node(num_cpus=1, object_store_memory=10**8))
+        return [*when, time.monotonic() - began]
+
+    row = _row("2 -> 1 -> 2", spec, train(spec, come_and_go), alone, whole)
+    del keep
+    ray.shutdown()
+    cluster.shutdown()
+    return {"experiment": "elastic", "runs": [row]}
+
+
+class _Idle:
+    """Holds a core."""
+
+
+def _on(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def soaked_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A run of about `minutes`, a worker killed every `every` seconds; then the same steps without failures, in one process."""
+    from ctrsink.runtime.stopping import request_stop
+
+    stay_on_loopback(None)
+    chance = random.Random(args.seed)
+    spec = spec_of(args, folder, "soak", f"stages=[{_stage('all', 10**6, 'all')}]")
+
+    def keep_killing(run_dir: str, ended: threading.Event) -> list[float]:
+        began, when = time.monotonic(), []
+        while time.monotonic() - began < 60 * args.minutes and not ended.wait(args.every):
+            found = workers()
+            if found:
+                chance.choice(found).kill()
+                when.append(time.monotonic() - began)
+        request_stop(run_dir, "the soak is over")
+        return when
+
+    result = train(spec, keep_killing)
+    from ctrsink.train.audit import Audit, expected
+    from ctrsink.train.checkpoint import find_checkpoint
+    from ctrsink.train.restore import restore_run
+
+    run = restore_run(spec.run_dir)
+    position = find_checkpoint(spec.run_dir).position
+    from ctrsink.data.order import Order
+    from ctrsink.data.stream import SequenceSource
+
+    source = SequenceSource(run.dataset, "train", run.layout)
+    wanted = expected(source, Order(source.per_shard, spec.seed, spec.data.shuffle_shards), 0, position)
+    row = {
+        "run": f"soak {args.minutes:g} min",
+        "finished": result["stopped"] is not None,
+        "failures": len(result["failures"]),
+        "exact": Audit(result["impressions"], int(result["checksum"], 16)) == wanted,
+        "bitwise": None,
+        "last_loss_off": None,
+        "wall_s": result["wall"],
+        "goodput": result["seconds"] / result["wall"],
+    }
+    return {"experiment": "soak", "runs": [row]}
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    header = ["run", "ended", "failures", "multiset exact", "losses bitwise", "last loss off by", "wall s", "goodput"]
+    keys = ["run", "finished", "failures", "exact", "bitwise", "last_loss_off", "wall_s", "goodput"]
+    rows = [["yes" if row[k] is True else "no" if row[k] is False else row[k] for k in keys] for row in report["runs"]]
+    return f"{machine_line(report['machine'])}\n\n{markdown(header, rows)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
