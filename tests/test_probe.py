@@ -17,7 +17,7 @@ from ctrsink.model.groups import set_trainable
 from ctrsink.model.rows import visible
 from ctrsink.train.probe import probe
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
-from tests.test_attention import plain_mask
+from tests.test_flex import EXAMPLES, batch_of
 
 close = torch.testing.assert_close
 
@@ -25,7 +25,8 @@ close = torch.testing.assert_close
 def dense_shares(model: CTRModel, batch: Batch, readout: ReadoutSpec, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """By whole [L, L] softmaxes, pair by pair: in each layer, of what readouts give to other events, what sinks get."""
     real = AttentionInterface()[BACKENDS["sdpa"]]
-    mask = plain_mask(batch, readout.through_sinks, model.window)
+    every = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
+    mask = visible(batch, every, readout.through_sinks, model.window)
     shares: list[float] = []
 
     def watching(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +64,7 @@ def dense_shares(model: CTRModel, batch: Batch, readout: ReadoutSpec, monkeypatc
 
 
 @pytest.mark.parametrize("over", ["all", "sinks"])
-@pytest.mark.parametrize("examples", ["per_user", "per_target"])
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize(
     "options",
     [{}, {"temporal": True}, {"window": 2}, {"lora": LoraSpec(rank=2), "kv_heads": 1, "temporal": True, "window": 3}],
@@ -76,7 +77,7 @@ def test_share_of_sinks_is_that_of_the_dense_form(
     torch.manual_seed(3)
     for parameter in model.temporal.parameters():
         parameter.data.normal_()
-    batch, readout = random_batch(4, layout_of(examples), (8, 1, 4)), ReadoutSpec(over=over)
+    batch, readout = batch_of(examples, 4, (8, 1, 4)), ReadoutSpec(over=over)
     found = probe(model, model, batch, readout)
     expected = dense_shares(model, batch, readout, monkeypatch)
     assert found.keys() == {"gamma/layer00", "sink_attention/layer00", "sink_attention/layer01"}
@@ -86,6 +87,19 @@ def test_share_of_sinks_is_that_of_the_dense_form(
         assert expected == pytest.approx([1.0, 1.0])
     else:
         assert all(0 < share < 1 for share in expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("over", ["all", "sinks"])
+def test_both_backends_tell_the_same(over: Any) -> None:
+    options: dict[str, Any] = {"temporal": True, "window": 3, "fields": {"hidden_size": 64}}
+    models = [tiny_model(tiny_spec(attention=name, **options)) for name in ("sdpa", "flex")]
+    torch.manual_seed(3)
+    for parameter in models[0].temporal.parameters():
+        parameter.data.normal_()
+    models[1].load_state_dict(models[0].state_dict())
+    batch, readout = batch_of("per_user", 4, (8, 1, 4)), ReadoutSpec(over=over)
+    close(probe(models[1], models[1], batch, readout), probe(models[0], models[0], batch, readout), atol=1e-5, rtol=1e-5)
 
 
 def test_the_temporal_bias_moves_the_share() -> None:
@@ -132,7 +146,7 @@ def test_without_sinks_or_history_there_is_no_share() -> None:
 @given(
     st.integers(0, 2**32),
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    st.sampled_from(["per_user", "per_target"]),
+    st.sampled_from(EXAMPLES),
     st.booleans(),
     st.sampled_from([None, 1, 2, 4]),
 )
@@ -140,13 +154,10 @@ def test_without_sinks_or_history_there_is_no_share() -> None:
 def test_pairs_are_counted_as_they_are_seen(
     seed: int, events: list[int], examples: str, sinks_only: bool, window: int | None
 ) -> None:
-    batch = random_batch(seed, layout_of(examples), tuple(events))
-    assert visible_pairs(batch, sinks_only, window) == pairs_seen(batch, sinks_only, window)
-
-
-def pairs_seen(batch: Batch, sinks_only: bool, window: int | None) -> int:
+    batch = batch_of(examples, seed, tuple(events))
     every = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
-    return int(visible(batch, every, sinks_only, window)[batch.kinds != PAD].sum())
+    seen = visible(batch, every, sinks_only, window)[batch.kinds != PAD]
+    assert visible_pairs(batch, sinks_only, window) == int(seen.sum())
 
 
 def test_a_step_costs_by_what_is_trained() -> None:
