@@ -1,4 +1,4 @@
-"""What is read out of a model between steps: the share of attention that goes to sinks, against a dense reference; gamma; FLOPs."""
+"""What is read out of a model between steps: the share of attention that goes to sinks, gamma, and FLOPs."""
 
 from typing import Any
 

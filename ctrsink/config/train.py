@@ -1,7 +1,6 @@
 """Sections of optimisation, evaluation and the place where a run happens."""
 
 from typing import Any, Literal
-
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator

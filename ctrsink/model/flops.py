@@ -29,7 +29,7 @@ class FlopCount:
 
     Matrices: 2 per weight and token forward, 2 backward to the activations, and 2 to the weight's own gradient where it is
     trained: 4 N_frozen + 6 N_trained. Attention: forward two products (QK^T, PV) of 2 d per head and pair, backward four. Where
-    nothing but the head is trained there is no way back: 2 N, and the two products. Embeddings, sinks, biases, norms and the head,
+    nothing but the head is trained there is no way back: 2 N, and the two products. Embeddings, sinks, biases, norms, the head,
     and whatever is computed twice (checkpointed activations, the kernels' second QK^T), take time and count as nothing.
     """
 
@@ -50,7 +50,9 @@ class FlopCount:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if len(shape) == 2 and parameter is not embedding and group_of(name) in ("backbone", "lora"):
                 weights += shape.numel() * (6 if parameter.requires_grad else 4 if returns else 2)
-        width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        width = config.num_attention_heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         return cls(weights, (12 if returns else 4) * width * config.num_hidden_layers, model.window)
 
     def step(self, batch: Batch, sinks_only: bool) -> Flops:

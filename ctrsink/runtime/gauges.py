@@ -18,7 +18,9 @@ def gauge_of(key: str) -> tuple[str, dict[str, str]]:
     becomes an underscore.
     """
     found = _TAGGED.fullmatch(key)
-    tags = {} if found is None else {tag: value for tag, value in found.groupdict().items() if tag != "name" and value is not None}
+    tags = (
+        {} if found is None else {tag: value for tag, value in found.groupdict().items() if tag != "name" and value is not None}
+    )
     return PREFIX + re.sub(r"\W", "_", key if found is None else found["name"], flags=re.ASCII), tags
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import queue
 import threading
 import time
@@ -139,6 +140,7 @@ def require_mlflow() -> None:
     Raises:
         InputError: it is missing.
     """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of its use
     try:
         import mlflow  # noqa: F401
     except ImportError:

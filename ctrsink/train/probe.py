@@ -29,9 +29,7 @@ def probe_batch(dataset: Dataset, split: str, layout: Layout) -> Batch:
     return batch
 
 
-def probe(
-    forward: Callable[[Batch, ReadoutSpec], Any], model: CTRModel, batch: Batch, readout: ReadoutSpec
-) -> dict[str, float]:
+def probe(forward: Callable[[Batch, ReadoutSpec], Any], model: CTRModel, batch: Batch, readout: ReadoutSpec) -> dict[str, float]:
     """`gamma/layerNN` and `sink_attention/layerNN` of every layer that has one, by one forward pass without gradients or dropout.
 
     Under ZeRO-3 every rank must call it with the same batch; gamma is read while its module has its weights.
