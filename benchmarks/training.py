@@ -109,8 +109,8 @@ def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
     source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model.sinks))
     train = spec.train
-    accumulation = max(1, train.batch_size // (world * train.micro_batch_size))
-    tokens = train.micro_batch_tokens
+    accumulation, tokens = spec.accumulation(spec.stages[-1], world), train.micro_batch_tokens
+    assert tokens != "auto"
     return iter(
         TrainStream(source, spec.seed, spec.data.shuffle_shards, train.batch_size, accumulation, rank, world, tokens=tokens)
     )

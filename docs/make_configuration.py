@@ -5,7 +5,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as bounds
 from pydantic import BaseModel
@@ -58,10 +58,14 @@ def _row(key: str, name: str, field: FieldInfo) -> str:
     meaning = " ".join(filter(None, [_one_line(inner.__doc__) if inner else "", _one_line(field.description)]))
     if not meaning:
         raise SystemExit(f"{_below(key, name)} has no docstring: say in ctrsink/config what it means")
-    found = [f"{_SIGNS[type(m)]} {getattr(m, type(m).__name__.lower()):g}" for m in field.metadata if type(m) in _SIGNS]
-    allowed = _type(field.annotation, _below(key, name), " " + " and ".join(found) if found else "")
+    allowed = _type(field.annotation, _below(key, name), _limits(field))
     cells = [f"`{name}`", allowed, _default(field, inner), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _limits(field: FieldInfo) -> str:
+    found = [f"{_SIGNS[type(m)]} {getattr(m, type(m).__name__.lower()):g}" for m in field.metadata if type(m) in _SIGNS]
+    return " " + " and ".join(found) if found else ""
 
 
 def _type(annotation: Any, key: str, limits: str = "") -> str:
@@ -71,6 +75,8 @@ def _type(annotation: Any, key: str, limits: str = "") -> str:
         return " / ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join("null" if a is types.NoneType else _type(a, key, limits) for a in arguments)
+    if origin is Annotated:
+        return _type(arguments[0], key, _limits(arguments[1]))
     if origin is tuple:
         if arguments[-1] is not Ellipsis:
             return f"[{', '.join(_type(a, key) for a in arguments)}]"

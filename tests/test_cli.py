@@ -78,7 +78,7 @@ REQUEST: dict[str, Any] = {
         (["train.batch_size"], ["override 'train.batch_size' is not of the form section.key=value"]),
         (["model.attention=eager"], ["model.attention: the eager backend drops the inter-sink bias", "allowed: sdpa or flex"]),
         (["model.attention=flash_attention_2"], ["the flash_attention_2 backend drops the inter-sink bias", "or flex"]),
-        (["runtime.kind=ray", "runtime.workers=3"], ["train.batch_size 8 is not divisible by runtime.workers 3: take 6 or 9"]),
+        (["runtime.kind=ray", "runtime.workers=9"], ["a batch of 8 sequences leaves some of 9 workers without work"]),
         (["model.backbone.config.hiden_size=8"], ["model.backbone.config: ", "no field hiden_size, did you mean hidden_size?"]),
         (["model.backbone.config=null", "model.backbone.path=no/such"], ["model.backbone.path no/such: "]),
         (["model.lora={targets: [q]}", "stages.1.trainable=[lora]", "stages.1.lr.lora=0.1"], ["model.lora.targets ['q']: "]),

@@ -40,7 +40,7 @@ def mistake(tree: dict[str, Any], *overrides: str) -> str:
 
 def test_the_smallest_run_is_whole() -> None:
     spec = parse_run(run_tree(), "x")
-    assert spec.accumulation == 4
+    assert spec.accumulation(spec.stages[0], 1) == 4
     assert spec.model.sinks is not None
     assert spec.model.sinks.signals == ("previous_gap",)
 
@@ -92,8 +92,10 @@ def stage(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epochs": 1.0}, "stages.0: give exactly one of epochs and steps"),
-        ({"steps": None}, "stages.0: give exactly one of epochs and steps"),
+        ({"steps": None}, "stages.0: give at least one of epochs, steps and plateau: nothing would end the stage"),
+        ({"steps": None, "plateau": {}}, "stages.0: a stage that only a plateau ends has no length for its schedule"),
+        ({"plateau": {}}, "stages.one: plateau needs a validation sample: add train.validation"),
+        ({"batch_size": 0}, "stages.0.batch_size: Input should be greater than or equal to 1"),
         ({"trainable": ["sink", "lora"]}, "no learning rate for the trainable group lora: add lr.lora"),
         ({"trainable": []}, "trainable names at least one group"),
         ({"trainable": ["sinks"]}, "stages.0.trainable.0: 'sinks' is not allowed, did you mean sink?"),
@@ -128,18 +130,27 @@ def test_per_user_refuses_signals_that_depend_on_the_target(signal: str) -> None
 
 
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 7))
-def test_a_batch_is_whole_micro_batches_of_all_workers(batch: int, workers: int, micro: int) -> None:
+def test_accumulation_follows_from_the_batch_and_the_workers(batch: int, workers: int, micro: int) -> None:
+    """As few micro-batches as hold the global batch; at any number of workers."""
     tree = run_tree(train={"batch_size": batch, "micro_batch_size": micro}, runtime={"kind": "ray", "workers": workers})
-    if batch % (workers * micro) == 0:
-        assert parse_run(tree, "x").accumulation * workers * micro == batch
+    if batch < workers:
+        assert f"stages.one: a batch of {batch} sequences leaves some of {workers} workers without work" in mistake(tree)
         return
-    message = mistake(tree)
-    if batch % workers:
-        assert f"train.batch_size {batch} is not divisible by runtime.workers {workers}: take " in message
-        proposed = [int(n) for n in message.split("take ")[1].split(" or ")]
-        assert all(n > 0 and n % workers == 0 and abs(n - batch) <= workers for n in proposed)
-    else:
-        assert f"choose a micro_batch_size that divides {batch // workers}" in message
+    spec = parse_run(tree, "x")
+    accumulation = spec.accumulation(spec.stages[0], workers)
+    assert (accumulation - 1) * workers * micro < batch <= accumulation * workers * micro
+
+
+def test_elastic_workers_have_two_bounds() -> None:
+    tree = run_tree(train={"batch_size": 8}, runtime={"kind": "ray", "workers": {"min": 1, "max": 4}})
+    assert parse_run(tree, "x").runtime.most_workers == 4
+    assert "runtime.workers" in mistake(tree, "runtime.workers={min: 3, max: 2}")
+    assert "local runs one process" in mistake(tree, "runtime.kind=local")
+    assert "without work" in mistake(tree, "runtime.workers.max=9")
+
+
+def test_offload_needs_something_to_move() -> None:
+    assert "offload needs zero_stage 1, 2 or 3" in mistake(run_tree(train={"offload": True, "zero_stage": 0}))
 
 
 def test_local_runs_one_process() -> None:
@@ -284,7 +295,7 @@ def test_per_request_needs_a_token_budget() -> None:
     tree = run_tree(data={"uri": "data", "examples": "per_request"})
     with pytest.raises(InputError, match=r"bound the memory of a micro-batch with train\.micro_batch_tokens"):
         parse_run(tree, "x")
-    assert parse_run({**tree, "train": {"micro_batch_tokens": 100}}, "x").accumulation == 1
+    assert parse_run({**tree, "train": {"micro_batch_tokens": 100}}, "x").train.micro_batch_tokens == 100
 
 
 def test_a_dumped_run_is_a_configuration_file(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from ctrsink.runtime.evaluate import evaluate_run
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.start import start
 from ctrsink.train.checkpoint import find_checkpoint
-from ctrsink.train.loop import Trainer, require_same_data
+from ctrsink.train.loop import Trainer
 from ctrsink.train.rundir import claim, identities
+from ctrsink.train.same_data import require_same_data
 from ctrsink.train.telemetry import read_metrics
 from tests.data_fixtures import make_events, write_published_100k
 from tests.runs import run_tree
@@ -126,7 +127,7 @@ import torch.distributed as dist
 from ctrsink.data.manifest import read_manifest
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
-from ctrsink.train.loop import require_same_data
+from ctrsink.train.same_data import require_same_data
 from tests.test_continual import run_on
 rank, store, run_dir, *manifests = sys.argv[1:]
 dist.init_process_group("gloo", init_method="file://" + store, rank=int(rank), world_size=2)

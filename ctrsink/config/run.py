@@ -27,14 +27,15 @@ class RunSpec(Section):
     evaluate: EvaluateSpec = EvaluateSpec()
     runtime: RuntimeSpec = RuntimeSpec()
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of one worker per optimiser step, where `micro_batch_tokens` does not decide."""
-        return (
-            1
-            if self.train.micro_batch_tokens is not None
-            else self.train.batch_size // (self.runtime.workers * self.train.micro_batch_size)
-        )
+    def batch_size(self, stage: StageSpec) -> int:
+        """Sequences per optimiser step of a stage, over all workers."""
+        return stage.batch_size or self.train.batch_size
+
+    def accumulation(self, stage: StageSpec, workers: int) -> int:
+        """Micro-batches of one of `workers` per optimiser step, where `micro_batch_tokens` does not decide."""
+        if self.train.micro_batch_tokens is not None:
+            return 1
+        return -(-self.batch_size(stage) // (workers * self.train.micro_batch_size))
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunSpec":
@@ -47,21 +48,17 @@ class RunSpec(Section):
         return self
 
     def _check_batch(self) -> None:
-        workers, micro, batch = self.runtime.workers, self.train.micro_batch_size, self.train.batch_size
-        if batch % workers:
-            raise ValueError(
-                f"train.batch_size {batch} is not divisible by runtime.workers {workers}: "
-                f"take {batch - batch % workers or workers} or {batch + workers - batch % workers}"
-            )
+        workers = self.runtime.most_workers
+        for stage in self.stages:
+            if self.batch_size(stage) < workers:
+                raise ValueError(
+                    f"stages.{stage.name}: a batch of {self.batch_size(stage)} sequences leaves some of {workers} workers "
+                    "without work: take a larger batch_size or fewer runtime.workers"
+                )
         if self.data.examples == "per_request" and self.train.micro_batch_tokens is None:
             raise ValueError(
                 "data.examples per_request: a piece of `targets` impressions is as many sequences as they were requests; "
-                "bound the memory of a micro-batch with train.micro_batch_tokens, for example 8192"
-            )
-        if self.train.micro_batch_tokens is None and batch % (workers * micro):
-            raise ValueError(
-                f"train.batch_size {batch} is not runtime.workers {workers} x train.micro_batch_size {micro} x a whole number: "
-                f"choose a micro_batch_size that divides {batch // workers}"
+                "bound the memory of a micro-batch with train.micro_batch_tokens, for example 8192 or auto"
             )
 
     def _check_signals(self) -> None:
@@ -101,6 +98,10 @@ class RunSpec(Section):
                     raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because model.{key} is null")
             if stage.readout.over == "sinks" and self.model.sinks is None:
                 raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")
+            if stage.plateau is not None and self.train.validation is None:
+                raise ValueError(
+                    f"stages.{stage.name}: plateau needs a validation sample: add train.validation, for example {{every: 100}}"
+                )
             if self.model.lora is not None and "backbone" in stage.trainable and "lora" in stage.trainable:
                 raise ValueError(f"stages.{stage.name}: lora and backbone together train the same weights twice; choose one")
 
@@ -110,9 +111,9 @@ class RunSpec(Section):
             return
         *earlier, last = self.stages
         for stage in earlier:
-            if stage.steps is None:
+            if stage.steps is None or stage.epochs is not None or stage.plateau is not None:
                 raise ValueError(f"stages.{stage.name}: data.order chronological needs steps for every stage but the last")
-        if last.epochs != 1:
+        if last.epochs != 1 or last.steps is not None or last.plateau is not None:
             raise ValueError(f"stages.{last.name}: the last stage in data.order chronological has epochs: 1, the single pass")
         if last.schedule.kind != "constant" or last.schedule.warmup:
             raise ValueError(

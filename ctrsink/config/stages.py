@@ -34,8 +34,19 @@ class ScheduleSpec(Section):
     """Factor at the end of the stage."""
 
 
+class PlateauSpec(Section):
+    """No improvement of a metric on the validation sample (`train.validation`)."""
+
+    metric: Literal["auc", "gauc", "logloss"] = "auc"
+    """What is watched; `logloss` falls when it improves, the others rise."""
+    patience: int = Field(default=3, ge=1)
+    """Validations in a row without an improvement."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """A smaller change is no improvement."""
+
+
 class StageSpec(Section):
-    """One stage; exactly one of `epochs` and `steps` ends it."""
+    """One stage; `epochs`, `steps` and `plateau` end it, one of them or, by `until`, several combined."""
 
     name: str
     """Its name in metrics and messages; each stage has its own."""
@@ -45,10 +56,16 @@ class StageSpec(Section):
     lr: dict[Group, float]
     """Learning rate per trainable group; those of other groups are ignored."""
     schedule: ScheduleSpec = ScheduleSpec()
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per optimiser step in this stage; null: `train.batch_size`."""
     epochs: float | None = Field(default=None, gt=0)
     """Length in passes over the train split; parts of one are allowed."""
     steps: int | None = Field(default=None, ge=1)
     """Length in optimiser steps."""
+    plateau: PlateauSpec | None = None
+    """Ends the stage when a validation metric no longer improves."""
+    until: Literal["any", "all"] = "any"
+    """Where several conditions are given: the first that is met ends the stage, or the last."""
 
     @field_validator("lr")
     @classmethod
@@ -60,8 +77,14 @@ class StageSpec(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> "StageSpec":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
+        if self.epochs is None and self.steps is None:
+            if self.plateau is None:
+                raise ValueError("give at least one of epochs, steps and plateau: nothing would end the stage")
+            if self.schedule.kind != "constant" or self.schedule.warmup:
+                raise ValueError(
+                    "a stage that only a plateau ends has no length for its schedule: add steps or epochs, "
+                    "or take schedule {kind: constant, warmup: 0}"
+                )
         if not self.trainable or len(set(self.trainable)) != len(self.trainable):
             raise ValueError("trainable names at least one group, each once")
         missing = [g for g in self.trainable if g not in self.lr]

@@ -1,6 +1,6 @@
 """Sections of optimisation, evaluation and the place where a run happens."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -40,18 +40,31 @@ class MlflowSpec(Section):
         return value
 
 
+class ValidationSpec(Section):
+    """A fixed random sample of the valid split, measured while the run trains."""
+
+    every: int = Field(default=200, ge=1)
+    """Optimiser steps between two measurements; a stage's end always makes one."""
+    sequences: int = Field(default=200, ge=1)
+    """Size of the sample."""
+
+
 class TrainSpec(Section):
     """Optimiser, batch, DeepSpeed and checkpoints."""
 
     batch_size: int = Field(default=32, ge=1)
     """Sequences per optimiser step over all workers; it does not depend on the number of workers."""
     micro_batch_size: int = Field(default=8, ge=1)
-    """Sequences per forward pass of one worker; the accumulation follows from it."""
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Sequences per forward pass of one worker at most; the accumulation follows from it and from the number of workers."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Tokens per forward pass of one worker at most, in place of `micro_batch_size`: how many micro-batches a step has follows
-    from its sequences. A longer sequence stands alone."""
+    from its sequences. A longer sequence stands alone. `auto`: as many as fit into `memory_gib`, measured when a stage begins."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """What `micro_batch_tokens: auto` may fill with activations; null: most of what a worker's device has free then."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what is split over the workers. 0: nothing, 1: optimiser state, 2: gradients too, 3: weights too."""
+    offload: bool = False
+    """Optimiser state, and under ZeRO 3 the weights, lie in the host's memory; needs `zero_stage` 1 to 3."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: frozen weights and matrix products in bfloat16, trainable parameters stay fp32."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -60,11 +73,21 @@ class TrainSpec(Section):
     """AdamW's two moments."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a longer one is scaled down."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When the gradient of a step is NaN or infinite: end the run, or leave the step out, ten in a row at most."""
+    validation: ValidationSpec | None = None
+    """null: nothing is measured before the end."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimiser steps between checkpoints; a stage's end always makes one."""
     log_every: int = Field(default=10, ge=1)
     """Optimiser steps between progress lines and rows of metrics.jsonl."""
     mlflow: MlflowSpec | None = None
+
+    @model_validator(mode="after")
+    def _offload_is_sharded(self) -> "TrainSpec":
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload needs zero_stage 1, 2 or 3: ZeRO 0 keeps everything on the device")
+        return self
 
 
 class EvaluateSpec(Section):
@@ -78,13 +101,29 @@ class EvaluateSpec(Section):
     """Evaluate a fixed random sample of this many sequences of a split instead of all."""
 
 
+class WorkersSpec(Section):
+    """An elastic number of workers."""
+
+    min: int = Field(default=1, ge=1)
+    """With fewer the run waits."""
+    max: int = Field(ge=1)
+    """More are not used."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "WorkersSpec":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
 class RuntimeSpec(Section):
     """Where the workers run. `runtime: local` and `runtime: ray` are short for `kind`."""
 
     kind: Literal["local", "ray"] = "local"
     """`local`: one process, no Ray. `ray`: Ray Train workers, on this machine or the cluster at `address`."""
-    workers: int = Field(default=1, ge=1)
-    """Processes that train; with `cuda` each has one GPU."""
+    workers: Annotated[int, Field(ge=1)] | WorkersSpec = 1
+    """Processes that train; with `cuda` each has one GPU. `{min: 1, max: 4}` is elastic: the run goes on with the workers that
+    there is room for, and grows when there is more."""
     device: Literal["cpu", "cuda"] = "cpu"
     """What the workers compute on."""
     cpus_per_worker: int = Field(default=1, ge=1)
@@ -95,8 +134,12 @@ class RuntimeSpec(Section):
     """The workers must have been placed within this time."""
     collective_timeout_s: float = Field(default=600, gt=0)
     """A collective that hangs longer ends the run instead of blocking the machines."""
-    max_failures: int = Field(default=0, ge=0)
-    """Worker failures after which the group is started again from the last checkpoint."""
+    max_failures: int = Field(default=0, ge=-1)
+    """Worker failures after which the group is started again from the last checkpoint; -1: any number."""
+    max_preemptions: int = Field(default=-1, ge=-1)
+    """Announced losses of a node that are survived in the same way, counted apart; -1: any number."""
+    resize_every_s: float = Field(default=60, gt=0)
+    """Elastic workers: time between two looks whether there is room for more."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """What one device could do at most, in TFLOP/s, to tell the share that training uses (`mfu`). null: known GPUs by their data
     sheet, in bf16; elsewhere there is no such share."""
@@ -111,3 +154,7 @@ class RuntimeSpec(Section):
         if self.kind == "local" and self.workers != 1:
             raise ValueError(f"local runs one process, got workers {self.workers}; for more set kind to ray")
         return self
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max

@@ -66,6 +66,11 @@ class SequenceSource:
         """Targets of each sequence, known without opening a shard."""
         return self._targets(*self.owners(ids))
 
+    def some(self) -> np.ndarray:
+        """One sequence, of a user whose history is long: what a measurement of memory takes, int64 [1]."""
+        ids = np.arange(min(256, sum(self.per_shard)))
+        return ids[[self.lengths(ids).argmax()]]
+
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """Events of each sequence, about: exact where every event is an impression."""
         users, pieces = self.owners(ids)
@@ -214,6 +219,12 @@ class TrainStream:
     def step(self, position: int) -> Step:
         """The step that starts at `position`."""
         return self._build([position])[0]
+
+    def shards_of(self, position: int) -> list[str]:
+        """Files that the step from `position` on reads, for messages."""
+        users, _ = self.source.owners(self.order.ids(position, self.batch_size))
+        shards = self.source.dataset.manifest.shards
+        return [shards[number].events_file.path for number in np.unique(self.source.dataset.index["shard"][users]).tolist()]
 
     def _chunk(self, position: int, count: int, size: int, number: int) -> list[Step]:
         """Of `count` steps the first, for number 0, or the next `size` of the others."""

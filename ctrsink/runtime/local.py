@@ -6,6 +6,7 @@ from typing import Any
 from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
 from ctrsink.runtime.process import prepare_process
+from ctrsink.runtime.stopping import StopRequests, on_sigterm
 
 
 def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
@@ -16,7 +17,15 @@ def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -
     import torch.distributed as dist
 
     from ctrsink.train.loop import Trainer
+    from ctrsink.train.surroundings import Surroundings
 
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Trainer(spec, Topology(device=device), vocabulary).run(stop_after)
+    asked: list[str] = []
+    requests = StopRequests(spec.run_dir)
+    surroundings = Surroundings(stop=lambda: asked[0] if asked else requests.reason())
+    try:
+        with on_sigterm(asked.append):
+            return Trainer(spec, Topology(device=device), vocabulary, surroundings).run(stop_after)
+    finally:
+        requests.close()

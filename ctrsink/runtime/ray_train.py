@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context, get_preemption_info
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.errors import InputError, RunError, first_line
-from ctrsink.train.rundir import RAY_NAME, read_result
+from ctrsink.runtime.gauges import RayGauges
+from ctrsink.runtime.stopping import on_sigterm
+from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
 
 def connect(address: str | None, cpus: int) -> None:
@@ -72,7 +74,8 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(runtime.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=runtime.workers,
+            num_workers=runtime.workers if isinstance(runtime.workers, int) else (runtime.workers.min, runtime.workers.max),
+            elastic_resize_monitor_interval_s=runtime.resize_every_s,
             use_gpu=gpu,
             resources_per_worker={"CPU": runtime.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
         ),
@@ -81,14 +84,22 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
             name=f"{spec.name}-{time.time_ns()}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),
+            failure_config=FailureConfig(
+                max_failures=runtime.max_failures,
+                max_preemption_failures=runtime.max_preemptions,
+                controller_failure_limit=0,
+            ),
         ),
     )
     try:
-        trainer.fit()
+        with on_sigterm(lambda reason: request_stop(spec.run_dir, reason)):
+            trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error) from error
-    return read_result(spec.run_dir)
+    result = read_result(spec.run_dir)
+    if "diverged" in result:
+        raise RunError(result["diverged"])
+    return result
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -100,11 +111,29 @@ def _worker(config: dict[str, Any]) -> None:
     context = get_context()
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
     from ctrsink.dist import Topology
+    from ctrsink.runtime.stopping import StopRequests
+    from ctrsink.train.failures import Diverged
     from ctrsink.train.loop import Trainer
+    from ctrsink.train.surroundings import Surroundings
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
-    Trainer(spec, topology, config["vocabulary"]).run(config["stop_after"])
+    requests = StopRequests(spec.run_dir) if topology.is_first else None
+    surroundings = Surroundings(requests.reason if requests else lambda: None, _preemption, RayGauges(spec.name))
+    try:
+        Trainer(spec, topology, config["vocabulary"], surroundings).run(config["stop_after"])
+    except Diverged as error:
+        # All ranks are here. A failure would make Ray try again, and the same step would fail again.
+        if topology.is_first:
+            write_result(spec.run_dir, {"diverged": str(error)})
+    finally:
+        if requests:
+            requests.close()
+
+
+def _preemption() -> str | None:
+    info = get_preemption_info()
+    return None if info is None else f"the loss of the nodes of ranks {sorted(info.preempted_ranks)} is announced"
 
 
 def _without_working_folder(spec: RunSpec) -> RunSpec:
@@ -138,4 +167,4 @@ def _translate(error: TrainingFailedError) -> InputError | RunError:
 
 def _local_cpus(spec: RunSpec) -> int:
     """CPUs to declare for a cluster of our own: what the workers ask for, and one for Ray Train's controller."""
-    return spec.runtime.workers * spec.runtime.cpus_per_worker + 1
+    return spec.runtime.most_workers * spec.runtime.cpus_per_worker + 1

@@ -6,7 +6,7 @@ does not match, the folder is no checkpoint.
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,8 +39,12 @@ class Checkpoint:
     """See EngineState."""
     dataset: str
     """Identity of the data set, see Manifest.identity."""
-    impressions: int = 0
-    """Trained on so far."""
+    controller: dict[str, Any] = field(default_factory=dict)
+    """State of the stage controller."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the validation sample, where it was measured at this step."""
+    trained: dict[str, int] = field(default_factory=dict)
+    """The impressions trained on so far, see Audit."""
     seconds: float = 0.0
     """Spent in training steps so far."""
 
@@ -48,7 +52,7 @@ class Checkpoint:
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
     """Write `checkpoint` below `run_dir` and return its folder."""
     folder = folder_of(run_dir, checkpoint.step)
-    kept = ("step", "position", "steps", "dataset", "impressions", "seconds")
+    kept = ("step", "position", "steps", "dataset", "controller", "metrics", "trained", "seconds")
     state = {name: getattr(checkpoint, name) for name in kept}
     contents = (save(checkpoint.parameters), save(checkpoint.moments), json.dumps(state).encode())
     files = dict(zip(FILES, contents, strict=True))

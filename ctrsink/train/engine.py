@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from ctrsink.batch import Batch
 from ctrsink.config.run import RunSpec
 from ctrsink.config.stages import Group, ReadoutSpec, StageSpec
 from ctrsink.dist import Topology, all_sum
-from ctrsink.errors import RunError
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.groups import set_trainable, trained_as
 
@@ -44,10 +44,19 @@ class EngineState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean log loss over the impressions of the global batch, and the gradient's norm before clipping."""
+    """What one optimiser step of all ranks gave."""
 
     loss: float
-    grad_norm: float | None
+    """Mean log loss over the impressions of the global batch."""
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    signals: tuple[float, ...] = ()
+    """Sums over ranks of what each rank handed in."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are; where the gradient is not, nothing was changed."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -73,6 +82,8 @@ class Engine:
             model=model, optimizer=optimizer, config=deepspeed_config(spec, self.named), dist_init_required=False
         )
         self._base: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.zero_stage in (1, 2):
+            self.optimizer.check_grad_overflow = True  # DeepSpeed switches it off without fp16: a NaN would reach the weights
         self._create_moments()
         if state is not None:
             self._load(state)
@@ -81,44 +92,61 @@ class Engine:
         """See CTRModel.forward; every rank must call it equally often."""
         return self.engine(batch.to(self.topology.device), readout)
 
-    def step(self, batches: list[Batch], impressions: int, stage: StageSpec, factor: float) -> StepResult:
+    def step(
+        self, batches: list[Batch], impressions: int, stage: StageSpec, factor: float, signals: Sequence[float] = ()
+    ) -> StepResult:
         """One optimiser step over the micro-batches of this rank.
 
         Impressions weigh equally whatever micro-batch or rank holds them, so the result does not depend on how a global batch
         is shared out: `impressions` is the number in the global batch. Every rank must bring equally many micro-batches.
 
-        Raises:
-            RunError: the loss or the gradient is not finite.
+        A gradient with a NaN or an infinity changes neither weights nor moments; the result then is not `finite`.
+
+        Args:
+            signals: numbers of this rank that travel with the sum of the losses, at no cost.
         """
         for group, name in zip(self.optimizer.param_groups, self._group_names, strict=True):
             group["lr"] = stage.lr[name.split("/")[0]] * factor
         total = 0.0
         # DeepSpeed divides by its accumulation and averages over ranks; both are undone here.
         weight = ACCUMULATION * self.topology.world / impressions
+        norm = math.nan
         for number, batch in enumerate(batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
             loss, _ = self.forward(batch, stage.readout)
             self.engine.backward(loss * weight)
+            if self.zero_stage == 0 and number == len(batches):
+                norm = self._checked_norm()
             self.engine.step()
             total += float(loss.detach())
-        mean = all_sum([total], self.topology)[0] / impressions
-        if not math.isfinite(mean):
-            raise RunError(f"the loss is {mean}: lower the learning rates of stage {stage.name} or check its data")
-        norm = self.engine.get_global_grad_norm()
-        if norm is None:  # DeepSpeed does not keep it under ZeRO 0
-            return StepResult(mean, None)
-        if not math.isfinite(norm):
-            raise RunError(f"the gradient's norm is {norm}: lower the learning rates of stage {stage.name} or check its data")
-        return StepResult(mean, float(norm))
+        if self.zero_stage > 0:
+            norm = float(self.engine.get_global_grad_norm())
+        total, *summed = all_sum([total, *signals], self.topology)
+        return StepResult(total / impressions, norm, tuple(summed))
 
-    def state(self) -> EngineState:
-        """Collective: every rank must call it; every rank gets the whole state, on the CPU."""
+    def _checked_norm(self) -> float:
+        """Norm of the gradient under ZeRO 0, where DeepSpeed neither keeps it nor looks at it; one not finite is dropped."""
+        gradients = [p.grad for p in self.named.values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            for p in self.named.values():
+                p.grad = None  # Adam leaves a parameter without gradient as it is, and its moments
+        return norm
+
+    def state(self, wanted: bool = True) -> EngineState:
+        """Collective: every rank must call it, and gets the whole state on the CPU; an empty one where it is not `wanted`."""
         parameters, moments = {}, {}
         for name, parameter in self.named.items():
-            parameters[name] = self._full_value(parameter)
-            for key in MOMENTS:
-                moments[f"{name}/{key}"] = self._full_moment(parameter, key)
+            value = self._full_value(parameter)
+            pair = {f"{name}/{key}": self._full_moment(parameter, key) for key in MOMENTS}
+            if wanted:
+                parameters[name] = value.float().cpu().clone()
+                moments |= {key: moment.cpu().clone() for key, moment in pair.items()}
         return EngineState(parameters, moments, self._steps())
+
+    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The whole values of some trainable parameters; collective as `state`."""
+        return {name: self._full_value(self.named[name]) for name in names}
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""
@@ -126,14 +154,14 @@ class Engine:
 
     def _full_value(self, parameter: nn.Parameter) -> torch.Tensor:
         value = safe_get_full_fp32_param(parameter)
-        return (parameter if value is None else value).detach().float().cpu().clone()
+        return (parameter if value is None else value).detach()
 
     def _full_moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         if self.zero_stage == 0:
-            return self._base.state[parameter][key].detach().cpu().clone()
+            return self._base.state[parameter][key].detach()
         value = safe_get_full_optimizer_state(parameter, key)
         assert value is not None
-        return value.detach().cpu().clone()
+        return value.detach()
 
     def _create_moments(self) -> None:
         """Adam makes its state at its first step; making it now lets a state be loaded before."""
@@ -218,5 +246,12 @@ def deepspeed_config(spec: RunSpec, named: dict[str, nn.Parameter]) -> dict[str,
             "overlap_comm": spec.runtime.device == "cuda",
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **(offloaded(spec.train.zero_stage) if spec.train.offload else {}),
         },
     }
+
+
+def offloaded(zero_stage: int) -> dict[str, Any]:
+    """What DeepSpeed keeps in the host's memory: Adam's state, and whole weights only where they are sharded too."""
+    host = {"device": "cpu"}
+    return {"offload_optimizer": host} | ({"offload_param": host} if zero_stage == 3 else {})

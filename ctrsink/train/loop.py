@@ -1,47 +1,56 @@
-"""The training loop: stages, steps, checkpoints, evaluation; the same on one process and on many Ray workers."""
+"""The training loop: stages, steps, validation, checkpoints, evaluation; the same on one process and on many Ray workers."""
 
-import hashlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from ctrsink import storage
 from ctrsink.batch import Batch
 from ctrsink.config import RunSpec
+from ctrsink.config.stages import StageSpec
 from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
-from ctrsink.data.manifest import Manifest
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
-from ctrsink.dist import Topology, all_max, all_sum, barrier, gather_rows
-from ctrsink.errors import InputError
-from ctrsink.evaluate.evaluator import evaluate_splits
+from ctrsink.dist import Topology, all_max, all_sum, barrier
+from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.model.build import build_model, load_parameters
+from ctrsink.model.flops import FlopCount
+from ctrsink.train.audit import Audit
+from ctrsink.train.capacity import tokens_within
 from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, require_data, save_checkpoint
 from ctrsink.train.engine import Engine, EngineState
-from ctrsink.train.rundir import DATA_NAME, identities, write_result
-from ctrsink.train.stages import StageWindow, plan
+from ctrsink.train.failures import Finite, located
+from ctrsink.train.hardware import over_ranks, peak_of
+from ctrsink.train.probe import probe, probe_batch
+from ctrsink.train.rundir import identities, write_result
+from ctrsink.train.same_data import require_same_data
+from ctrsink.train.stages import StageController
+from ctrsink.train.surroundings import ALONE, Surroundings
 from ctrsink.train.telemetry import Pace, Telemetry, progress_line
 
 log = logging.getLogger("ctrsink.train")
+LOOK_EVERY_S = 5.0  # for the announced loss of a node
 
 
 @dataclass
 class Progress:
-    """Where the run is, and what earlier stages left behind."""
+    """How far the run is, and what earlier stages left behind."""
 
-    step: int = 0
+    position: int = 0
+    """Of the stream: sequences consumed."""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """Values of everything trained so far, as of the last rebuild of the engine."""
     state: EngineState | None = None
+    trained: Audit = field(default_factory=Audit)
+    """Impressions trained on before this process began, by all ranks."""
+    seconds: float = 0.0
+    """Spent in training steps."""
 
 
 class Trainer:
@@ -51,65 +60,61 @@ class Trainer:
         spec: the run.
         topology: this process among the workers.
         vocabulary: size of the data set's tokenizer.
+        surroundings: what the place where this process runs has to tell it.
 
     Raises:
         InputError: the data set cannot be read, or was changed since the run was claimed.
     """
 
-    def __init__(self, spec: RunSpec, topology: Topology, vocabulary: int) -> None:
-        self.spec, self.topology, self.vocabulary = spec, topology, vocabulary
+    def __init__(self, spec: RunSpec, topology: Topology, vocabulary: int, surroundings: Surroundings = ALONE) -> None:
+        self.spec, self.topology, self.vocabulary, self.surroundings = spec, topology, vocabulary, surroundings
         self.dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
         require_same_data(spec, self.dataset.manifest, topology)
         self.layout = Layout.of(spec.data, spec.model.sinks)
-        source = SequenceSource(self.dataset, "train", self.layout)
-        self.stream = TrainStream(
-            source,
-            spec.seed,
-            spec.data.shuffle_shards,
-            spec.train.batch_size,
-            spec.accumulation,
-            topology.rank,
-            topology.world,
-            spec.data.order,
-            spec.data.workers,
-            spec.train.micro_batch_tokens,
-        )
-        self.windows = plan(spec, sum(source.per_shard))
+        self.source = SequenceSource(self.dataset, "train", self.layout)
+        self.controller = StageController(spec, sum(self.source.per_shard))
         self.progress = Progress()
-        self.impressions, self.seconds = 0, 0.0
+        self.audit = Audit()  # of this rank, since this process began
+        self.finite = Finite(spec.train)
         self.engine: Engine | None = None
         self.telemetry: Telemetry | None = None
-
-    @property
-    def total_steps(self) -> int:
-        return self.windows[-1].end
+        self.peak_tflops = peak_of(topology.device, spec.runtime.peak_tflops)
+        self.probed: Batch | None = None
+        self._looked = time.monotonic()
 
     def run(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end, or for `stop_after` optimiser steps; evaluates once the last stage is done.
 
         Returns:
-            `steps` of the run so far, whether it is `finished`, `impressions` trained on and `seconds` of training so
-            far, and `evaluation` by split; also in the run's result.json.
+            `steps` of the run so far, whether it is `finished`, why it was `stopped` before (None: it was not asked to),
+            `impressions` trained on and their `checksum` (see Audit), `seconds` of training so far, and `evaluation` by split;
+            also in the run's result.json.
+
+        Raises:
+            RunError: a step failed; the message names rank, step, stage and shards.
         """
         self._restore()
-        stop = self.total_steps if stop_after is None else min(self.total_steps, self.progress.step + stop_after)
+        stop_at = None if stop_after is None else self.controller.step + stop_after
         if self.topology.is_first:
-            self.telemetry = Telemetry(self.spec.run_dir, self.progress.step)
-        with closing(iter(self.stream)) as steps:
-            for window in self.windows:
-                if self.progress.step < min(window.end, stop):
-                    self._run_stage(window, min(window.end, stop), steps)
-        finished = self.progress.step == self.total_steps
+            self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
+        stopped = None
+        while stopped is None and not self.controller.finished and self.controller.step != stop_at:
+            self.controller.advance()
+            stopped = self._run_stage(stop_at)
+        finished = self.controller.finished and stopped is None
         evaluation = self._evaluate() if finished else {}
+        trained = self._trained()
         result = {
-            "steps": self.progress.step,
+            "steps": self.controller.step,
             "finished": finished,
-            "impressions": self.impressions,
-            "seconds": self.seconds,
+            "stopped": stopped,
+            "impressions": trained.impressions,
+            "checksum": f"{trained.checksum:016x}",
+            "seconds": self.progress.seconds,
             "evaluation": evaluation,
         }
         if self.telemetry is not None:
-            self.telemetry.close()
+            self.telemetry.close(finished)
             write_result(self.spec.run_dir, result)
         barrier(self.topology)
         return result
@@ -123,35 +128,73 @@ class Trainer:
             return
         checkpoint = checkpoint or find_checkpoint(run_dir, step)
         require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
-        log.info("continuing from the checkpoint of step %d", checkpoint.step)
+        log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
+        self.controller.load_state_dict(checkpoint.controller)
         self.progress = Progress(
-            checkpoint.step,
+            checkpoint.position,
             checkpoint.parameters,
             EngineState({}, checkpoint.moments, checkpoint.steps),
+            Audit(**checkpoint.trained),
+            checkpoint.seconds,
         )
-        self.stream.load_state_dict({"position": checkpoint.position})
-        self.impressions, self.seconds = checkpoint.impressions, checkpoint.seconds
 
-    def _run_stage(self, window: StageWindow, stop: int, steps: Iterator[Step]) -> None:
-        engine = self._engine_for(window)
-        progress, train = self.progress, self.spec.train
-        pace = Pace()
-        waiting = time.monotonic()
-        for step in islice(steps, stop - progress.step):
-            waited = time.monotonic() - waiting
-            seed_step(self.spec.seed, progress.step, self.topology.rank)
-            result = engine.step(self._evened(step), step.impressions, window.spec, window.factor(progress.step))
-            progress.step += 1
-            self.impressions += step.impressions
-            self.seconds += time.monotonic() - waiting
-            pace.count(step.impressions, sum(b.tokens for b in step.micro_batches), waited)
-            if progress.step % train.log_every == 0 or progress.step in (1, stop):
-                self._report(
-                    window, {"loss": result.loss, "grad_norm": result.grad_norm, **pace.report(self.total_steps - progress.step)}
-                )
-            if progress.step % train.checkpoint_every == 0 or progress.step == stop:
-                self._checkpoint(engine)
-            waiting = time.monotonic()
+    def _run_stage(self, stop_at: int | None) -> str | None:
+        """Train until the stage has ended or step `stop_at` is reached; returns why the run was asked to stop, if it was."""
+        stage, controller, train = self.controller.stage, self.controller, self.spec.train
+        engine = self._engine_for(stage)
+        stream = self._stream_for(stage, engine)
+        pace = Pace(FlopCount.of(engine.model), stage.readout.through_sinks)
+        with closing(iter(stream)) as steps:
+            while True:
+                result, stopped, preempted = self._step(engine, stream, steps, stage, pace)
+                last = controller.ended or controller.step == stop_at or stopped is not None
+                metrics = self._validate(engine, stage)
+                if metrics or last or controller.step % train.log_every == 0 or controller.step == 1:
+                    inside = self._look_inside(engine, stage) if metrics else {}
+                    self._report(stage, result | metrics | inside, pace)
+                if last or controller.ended or preempted or controller.step % train.checkpoint_every == 0:
+                    self._checkpoint(engine, metrics)
+                if last or controller.ended:
+                    return stopped
+
+    def _step(
+        self, engine: Engine, stream: TrainStream, steps: Iterator[Step], stage: StageSpec, pace: Pace
+    ) -> tuple[dict[str, float], str | None, bool]:
+        """One optimiser step: what is to be reported, why the run is to stop, whether the loss of a node was announced."""
+        controller, progress = self.controller, self.progress
+        position = stream.position
+
+        def where() -> str:
+            shards = ", ".join(stream.shards_of(position))
+            return f"rank {self.topology.rank}, step {controller.step + 1}, stage {stage.name}, {shards}"
+
+        began = time.monotonic()
+        with located(where):
+            step = next(steps)
+            waited = time.monotonic() - began
+            seed_step(self.spec.seed, controller.step, self.topology.rank)
+            reason = self.surroundings.stop()
+            look = self.topology.is_first and began - self._looked > LOOK_EVERY_S
+            factor = controller.factor()
+            micro_batches = self._evened(step)
+            result = engine.step(micro_batches, step.impressions, stage, factor, (reason is not None, look))
+        if (skipped := self.finite.skips(result, where)) is not None:
+            log.warning("%s", skipped)
+        else:
+            self.audit += Audit.of(step.micro_batches)
+        stop, looks = result.signals
+        if looks:
+            self._looked = time.monotonic()
+        preempted = self.surroundings.preemption() if looks else None
+        if preempted is not None:
+            log.warning("%s: a checkpoint is made", preempted)
+        controller.after_step()
+        progress.position = stream.position
+        progress.seconds += time.monotonic() - began
+        pace.count(step.impressions, step.micro_batches, waited)
+        rates = {f"lr/{group}": stage.lr[group] * factor for group in stage.trainable}
+        row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
+        return row, (reason or "another rank was asked to stop") if stop else None, preempted is not None
 
     def _evened(self, step: Step) -> list[Batch]:
         """The step's micro-batches, as many as the rank with most of them has."""
@@ -160,12 +203,12 @@ class Trainer:
         missing = all_max(len(step.micro_batches), self.topology) - len(step.micro_batches)
         return [*step.micro_batches, *[step.filler] * missing]
 
-    def _engine_for(self, window: StageWindow) -> Engine:
+    def _engine_for(self, stage: StageSpec) -> Engine:
         """The engine of this stage; a new one, on a model built anew, where what is trained changes.
 
         Building the model anew costs a load from disk and is right under every ZeRO stage: ZeRO-3 leaves no whole model behind.
         """
-        if self.engine is not None and self.engine.trainable == window.spec.trainable:
+        if self.engine is not None and self.engine.trainable == stage.trainable:
             return self.engine
         if self.engine is not None:
             state = self.engine.state()
@@ -175,36 +218,82 @@ class Trainer:
         model = build_model(self.spec.model, self.vocabulary, self.spec.seed, self.spec.train.precision)
         load_parameters(model, self.progress.parameters)
         model.to(self.topology.device).train()
-        self.engine = Engine(model, self.spec, window.spec, self.topology, self.progress.state)
+        self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state)
         return self.engine
 
-    def _report(self, window: StageWindow, row: dict[str, Any]) -> None:
-        tokens = all_sum([row["tokens_per_s"]], self.topology)[0]
-        row = {
-            "step": self.progress.step,
-            "stage": window.spec.name,
-            "position": self.stream.position,
-            **row,
-            "tokens_per_s": tokens,
-        }
-        row |= {f"lr/{group}": window.spec.lr[group] * window.factor(self.progress.step - 1) for group in window.spec.trainable}
-        if self.telemetry is not None:
-            self.telemetry.add(row)
-            log.info(progress_line(row, self.total_steps), extra={"fields": row})
+    def _stream_for(self, stage: StageSpec, engine: Engine) -> TrainStream:
+        """The stream of this stage, which goes on where the one before ended."""
+        spec, data = self.spec, self.spec.data
+        tokens = spec.train.micro_batch_tokens
+        stream = TrainStream(
+            self.source,
+            spec.seed,
+            data.shuffle_shards,
+            spec.batch_size(stage),
+            spec.accumulation(stage, self.topology.world),
+            self.topology.rank,
+            self.topology.world,
+            data.order,
+            data.workers,
+            self._capacity(stage, engine) if tokens == "auto" else tokens,
+        )
+        stream.load_state_dict({"position": self.progress.position})
+        return stream
 
-    def _checkpoint(self, engine: Engine) -> None:
-        state = engine.state()
+    def _capacity(self, stage: StageSpec, engine: Engine) -> int:
+        """Tokens of a micro-batch, the same on all ranks: what the rank with the least memory can hold."""
+        batch = self.source.build(self.source.some())
+        forward = lambda batch: engine.forward(batch, stage.readout)[0]  # noqa: E731
+        own = tokens_within(engine.model, forward, batch, self.spec.train.memory_gib)
+        tokens = -all_max(-own, self.topology)
+        log.info("micro-batches of %d tokens fit into the memory of a worker", tokens)
+        return tokens
+
+    def _validate(self, engine: Engine, stage: StageSpec) -> dict[str, float]:
+        """Metrics on the validation sample as `valid/<metric>`, when it is time for them; the controller is told."""
+        validation, controller = self.spec.train.validation, self.controller
+        if validation is None or not (controller.ended or controller.step % validation.every == 0):
+            return {}
+        sample = self.spec.evaluate.model_copy(update={"max_sequences": validation.sequences})
+        with _evaluating(engine):
+            found = predict(_forward(engine, stage), self.dataset, "valid", self.layout, sample, self.topology).metrics()
+        controller.observe(found)
+        return {f"valid/{name}": value for name, value in found.items()}
+
+    def _look_inside(self, engine: Engine, stage: StageSpec) -> dict[str, float]:
+        """What `probe` finds, always in the same few sequences of the valid split."""
+        if self.probed is None:
+            self.probed = probe_batch(self.dataset, "valid", self.layout).to(self.topology.device)
+        with _evaluating(engine):
+            return probe(engine.forward, engine.model, self.probed, stage.readout)
+
+    def _report(self, stage: StageSpec, row: dict[str, float], pace: Pace) -> None:
+        last = self.controller.last_step
+        rates = pace.report(None if last is None else last - self.controller.step)
+        rates = over_ranks(rates, self.peak_tflops, self.topology)
+        whole = {"step": self.controller.step, "stage": stage.name, "position": self.progress.position, **row, **rates}
         if self.telemetry is not None:
-            parameters = self.progress.parameters | state.parameters
+            self.telemetry.add(whole)
+            log.info(progress_line(whole, last), extra={"fields": whole})
+
+    def _trained(self) -> Audit:
+        """What all ranks have trained on since the run began."""
+        return self.progress.trained + self.audit.over_ranks(self.topology)
+
+    def _checkpoint(self, engine: Engine, metrics: dict[str, float]) -> None:
+        state, trained = engine.state(self.topology.is_first), self._trained()
+        if self.telemetry is not None:
             checkpoint = Checkpoint(
-                step=self.progress.step,
-                position=self.stream.position,
-                parameters=parameters,
+                step=self.controller.step,
+                position=self.progress.position,
+                parameters=self.progress.parameters | state.parameters,
                 moments=state.moments,
                 steps=state.steps,
                 dataset=self.dataset.manifest.identity,
-                impressions=self.impressions,
-                seconds=self.seconds,
+                controller=self.controller.state_dict(),
+                metrics={name.removeprefix("valid/"): value for name, value in metrics.items()},
+                trained=asdict(trained),
+                seconds=self.progress.seconds,
             )
             # The metrics first: a resumed run drops rows behind its checkpoint, but could not make missing ones again.
             self.telemetry.flush()
@@ -212,31 +301,32 @@ class Trainer:
         barrier(self.topology)
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        engine = self._engine_for(self.windows[-1])
-        readout = self.windows[-1].spec.readout
-        engine.engine.eval()
-        spec = self.spec
-        forward = lambda batch: engine.forward(batch, readout)[1]  # noqa: E731
-        return evaluate_splits(forward, self.dataset, self.layout, spec.evaluate, spec.run_dir, self.progress.step, self.topology)
+        stage, spec = self.controller.stage, self.spec
+        engine = self._engine_for(stage)
+        with _evaluating(engine):
+            return evaluate_splits(
+                _forward(engine, stage),
+                self.dataset,
+                self.layout,
+                spec.evaluate,
+                spec.run_dir,
+                self.controller.step,
+                self.topology,
+            )
 
 
-def require_same_data(spec: RunSpec, manifest: Manifest, topology: Topology) -> None:
-    """Refuse to begin where ranks read different data sets, or another than the run was claimed for; all ranks raise, or none.
+def _forward(engine: Engine, stage: StageSpec) -> Callable[[Batch], torch.Tensor]:
+    return lambda batch: engine.forward(batch, stage.readout)[1]
 
-    Raises:
-        InputError: somebody appended to the data set, or replaced it, in between.
-    """
-    found = [manifest.identity]
-    claim = storage.join(spec.run_dir, DATA_NAME)
-    if topology.is_first and storage.exists(claim):
-        claimed = storage.read_bytes(claim).decode()
-        if claimed not in identities(spec, manifest):
-            found.append(claimed)
-    # Words of a hash go through fp64 unharmed.
-    words = [np.frombuffer(hashlib.sha256(identity.encode()).digest(), np.uint32) for identity in found]
-    rows = gather_rows(np.array(words, np.float64), topology)
-    if (rows != rows[0]).any():
-        raise InputError(f"the data set {spec.data.uri} was changed while the run was starting: start it again")
+
+@contextmanager
+def _evaluating(engine: Engine) -> Generator[None, None, None]:
+    """Without dropout; back to training afterwards."""
+    engine.engine.eval()
+    try:
+        yield
+    finally:
+        engine.engine.train()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

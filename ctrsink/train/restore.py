@@ -12,7 +12,7 @@ from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel
 from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, require_data
 from ctrsink.train.rundir import identities, read_run
-from ctrsink.train.stages import plan
+from ctrsink.train.stages import StageController
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,6 @@ def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
     model = build_model(portable, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()
     model.mixed_precision = False
     load_parameters(model, checkpoint.parameters)
-    windows = plan(spec, sum(SequenceSource(dataset, "train", layout).per_shard))
-    window = next((w for w in windows if checkpoint.step <= w.end), windows[-1])
-    return TrainedRun(spec, dataset, layout, checkpoint, model.eval(), window.spec.readout)
+    controller = StageController(spec, sum(SequenceSource(dataset, "train", layout).per_shard))
+    controller.load_state_dict(checkpoint.controller)
+    return TrainedRun(spec, dataset, layout, checkpoint, model.eval(), controller.stage.readout)

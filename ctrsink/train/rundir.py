@@ -18,11 +18,12 @@ METRICS_NAME = "metrics.jsonl"
 BOARD_NAME = "tensorboard"
 MLFLOW_NAME = "mlflow.run"  # id of the run in MLflow
 RAY_NAME = "ray"  # what Ray Train writes of its own
+STOP_NAME = "stop-requested"  # by `ctrsink stop` or a signal; holds the reason
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
 _FREE = (
     "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "data.cache", "data.workers", "model.attention",
     "model.gradient_checkpointing", "train.checkpoint_every", "train.log_every", "train.micro_batch_size",
-    "train.micro_batch_tokens", "train.mlflow", "train.zero_stage",
+    "train.micro_batch_tokens", "train.memory_gib", "train.mlflow", "train.zero_stage", "train.offload", "train.on_nonfinite",
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
                 f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
                 "give the old one back, or choose another run_dir"
             )
+    storage.delete(storage.join(spec.run_dir, STOP_NAME))
     storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
     storage.write_bytes(path, dump_run(spec).encode())
     return new
@@ -62,7 +64,7 @@ def release(run_dir: str) -> None:
     """Take back the claim of a run that bad input ended before its first step; one that has trained can be continued."""
     if storage.exists(storage.join(run_dir, METRICS_NAME)) or list_checkpoints(run_dir):
         return
-    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME):
+    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME):
         storage.delete(storage.join(run_dir, name))
     if not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
         storage.delete(run_dir)
@@ -81,6 +83,19 @@ def read_run(run_dir: str) -> RunSpec:
         raise InputError(f"{run_dir} holds no run: there is no {CONFIG_NAME}; give the run_dir of `ctrsink train`") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"{path} is damaged: it is no YAML; choose another run_dir") from None
+
+
+def request_stop(run_dir: str, reason: str) -> None:
+    """Ask the processes that train the run, wherever they are, to save it and stop."""
+    storage.write_bytes(storage.join(run_dir, STOP_NAME), reason.encode())
+
+
+def stop_request(run_dir: str) -> str | None:
+    """The reason why somebody asked the run to stop since it was started, or None."""
+    try:
+        return storage.read_bytes(storage.join(run_dir, STOP_NAME)).decode()
+    except FileNotFoundError:
+        return None
 
 
 def write_result(run_dir: str, result: dict[str, Any]) -> None:

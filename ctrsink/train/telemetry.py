@@ -11,16 +11,14 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrsink import storage, strict_json
+from ctrsink.batch import Batch
 from ctrsink.config import RunSpec
 from ctrsink.errors import InputError, RunError
+from ctrsink.model.flops import FlopCount
 from ctrsink.train.mlflow_run import MlflowRun
 from ctrsink.train.rundir import BOARD_NAME, METRICS_NAME, flatten
 
 log = logging.getLogger("ctrsink.train")
-
-
-Gauges = Callable[[dict[str, Any]], None]
-"""Shows the newest row to whoever watches the process from outside."""
 
 
 class Telemetry:
@@ -29,13 +27,13 @@ class Telemetry:
     Args:
         spec: the run; its folder is local or s3://.
         step: optimiser steps that the run continues from; rows of later steps, written before it was cut off, are dropped.
-        gauges: handed in by where the run happens.
+        gauges: see Surroundings.
 
     Raises:
         InputError: MLflow is asked for and not installed.
     """
 
-    def __init__(self, spec: RunSpec, step: int, gauges: Gauges | None = None) -> None:
+    def __init__(self, spec: RunSpec, step: int, gauges: Callable[[dict[str, Any]], None] | None = None) -> None:
         run_dir = spec.run_dir
         self._gauges = gauges
         self._mlflow: MlflowRun | None = None
@@ -93,9 +91,15 @@ def read_metrics(run_dir: str) -> list[dict[str, Any]]:
 
 
 class Pace:
-    """Rates since the last report: impressions/s, tokens/s, TFLOP/s, share of time that waited for data."""
+    """Rates since the last report: impressions/s, tokens/s, TFLOP/s, share of time that waited for data.
 
-    def __init__(self) -> None:
+    Args:
+        flops: what the model needs, with what is trained now.
+        sinks_only: as in `ctrsink.model.rows.visible`.
+    """
+
+    def __init__(self, flops: FlopCount, sinks_only: bool) -> None:
+        self._count, self._sinks_only = flops, sinks_only
         self._begin()
 
     def _begin(self) -> None:
@@ -104,33 +108,36 @@ class Pace:
         self._steps = 0
         self._waited = 0.0
 
-    def count(self, impressions: int, tokens: int, flops: int, waited: float) -> None:
-        """One optimiser step: impressions of the whole global batch; tokens, FLOPs and seconds of waiting of this rank."""
+    def count(self, impressions: int, micro_batches: list[Batch], waited: float) -> None:
+        """One optimiser step: impressions of the whole global batch; micro-batches and seconds of waiting of this rank."""
         self._impressions += impressions
-        self._tokens += tokens
-        self._flops += flops
+        self._tokens += sum(batch.tokens for batch in micro_batches)
+        self._flops += sum(self._count.step(batch, self._sinks_only).total for batch in micro_batches)
         self._waited += waited
         self._steps += 1
 
-    def report(self, steps_left: int) -> dict[str, float]:
-        """Rates since the last report, and seconds left at this pace; starts anew."""
+    def report(self, steps_left: int | None) -> dict[str, float]:
+        """Rates since the last report, and seconds left at this pace if the steps left are known; starts anew."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         row = {
             "impressions_per_s": self._impressions / seconds,
             "tokens_per_s": self._tokens / seconds,
             "tflops": self._flops / seconds / 1e12,
             "data_wait": self._waited / seconds,
-            "seconds_left": steps_left * seconds / max(1, self._steps),
         }
+        if steps_left is not None:
+            row["seconds_left"] = max(0, steps_left) * seconds / max(1, self._steps)
         self._begin()
         return row
 
 
-def progress_line(row: dict[str, Any], total: int) -> str:
-    """One line for people, from a row of metrics."""
-    minutes, seconds = divmod(round(row["seconds_left"]), 60)
-    return (
-        f"step {row['step']}/{total} stage {row['stage']} loss {row['loss']:.4f} "
-        f"{row['impressions_per_s']:.0f} impressions/s {row['tokens_per_s']:.0f} tokens/s "
-        f"data wait {row['data_wait']:.1%} left {minutes}:{seconds:02d}"
-    )
+def progress_line(row: dict[str, Any], total: int | None) -> str:
+    """One line for people, from a row of metrics; `total` steps, if that is known."""
+    line = f"step {row['step']}{f'/{total}' if total is not None else ''} stage {row['stage']} loss {row['loss']:.4f} "
+    line += f"{row['impressions_per_s']:.0f} impressions/s {row['tokens_per_s']:.0f} tokens/s data wait {row['data_wait']:.1%}"
+    if "valid/auc" in row:
+        line += f" valid AUC {row['valid/auc']:.4f}"
+    if "seconds_left" in row:
+        minutes, seconds = divmod(round(row["seconds_left"]), 60)
+        line += f" left {minutes}:{seconds:02d}"
+    return line

@@ -1,0 +1,54 @@
+"""How many tokens a forward pass may hold: what activations of one batch weigh, against the memory that is free."""
+
+import os
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import nn
+
+from ctrsink.batch import Batch
+
+SHARE = 0.6  # of the free memory: the backward pass and the allocator need the rest
+GIB = 2**30
+
+
+def tokens_within(model: nn.Module, forward: Callable[[Batch], torch.Tensor], batch: Batch, memory_gib: float | None) -> int:
+    """Tokens whose activations fit into `memory_gib`, or into most of what is free.
+
+    Activations grow with the tokens of a packed row, so one pass over a small `batch` says how much a token needs.
+
+    Args:
+        forward: a training forward pass; under ZeRO-3 every rank must make it.
+    """
+    memory = memory_gib * GIB if memory_gib is not None else SHARE * free_bytes(next(model.parameters()).device)
+    kept = saved_bytes(lambda: forward(batch), model)
+    if getattr(model, "backbone", None) is not None and model.backbone.is_gradient_checkpointing:  # pyright: ignore[reportAttributeAccessIssue]
+        # Checkpointed layers keep what enters them, out of sight of the hooks.
+        config = model.backbone.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        kept += 4 * batch.tokens * config.hidden_size * config.num_hidden_layers
+    return max(1, int(memory * batch.tokens / kept))
+
+
+def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = forward()  # held: freed storages would be counted once for several
+    del out
+    return sum(seen.values())
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory of the device that nobody uses, this worker's share of it on a host of several CPU workers."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
