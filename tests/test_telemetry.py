@@ -14,11 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
+from ctrsink.model.flops import FlopCount
 from ctrsink.train import hardware
 from ctrsink.train.hardware import known_peak, over_ranks, peak_of
 from ctrsink.train.rundir import MLFLOW_NAME, flatten
 from ctrsink.train.telemetry import Pace, Telemetry, read_metrics
-from tests.builders import run_tree
+from tests.builders import layout_of, random_batch, run_tree
 from tests.services.ports import free_ports
 
 
@@ -159,10 +160,12 @@ def test_peak_of_a_gpu_is_that_of_its_data_sheet_or_unknown(name: str, peak: flo
 
 
 def test_no_peak_no_share() -> None:
-    pace = Pace()
-    pace.count(8, 100, 10**12, 0.0)
-    report = pace.report(0)
+    batch = random_batch(1, layout_of(), (5, 3))
+    pace = Pace(FlopCount(per_token=10**10, per_pair=0, window=None), sinks_only=False)
+    pace.count(8, [batch, batch], 0.0)
+    report = pace.report(None)
     assert report["tflops"] == pytest.approx(report["tokens_per_s"] / 100)
+    assert "seconds_left" not in report
     assert (peak_of("cpu", None), peak_of("cpu", 0.5), peak_of("cuda", 7.0)) == (None, 0.5, 7.0)
     assert "mfu" not in over_ranks(report, None, Topology())
     told = over_ranks(report, 0.5, Topology())

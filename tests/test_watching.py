@@ -103,6 +103,45 @@ def test_the_board_asks_for_what_a_ray_node_exports(
     assert [str(value) for _, value in later["ray_ctrsink_lr"]] == ["nan"]
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_the_page_lists_what_the_rows_of_a_real_run_hold(page: dict[str, list[str]], tmp_path: Path, zero_stage: int) -> None:
+    data = prepared_data(str(tmp_path / "set"))
+    changes: dict[str, Any] = {
+        "train": {"validation": {"every": 3, "sequences": 20}, "zero_stage": zero_stage, "checkpoint_every": 5},
+        "runtime": {"peak_tflops": 0.5},
+        "stages": {0: {"steps": 3}, 1: {"steps": 4}},
+    }
+    start(parse_run(run_tree(data, str(tmp_path / "run"), **changes), "test"))
+    rows = read_metrics(str(tmp_path / "run"))
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    found = {generic(key) for row in rows for key in row}
+    assert found <= page.keys()
+    elsewhere = {
+        key for key, (*_, when) in page.items() if "CUDA" in when or "more than 8" in when or when == "after a checkpoint"
+    }
+    assert page.keys() - found <= elsewhere
+    always = {key for key, (*_, when) in page.items() if when == "always"}
+    for row in rows:
+        held = {generic(key) for key in row}
+        assert always <= held
+        assert ("valid/auc" in held) == ("gamma/layerNN" in held) == ("sink_attention/layerNN" in held)
+        assert row["mfu"] == pytest.approx(row["tflops"] / 0.5)
+        assert row["tflops"] > 0
+    # The first stage's targets see the sinks only; gamma starts at 1 and is trained.
+    looks = [row for row in rows if "gamma/layer00" in row]
+    assert [row["step"] for row in looks] == [3, 6, 7]
+    assert looks[0]["sink_attention/layer01"] == pytest.approx(1.0)
+    assert 0 < looks[1]["sink_attention/layer01"] < 1
+    assert looks[0]["gamma/layer00"] != looks[2]["gamma/layer00"] != 1.0
+
+
+def generic(key: str) -> str:
+    """A row's key as it stands on the page."""
+    for found, written in ((r"/rank\d+$", "/rankN"), (r"/layer\d\d$", "/layerNN"), (r"^lr/\w+$", "lr/GROUP")):
+        key = re.sub(found, written, key)
+    return key
+
+
 def test_keys_with_a_value_per_rank_layer_or_group_share_a_gauge() -> None:
     assert gauge_of("lr/backbone") == ("ctrsink_lr", {"group": "backbone"})
     assert gauge_of("gpu_memory_gib/rank12") == ("ctrsink_gpu_memory_gib", {"rank": "12"})
