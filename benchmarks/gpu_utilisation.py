@@ -22,6 +22,7 @@ from ctrsink import strict_json
 from ctrsink.batch import Batch
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model.build import build_model
+from ctrsink.model.ctr import CTRModel
 from ctrsink.model.flops import FlopCount
 from ctrsink.model.groups import set_trainable
 from ctrsink.train.hardware import known_peak
@@ -125,6 +126,7 @@ def trainee(args: argparse.Namespace, shape: str, name: str) -> Trainee:
 def _row(
     shape: str, name: str, made: Trainee, batch: Batch, taken: list[float], base: float | None, peak: float
 ) -> dict[str, Any]:
+    assert isinstance(made.model, CTRModel)
     flops, seconds = FlopCount.of(made.model).step(batch, sinks_only=False), median(taken)
     return {
         "shape": shape,

@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ctrsink.config import parse_run
 from ctrsink.runtime.gauges import gauge_of
+from ctrsink.runtime.start import start
+from ctrsink.train.telemetry import read_metrics
+from tests.runs import prepared_data, run_tree
 from tests.services.ray_cluster import RayCluster
 
 WATCHED = """
@@ -30,7 +34,7 @@ def scrape(until):
         if until(text):
             return text
         time.sleep(0.1)
-    sys.exit("the node does not export it:\\n" + text)
+    sys.exit("the node does not export it:\\n" + "\\n".join(line for line in text.splitlines() if "ctrsink" in line))
 
 gauges = ray.remote(num_cpus=0)(RayGauges).remote("tea \\"time\\"")
 first, second = json.loads(sys.argv[2])
