@@ -27,7 +27,8 @@ def gauge_of(key: str) -> tuple[str, dict[str, str]]:
 class RayGauges:
     """Called with each row: every finite number in it becomes the value of a gauge with the tags `run`, `stage` and its own.
 
-    Ray shows a value until its process ends, so those of a stage that is over become NaN: a curve ends with its stage.
+    Ray shows a value until its process ends, so those of a stage that is over stay; the stage with the largest `step` is the
+    present one, which is how the board of cluster/grafana tells them apart.
 
     Args:
         run: the run's name.
@@ -35,15 +36,9 @@ class RayGauges:
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._stage: str | None = None
         self._gauges: dict[str, Gauge] = {}
-        self._shown: dict[tuple[str, ...], tuple[Gauge, dict[str, str]]] = {}
 
     def __call__(self, row: dict[str, Any]) -> None:
-        if row["stage"] != self._stage:
-            for gauge, tags in self._shown.values():
-                gauge.set(math.nan, tags)
-            self._stage, self._shown = row["stage"], {}
         shared = {"run": self._run, "stage": row["stage"]}
         for key, value in row.items():
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -51,6 +46,4 @@ class RayGauges:
             name, own = gauge_of(key)
             if name not in self._gauges:
                 self._gauges[name] = Gauge(name, "see docs/watching.md of ctrsink", tag_keys=(*shared, *own))
-            tags = shared | own
-            self._gauges[name].set(value, tags)
-            self._shown[name, *own.values()] = self._gauges[name], tags
+            self._gauges[name].set(value, shared | own)
