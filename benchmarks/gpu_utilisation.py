@@ -1,6 +1,6 @@
 """Model FLOPs utilisation of LoRA training of Llama-shaped random models: our attention backends beside plain flash attention.
 
-Contestants alternate step by step. The FLOPs are those that the model needs, counted by hand (see `flops_of`), over the device's
+Contestants alternate step by step. The FLOPs are those that the model needs (see `ctrsink.model.flops`), over the device's
 dense peak; the bias, elementwise work and anything computed twice count as time, not as FLOPs.
 """
 
@@ -8,13 +8,11 @@ import argparse
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import machine, machine_line, markdown
@@ -24,10 +22,11 @@ from ctrsink import strict_json
 from ctrsink.batch import Batch
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model.build import build_model
-from ctrsink.model.groups import group_of, set_trainable
+from ctrsink.model.ctr import CTRModel
+from ctrsink.model.flops import FlopCount
+from ctrsink.model.groups import set_trainable
+from ctrsink.train.hardware import known_peak
 
-# bf16 with fp32 accumulation, without sparsity, from the makers' data sheets.
-PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H200": 989e12, "A100": 312e12}
 PLAIN = "flash, no bias"
 
 
@@ -70,8 +69,8 @@ def _arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every shape and return all figures."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    known = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    peak = known or measured_peak(args.device)
+    known = known_peak(name)
+    peak = 1e12 * known if known else measured_peak(args.device)
     names = ("bias_layers", "history", "event_tokens", "batch_size", "warmup", "steps")
     return {
         "machine": machine(),
@@ -127,7 +126,8 @@ def trainee(args: argparse.Namespace, shape: str, name: str) -> Trainee:
 def _row(
     shape: str, name: str, made: Trainee, batch: Batch, taken: list[float], base: float | None, peak: float
 ) -> dict[str, Any]:
-    flops, seconds = flops_of(made.model, batch), median(taken)
+    assert isinstance(made.model, CTRModel)
+    flops, seconds = FlopCount.of(made.model).step(batch, sinks_only=False), median(taken)
     return {
         "shape": shape,
         "contestant": name,
@@ -138,38 +138,9 @@ def _row(
         "tokens_per_s": batch.tokens / seconds,
         "matrix_tflops": flops.matrices / 1e12,
         "attention_tflops": flops.attention / 1e12,
-        "utilisation": (flops.matrices + flops.attention) / seconds / peak,
+        "utilisation": flops.total / seconds / peak,
         "ratio_to_plain": seconds / base if base else None,
     }
-
-
-@dataclass(frozen=True)
-class Flops:
-    """What one training step needs, a multiplication and an addition counting as two."""
-
-    matrices: int
-    attention: int
-
-
-def flops_of(model: nn.Module, batch: Batch) -> Flops:
-    """FLOPs of a LoRA step on the tokens of `batch`, padding and embeddings not counted.
-
-    Matrices: 2 per weight and token forward, 2 backward to the activations, and 2 to the weight's own gradient where it is
-    trained (LoRA), so 4 N_frozen + 6 N_lora. Attention: causal, so half of the L^2 pairs of a sequence; forward two products
-    (QK^T, PV) of 2 d each per head, backward four: 6 L^2 H d per layer. The kernels' second QK^T in the backward pass does
-    not count.
-    """
-    backbone: Any = model.backbone
-    config = backbone.config
-    frozen = lora = 0
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and not name.endswith("embed_tokens.weight"):
-            frozen += parameter.numel() * (group_of(name) == "backbone")
-            lora += parameter.numel() * (group_of(name) == "lora")
-    lengths = (batch.kinds != 0).sum(1)
-    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    pairs = int((lengths.double() ** 2).sum())
-    return Flops((4 * frozen + 6 * lora) * batch.tokens, 6 * pairs * width * config.num_hidden_layers)
 
 
 def text(report: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.dense import DenseModel
-from benchmarks.gpu_utilisation import PLAIN, backends, flops_of
+from benchmarks.gpu_utilisation import PLAIN, backends
 from benchmarks.impressions import read_samples, to_batch, write_parquet
 from benchmarks.memory import resident
 from benchmarks.optional import installed
@@ -147,20 +147,6 @@ def test_gpu_utilisation_runs_on_a_cpu_and_tells_a_share_of_the_peak(repository:
         assert 0 < row["utilisation"] < 1
         assert row["tokens"] == 2 * (5 * 10 + 8)  # behaviours with their sinks, and a target without feedback
     assert report["steps"][-1]["ratio_to_plain"] == 1
-
-
-def test_flops_count_frozen_weights_four_times_and_trained_ones_six_times() -> None:
-    spec = random_spec(shape_of("test"), True, 1.0)
-    model = build_model(spec, VOCABULARY, 0)
-    batch = random_batch(rows=2, history=3, event_tokens=4, sinks=True)
-    found = flops_of(model, batch)
-    # Per layer: q and o 32 x 32, k and v 32 x 16, three of 32 x 64; LoRA of rank 8 takes 8 (in + out) for each.
-    frozen = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    lora = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
-    length = 3 * 5 + 3
-    assert batch.tokens == 2 * length
-    assert found.matrices == (4 * frozen + 6 * lora) * 2 * length
-    assert found.attention == 6 * 2 * length**2 * 32 * 2
 
 
 def test_the_dense_form_computes_what_ours_does() -> None:

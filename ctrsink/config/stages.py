@@ -17,6 +17,11 @@ class ReadoutSpec(Section):
     form: Literal["attend", "pool"] = "attend"
     """`attend`: an attention mask, read at the target's last token. `pool`: the mean of hidden states, as published."""
 
+    @property
+    def through_sinks(self) -> bool:
+        """Whether the attention mask lets targets see other events through their sinks only."""
+        return self.over == "sinks" and self.form == "attend"
+
 
 class ScheduleSpec(Section):
     """Learning rate over a stage, as a factor of each group's rate."""

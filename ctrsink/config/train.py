@@ -1,12 +1,43 @@
 """Sections of optimisation, evaluation and the place where a run happens."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ctrsink.config.base import Section
 
 Split = Literal["train", "valid", "test"]
+
+
+class MlflowSpec(Section):
+    """Metrics to MLflow as well; needs `pip install 'ctrsink[mlflow]'`. Failures of it never end the training."""
+
+    tracking_uri: str
+    """Tracking server or database, such as `https://HOST` or `sqlite:////absolute/mlflow.db`. User and password come from the
+    environment (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)."""
+    experiment: str = "ctrsink"
+    """Experiment; made where it does not exist. The MLflow run has the run's `name`."""
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _without_secret(cls, value: str) -> str:
+        # The value is in none of these messages: it may hold what must not be shown.
+        try:
+            parts = urlsplit(value)
+            secret = parts.password is not None or parts.query or (parts.username and parts.scheme in ("http", "https"))
+        except ValueError:
+            raise ValueError("this is no URI") from None
+        if secret:
+            raise ValueError(
+                "credentials do not belong into a configuration: leave them and whatever follows a ? out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        if not parts.scheme:
+            raise ValueError("give a URI such as https://HOST or sqlite:////absolute/mlflow.db")
+        if parts.scheme == "sqlite" and not parts.path.startswith("//"):
+            raise ValueError("a relative path means another file on every worker: write sqlite:////absolute/mlflow.db")
+        return value
 
 
 class ValidationSpec(Section):
@@ -50,6 +81,7 @@ class TrainSpec(Section):
     """Optimiser steps between checkpoints; a stage's end always makes one."""
     log_every: int = Field(default=10, ge=1)
     """Optimiser steps between progress lines and rows of metrics.jsonl."""
+    mlflow: MlflowSpec | None = None
 
     @model_validator(mode="after")
     def _offload_is_sharded(self) -> "TrainSpec":
@@ -108,6 +140,9 @@ class RuntimeSpec(Section):
     """Announced losses of a node that are survived in the same way, counted apart; -1: any number."""
     resize_every_s: float = Field(default=60, gt=0)
     """Elastic workers: time between two looks whether there is room for more."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What one device could do at most, in TFLOP/s, to tell the share that training uses (`mfu`). null: known GPUs by their data
+    sheet, in bf16; elsewhere there is no such share."""
 
     @model_validator(mode="before")
     @classmethod

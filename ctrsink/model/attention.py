@@ -4,6 +4,7 @@ An inter-sink bias changes the rows of sinks only, a temporal bias those of read
 them. So a dense [L, L] bias is never made: the price is the share of those rows of one attention.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,6 +41,15 @@ class AttentionPlan:
     """Bias [B, H, R, K] by layer, of the rows of targets at the sinks."""
     followed: set[int] = field(default_factory=set)
     """Layers whose attention has computed by this plan."""
+    watch: "Watch | None" = None
+
+    def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
+        """The temporal bias of the readouts at the sinks, [B, H, T, K]; None: the layer has none."""
+        return self.temporal.get(layer)
+
+
+Watch = Callable[[AttentionPlan, int, torch.Tensor, torch.Tensor, float], None]
+"""Called in every layer with its number, packed query [1, H, N, d] and key [1, H_kv, N, d], and the factor of their product."""
 
 
 @dataclass(kw_only=True)
@@ -60,6 +70,14 @@ class SdpaPlan(AttentionPlan):
         asked = torch.where(match, batch.readout_times[:, None, :], 0).amax(-1)
         for layer, bias in enumerate(biases):
             self.temporal[layer] = bias(asked, batch.sink_times) * match.any(-1)[:, None, :, None]
+
+    def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
+        """As in AttentionPlan; here the temporal bias is that of the rows of targets, which the readouts are among."""
+        if self.targets is None or layer not in self.temporal:
+            return None
+        slots = (self.targets.positions[:, None, :] == batch.readout_positions[:, :, None]).to(torch.uint8).argmax(-1)
+        table = self.temporal[layer]
+        return table.gather(2, slots[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
 
 
 def plan(batch: Batch, sinks_only: bool, window: int | None = None, temporal: bool = False) -> SdpaPlan:
@@ -120,6 +138,8 @@ def _attention(
     if not isinstance(given, SdpaPlan):  # a layer that drops keywords: CTRModel finds that it did not follow the plan
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
     given.followed.add(layer_index(module))
+    if given.watch is not None:
+        given.watch(given, layer_index(module), query, key, kwargs["scaling"])
     query, key, value = (given.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
     out, _ = sdpa_attention_forward(module, query, key, value, given.base, **kwargs)
     special = _special(given, layer_index(module), key.shape[2], query.dtype)

@@ -64,6 +64,8 @@ class CTRModel(nn.Module):
         self.layers = len(decoder_layers(backbone))
         self.window = spec.window
         self.attention = spec.attention
+        self.watch: attention.Watch | None = None
+        """Told of every layer's attention while it is set."""
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input vectors [B, L, D]: token embeddings, and sink embeddings at the sinks."""
@@ -79,11 +81,12 @@ class CTRModel(nn.Module):
         Raises:
             RuntimeError: the backbone did not pass the attention plan on to its attention.
         """
-        sinks_only = readout.over == "sinks" and readout.form == "attend"
+        sinks_only = readout.through_sinks
         if self.attention == "flex":
             plan = flex.plan(batch, sinks_only, self.window)
         else:
             plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal))
+        plan.watch = self.watch
         if self.temporal:
             plan.add_temporal(self.temporal, batch)
         out = self.backbone(

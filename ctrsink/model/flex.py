@@ -93,6 +93,8 @@ def _attention(
         raise ValueError("the flex backend has no dropout of attention weights: set attention_dropout to 0")
     layer = layer_index(module)
     given.followed.add(layer)
+    if given.watch is not None:
+        given.watch(given, layer, query, key, kwargs["scaling"])
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     table, temporal = given.tables.pop(layer, None), given.temporal.get(layer)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a worker is started: data set and tokenizer."""
+"""What can be known to be wrong before a worker is started: data set, tokenizer, a missing package."""
 
 import logging
 
@@ -8,6 +8,7 @@ from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.tokenize import fingerprint, load_tokenizer
 from ctrsink.errors import InputError, first_line
+from ctrsink.train.mlflow_run import require_mlflow
 
 log = logging.getLogger("ctrsink.train")
 
@@ -16,8 +17,10 @@ def check(spec: RunSpec) -> int:
     """Check that the data set exists and was prepared with the model's tokenizer; returns the tokenizer's size.
 
     Raises:
-        InputError: it does not, or was not.
+        InputError: it does not, or was not; or the run is to be in MLflow, which is not installed.
     """
+    if spec.train.mlflow is not None:
+        require_mlflow()
     manifest = read_manifest(spec.data.uri)
     if not manifest.splits["train"].impressions:
         raise InputError(f"the data set {spec.data.uri} has no impression in its train split: prepare it again")

@@ -13,6 +13,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.errors import InputError, RunError, first_line
+from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
@@ -118,7 +119,7 @@ def _worker(config: dict[str, Any]) -> None:
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
     requests = StopRequests(spec.run_dir) if topology.is_first else None
-    surroundings = Surroundings(stop=requests.reason if requests else lambda: None, preemption=_preemption)
+    surroundings = Surroundings(requests.reason if requests else lambda: None, _preemption, RayGauges(spec.name))
     try:
         Trainer(spec, topology, config["vocabulary"], surroundings).run(config["stop_after"])
     except Diverged as error:

@@ -20,11 +20,14 @@ from ctrsink.data.stream import SequenceSource, Step, TrainStream
 from ctrsink.dist import Topology, all_max, all_sum, barrier
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.model.build import build_model, load_parameters
+from ctrsink.model.flops import FlopCount
 from ctrsink.train.audit import Audit
 from ctrsink.train.capacity import tokens_within
 from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, require_data, save_checkpoint
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.failures import Finite, located
+from ctrsink.train.hardware import over_ranks, peak_of
+from ctrsink.train.probe import probe, probe_batch
 from ctrsink.train.rundir import identities, write_result
 from ctrsink.train.same_data import require_same_data
 from ctrsink.train.stages import StageController
@@ -75,6 +78,8 @@ class Trainer:
         self.finite = Finite(spec.train)
         self.engine: Engine | None = None
         self.telemetry: Telemetry | None = None
+        self.peak_tflops = peak_of(topology.device, spec.runtime.peak_tflops)
+        self.probed: Batch | None = None
         self._looked = time.monotonic()
 
     def run(self, stop_after: int | None = None) -> dict[str, Any]:
@@ -91,7 +96,7 @@ class Trainer:
         self._restore()
         stop_at = None if stop_after is None else self.controller.step + stop_after
         if self.topology.is_first:
-            self.telemetry = Telemetry(self.spec.run_dir, self.controller.step)
+            self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
         stopped = None
         while stopped is None and not self.controller.finished and self.controller.step != stop_at:
             self.controller.advance()
@@ -109,7 +114,7 @@ class Trainer:
             "evaluation": evaluation,
         }
         if self.telemetry is not None:
-            self.telemetry.close()
+            self.telemetry.close(finished)
             write_result(self.spec.run_dir, result)
         barrier(self.topology)
         return result
@@ -138,14 +143,15 @@ class Trainer:
         stage, controller, train = self.controller.stage, self.controller, self.spec.train
         engine = self._engine_for(stage)
         stream = self._stream_for(stage, engine)
-        pace = Pace()
+        pace = Pace(FlopCount.of(engine.model), stage.readout.through_sinks)
         with closing(iter(stream)) as steps:
             while True:
                 result, stopped, preempted = self._step(engine, stream, steps, stage, pace)
                 last = controller.ended or controller.step == stop_at or stopped is not None
                 metrics = self._validate(engine, stage)
                 if metrics or last or controller.step % train.log_every == 0 or controller.step == 1:
-                    self._report(stage, result | metrics, pace)
+                    inside = self._look_inside(engine, stage) if metrics else {}
+                    self._report(stage, result | metrics | inside, pace)
                 if last or controller.ended or preempted or controller.step % train.checkpoint_every == 0:
                     self._checkpoint(engine, metrics)
                 if last or controller.ended:
@@ -185,7 +191,7 @@ class Trainer:
         controller.after_step()
         progress.position = stream.position
         progress.seconds += time.monotonic() - began
-        pace.count(step.impressions, sum(b.tokens for b in step.micro_batches), waited)
+        pace.count(step.impressions, step.micro_batches, waited)
         rates = {f"lr/{group}": stage.lr[group] * factor for group in stage.trainable}
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
         return row, (reason or "another rank was asked to stop") if stop else None, preempted is not None
@@ -254,10 +260,17 @@ class Trainer:
         controller.observe(found)
         return {f"valid/{name}": value for name, value in found.items()}
 
+    def _look_inside(self, engine: Engine, stage: StageSpec) -> dict[str, float]:
+        """What `probe` finds, always in the same few sequences of the valid split."""
+        if self.probed is None:
+            self.probed = probe_batch(self.dataset, "valid", self.layout).to(self.topology.device)
+        with _evaluating(engine):
+            return probe(engine.forward, engine.model, self.probed, stage.readout)
+
     def _report(self, stage: StageSpec, row: dict[str, float], pace: Pace) -> None:
         last = self.controller.last_step
         rates = pace.report(None if last is None else last - self.controller.step)
-        rates["tokens_per_s"] = all_sum([rates["tokens_per_s"]], self.topology)[0]
+        rates = over_ranks(rates, self.peak_tflops, self.topology)
         whole = {"step": self.controller.step, "stage": stage.name, "position": self.progress.position, **row, **rates}
         if self.telemetry is not None:
             self.telemetry.add(whole)

@@ -16,13 +16,14 @@ RESULT_NAME = "result.json"
 DATA_NAME = "data.sha256"  # identity of the data set, see Manifest.identity
 METRICS_NAME = "metrics.jsonl"
 BOARD_NAME = "tensorboard"
+MLFLOW_NAME = "mlflow.run"  # id of the run in MLflow
 RAY_NAME = "ray"  # what Ray Train writes of its own
 STOP_NAME = "stop-requested"  # by `ctrsink stop` or a signal; holds the reason
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
 _FREE = (
     "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "data.cache", "data.workers", "model.attention",
     "model.gradient_checkpointing", "train.checkpoint_every", "train.log_every", "train.micro_batch_size",
-    "train.micro_batch_tokens", "train.memory_gib", "train.zero_stage", "train.offload", "train.on_nonfinite",
+    "train.micro_batch_tokens", "train.memory_gib", "train.mlflow", "train.zero_stage", "train.offload", "train.on_nonfinite",
 )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def release(run_dir: str) -> None:
     """Take back the claim of a run that bad input ended before its first step; one that has trained can be continued."""
     if storage.exists(storage.join(run_dir, METRICS_NAME)) or list_checkpoints(run_dir):
         return
-    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, RAY_NAME, STOP_NAME):
+    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME):
         storage.delete(storage.join(run_dir, name))
     if not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
         storage.delete(run_dir)
@@ -109,7 +110,7 @@ def read_result(run_dir: str) -> dict[str, Any]:
 
 def first_difference(old: RunSpec, new: RunSpec) -> str | None:
     """The first key on which two configurations compute differently, as `key was a, is b`."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     for key in sorted(before.keys() | after.keys()):
         free = any(key == f or key.startswith(f + ".") for f in _FREE)
         if not free and before.get(key) != after.get(key):
@@ -117,7 +118,7 @@ def first_difference(old: RunSpec, new: RunSpec) -> str | None:
     return None
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted key; an entry of a list of sections counts from 0, as in `stages.0.lr.head`."""
     if isinstance(tree, list) and tree and isinstance(tree[0], dict):
         tree = dict(enumerate(tree))
@@ -125,5 +126,5 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return out

@@ -1,7 +1,8 @@
-"""What the place where a training process runs has to tell it; the loop knows neither Ray nor signals."""
+"""What the place where a training process runs has to tell it, and takes from it; the loop knows neither Ray nor signals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 def _nothing() -> None:
@@ -10,12 +11,14 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Questions that the loop asks between two steps."""
+    """Questions that the loop asks between two steps, and where it shows what it did."""
 
     stop: Callable[[], str | None] = _nothing
     """Why this rank wants the run saved and stopped, or None; asked at every step, so it must answer at once."""
     preemption: Callable[[], str | None] = _nothing
     """Which loss of a node is announced, or None: the run is saved and goes on. All ranks ask together, every few seconds."""
+    gauges: Callable[[dict[str, Any]], None] | None = None
+    """Takes each row of metrics of the first rank, for whoever watches the process from outside."""
 
 
 ALONE = Surroundings()

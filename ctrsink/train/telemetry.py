@@ -1,17 +1,22 @@
-"""What a run says of itself: a progress line, metrics.jsonl and TensorBoard, all written by the first rank."""
+"""What a run says of itself: a progress line, metrics.jsonl, TensorBoard, MLflow and gauges, all from the first rank."""
 
 import json
 import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrsink import storage, strict_json
+from ctrsink.batch import Batch
+from ctrsink.config import RunSpec
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.rundir import BOARD_NAME, METRICS_NAME
+from ctrsink.model.flops import FlopCount
+from ctrsink.train.mlflow_run import MlflowRun
+from ctrsink.train.rundir import BOARD_NAME, METRICS_NAME, flatten
 
 log = logging.getLogger("ctrsink.train")
 
@@ -20,11 +25,20 @@ class Telemetry:
     """Collects rows of metrics; `flush` puts them into the run's folder, where they are whole at any moment.
 
     Args:
-        run_dir: the run's folder, local or s3://.
+        spec: the run; its folder is local or s3://.
         step: optimiser steps that the run continues from; rows of later steps, written before it was cut off, are dropped.
+        gauges: see Surroundings.
+
+    Raises:
+        InputError: MLflow is asked for and not installed.
     """
 
-    def __init__(self, run_dir: str, step: int) -> None:
+    def __init__(self, spec: RunSpec, step: int, gauges: Callable[[dict[str, Any]], None] | None = None) -> None:
+        run_dir = spec.run_dir
+        self._gauges = gauges
+        self._mlflow: MlflowRun | None = None
+        if spec.train.mlflow is not None:
+            self._mlflow = MlflowRun(spec.train.mlflow, run_dir, spec.name, flatten(spec.model_dump(mode="json")))
         self._path = storage.join(run_dir, METRICS_NAME)
         self._board_uri = storage.join(run_dir, BOARD_NAME)
         self._remote = storage.is_remote(run_dir)
@@ -34,11 +48,15 @@ class Telemetry:
         self._flushed = time.monotonic()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Record a row; it has the key `step`. Flushed every five seconds at most, on S3 every minute."""
+        """Record a row; it has the keys `step` and `stage`. Flushed every five seconds at most, on S3 every minute."""
         self._rows.append(row)
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(key, value, row["step"])
+        if self._gauges is not None:
+            self._gauges(row)
+        if self._mlflow is not None:
+            self._mlflow.add(row)
         if time.monotonic() - self._flushed > (60 if self._remote else 5):
             self.flush()
 
@@ -53,8 +71,11 @@ class Telemetry:
         except (InputError, RunError, OSError) as error:
             log.warning("metrics are not written, they are tried again with the next ones: %s", error)
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
+        """Write everything; `finished`: the run is at its end, nothing will go on with it."""
         self.flush()
+        if self._mlflow is not None:
+            self._mlflow.close(finished)
         self._board.close()
         if self._remote:
             shutil.rmtree(self._board_dir, ignore_errors=True)
@@ -70,21 +91,28 @@ def read_metrics(run_dir: str) -> list[dict[str, Any]]:
 
 
 class Pace:
-    """Rates since the last report: impressions/s, tokens/s, share of time that waited for data."""
+    """Rates since the last report: impressions/s, tokens/s, TFLOP/s, share of time that waited for data.
 
-    def __init__(self) -> None:
+    Args:
+        flops: what the model needs, with what is trained now.
+        sinks_only: as in `ctrsink.model.rows.visible`.
+    """
+
+    def __init__(self, flops: FlopCount, sinks_only: bool) -> None:
+        self._count, self._sinks_only = flops, sinks_only
         self._begin()
 
     def _begin(self) -> None:
         self._start = time.monotonic()
-        self._impressions = self._tokens = 0
+        self._impressions = self._tokens = self._flops = 0
         self._steps = 0
         self._waited = 0.0
 
-    def count(self, impressions: int, tokens: int, waited: float) -> None:
-        """One optimiser step: of the whole global batch, and the seconds this rank waited for it."""
+    def count(self, impressions: int, micro_batches: list[Batch], waited: float) -> None:
+        """One optimiser step: impressions of the whole global batch; micro-batches and seconds of waiting of this rank."""
         self._impressions += impressions
-        self._tokens += tokens
+        self._tokens += sum(batch.tokens for batch in micro_batches)
+        self._flops += sum(self._count.step(batch, self._sinks_only).total for batch in micro_batches)
         self._waited += waited
         self._steps += 1
 
@@ -94,6 +122,7 @@ class Pace:
         row = {
             "impressions_per_s": self._impressions / seconds,
             "tokens_per_s": self._tokens / seconds,
+            "tflops": self._flops / seconds / 1e12,
             "data_wait": self._waited / seconds,
         }
         if steps_left is not None:

@@ -63,6 +63,7 @@ class RayCluster:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` of a job is this one
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system it means: no second node, so listen on loopback alone
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_metrics_report_interval_ms": "1000",
             "RAY_memory_monitor_refresh_ms": "0",  # another program's memory is no reason to kill a worker of a test
         }
         log = self._folder / "head.log"

@@ -1,0 +1,51 @@
+"""How much of the attention that targets pay to their history goes to sinks: computed beside a forward pass, exactly."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ctrsink.batch import PAD, PREFIX, SINK, Batch
+from ctrsink.model.attention import AttentionPlan
+from ctrsink.model.rows import visible
+
+
+@dataclass
+class SinkShare:
+    """Watches one forward pass of `batch`, by `CTRModel.watch`; no training step does.
+
+    The softmax of the readouts' rows is computed in fp32 over all that they see, with their temporal bias; rows of readouts have
+    no inter-sink bias. The history is what they see of other events; prefix and own text are left out.
+
+    Args:
+        batch: on the model's device.
+        sinks_only: as in `ctrsink.model.rows.visible`.
+        window: the model's.
+    """
+
+    batch: Batch
+    sinks_only: bool
+    window: int | None
+    layers: dict[int, float] = field(default_factory=dict)
+    """By layer, the mean over heads; a layer is absent where no target sees any history."""
+
+    def __call__(self, plan: AttentionPlan, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Packed query [1, H, N, d] and key [1, H_kv, N, d] of one layer."""
+        batch, at = self.batch, self.batch.readout_positions
+        query, key = (plan.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2).float() for x in (query, key))
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        rows = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        with torch.autocast(query.device.type, enabled=False):
+            scores = rows @ key.transpose(2, 3) * scaling
+        if (bias := plan.readout_bias(layer, batch)) is not None:
+            # Slots that are not valid share the padding column; adding 0 there changes nothing.
+            bias = bias.float().masked_fill(~batch.sink_valid[:, None, None, :], 0.0)
+            scores = scores.scatter_add(3, batch.sink_positions[:, None, None, :].expand_as(bias), bias)
+        seen = visible(batch, at, self.sinks_only, self.window)
+        weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+        event = batch.event_ids[:, None, :]
+        kept = (batch.kinds != PAD) & (batch.kinds != PREFIX)
+        history = kept[:, None] & (event != batch.event_ids.gather(1, at)[:, :, None]) & batch.readout_valid[:, :, None]
+        paid = weights * history[:, None]
+        total = paid.sum((0, 2, 3))
+        if bool((total > 0).all()):
+            self.layers[layer] = float((paid * (batch.kinds == SINK)[:, None, None]).sum((0, 2, 3)).div(total).mean())
