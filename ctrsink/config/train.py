@@ -9,6 +9,15 @@ from ctrsink.config.base import Section
 Split = Literal["train", "valid", "test"]
 
 
+class KeepSpec(Section):
+    """Which checkpoints stay; the newest whole one always does. Unfinished ones older than it are removed where some are."""
+
+    last: int | None = Field(default=None, ge=1)
+    """The newest so many; null keeps all."""
+    best: Literal["auc", "logloss", "gauc"] | None = None
+    """And the one whose validation was best by this metric: largest AUC or GAUC, smallest logloss. `--checkpoint best` names it."""
+
+
 class TrainSpec(Section):
     """Optimiser, batch, DeepSpeed and checkpoints."""
 
@@ -31,6 +40,11 @@ class TrainSpec(Section):
     """Largest norm of the gradient; a longer one is scaled down."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimiser steps between checkpoints; a stage's end always makes one."""
+    checkpoint_format: Literal["portable", "native"] = "portable"
+    """`portable`: safetensors by parameter name, gathered by the first worker. `native`: in stages that train the whole backbone each
+    worker writes its own DeepSpeed shards: for models whose optimiser state does not fit one host's memory."""
+    keep: KeepSpec = KeepSpec()
+    """Which checkpoints stay."""
     log_every: int = Field(default=10, ge=1)
     """Optimiser steps between progress lines and rows of metrics.jsonl."""
 

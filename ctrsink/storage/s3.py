@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -105,6 +106,19 @@ class Operation:
         except BaseException:
             await asyncio.shield(self._abandon(key, upload))
             raise
+
+    async def create(self, content: bytes) -> bool:
+        """Put an object unless there is one, by one conditional request; returns whether it was put."""
+        # An attempt whose answer was lost is found out by its own token.
+        token = secrets.token_hex(16)
+        try:
+            await self.request("put_object", Key=self.key, Body=content, IfNoneMatch="*", Metadata={"token": token})
+        except ClientError as error:
+            if code_of(error) != "PreconditionFailed":
+                raise
+            found = await self.request("get_object", Key=self.key)
+            return found["Metadata"].get("token") == token
+        return True
 
     async def _complete(self, key: str, size: int, **arguments: Any) -> None:
         """Make an object of the parts. Where the answer was lost, the next attempt may find that there is nothing left to do."""
