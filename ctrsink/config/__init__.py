@@ -8,7 +8,7 @@ from ctrsink.config.stages import Group, ReadoutSpec, ScheduleSpec, StageSpec
 from ctrsink.config.train import EvaluateSpec, KeepSpec, RuntimeSpec, TrainSpec
 
 __all__ = [
-    "BackboneSpec", "BiasSpec", "DataSpec", "EvaluateSpec", "Group", "KeepSpec", "LoraSpec", "ModelSpec", "PrepareSpec",
-    "ReadoutSpec", "RunSpec", "RuntimeSpec", "ScheduleSpec", "SinkSpec", "SourceSpec", "StageSpec", "TrainSpec", "dump_run", "load_run",
-    "parse_run",
+    "BackboneSpec", "BiasSpec", "DataSpec", "EvaluateSpec", "Group", "KeepSpec", "LoraSpec", "ModelSpec",
+    "PrepareSpec", "ReadoutSpec", "RunSpec", "RuntimeSpec", "ScheduleSpec", "SinkSpec", "SourceSpec", "StageSpec", "TrainSpec",
+    "dump_run", "load_run", "parse_run",
 ]  # fmt: skip

@@ -15,8 +15,9 @@ from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, jo
 from ctrsink.storage.s3 import Operation, connect, to_info
 
 __all__ = [
-    "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "create", "delete", "download_dir", "exists", "find", "info", "is_remote",
-    "join", "list_dirs", "list_files", "read_bytes", "read_range", "sha256", "upload_dir", "write_bytes",
+    "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
+    "find", "info", "is_remote", "join", "list_dirs", "list_files", "local_path", "read_bytes", "read_range", "sha256",
+    "upload_dir", "write_bytes",
 ]  # fmt: skip
 
 
@@ -143,6 +144,20 @@ def upload_dir(source: str | Path, uri: str) -> None:
             s3.run(s3.upload(Path(source)))
         else:
             local.copy_below(Path(source), local_path(uri))
+
+
+def download(uri: str, target: str | Path) -> None:
+    """Copy a file to the local path `target`; folders above that are made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with explained(uri):
+        if is_remote(uri):
+            s3 = Operation(uri)
+            s3.run(s3.download_one(Path(target)))
+        else:
+            local.copy(local_path(uri), Path(target))
 
 
 def download_dir(uri: str, target: str | Path) -> None:

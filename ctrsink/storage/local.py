@@ -27,7 +27,8 @@ def write(path: Path, content: bytes | memoryview, new: bool = False) -> None:
 def beside(path: Path, new: bool = False) -> Iterator[int]:
     """A new file, open to be written, that takes the place of `path` if all goes well and is removed otherwise.
 
-    Where it must be `new`, it takes no other file's place, and of several processes one succeeds. What the system says of it names `path`.
+    Where it must be `new`, it takes no other file's place, and of several processes one succeeds. What the system says of it
+    names `path`.
     """
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -96,10 +97,14 @@ def copy_below(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise FileNotFoundError(source)
     for path in files_below(source):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(path, copy)
-        except OSError as error:  # without a name, or with both, where the copy cannot be written
-            error.filename, error.filename2 = error.filename2 or error.filename or str(copy), None
-            raise
+        copy(path, target / path.relative_to(source))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file; folders above `target` are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:  # without a name, or with both, where the copy cannot be written
+        error.filename, error.filename2 = error.filename2 or error.filename or str(target), None
+        raise

@@ -195,6 +195,17 @@ class Operation:
         prefix = f"{self.key}/" if self.key else ""
         await _together(self._download(prefix + one.path, one, target / one.path) for one in found)
 
+    async def download_one(self, target: Path) -> None:
+        """Copy the object to `target`.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        entry = await self.info(self.key)
+        if entry is None:
+            raise FileNotFoundError(self.key)
+        await self._download(self.key, to_info(entry, target.name), target)
+
     async def _download(self, key: str, known: Info, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with local.beside(path) as handle:

@@ -46,8 +46,8 @@ class Keeper:
     def apply(self, newest: int) -> None:
         """Name the best checkpoint, then delete what need not stay; `newest` is the step just saved, and stays.
 
-        Remains of checkpoints before it that were never finished, or deleted in part, go too. What cannot be deleted now is warned
-        of and goes next time: the run does not depend on it.
+        Remains of checkpoints before it that were never finished, or deleted in part, go too. What cannot be deleted now is
+        warned of and goes next time: the run does not depend on it.
         """
         if self.keep.last is None and self.keep.best is None:
             return

@@ -20,8 +20,8 @@ RAY_NAME = "ray"  # what Ray Train writes of its own
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
 _FREE = (
     "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "data.cache", "data.workers", "model.attention",
-    "model.gradient_checkpointing", "train.checkpoint_every", "train.checkpoint_format", "train.keep", "train.log_every", "train.micro_batch_size",
-    "train.micro_batch_tokens", "train.zero_stage",
+    "model.gradient_checkpointing", "train.checkpoint_every", "train.checkpoint_format", "train.keep", "train.log_every",
+    "train.micro_batch_size", "train.micro_batch_tokens", "train.zero_stage",
 )  # fmt: skip
 
 

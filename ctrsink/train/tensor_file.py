@@ -8,8 +8,8 @@ import torch
 def to_safetensors(tensors: dict[str, torch.Tensor]) -> memoryview:
     """The bytes that `safetensors.torch.load` reads; one copy of the tensors, and Python runs on while it is made.
 
-    The library's own `save` makes two, and holds the interpreter's lock meanwhile: a third of a second for a large LoRA, seconds for
-    a whole model, in which no other thread can start a kernel. Format: huggingface.co/docs/safetensors, "Format".
+    The library's own `save` makes two, and holds the interpreter's lock meanwhile: a third of a second for a large LoRA, seconds
+    for a whole model, in which no other thread can start a kernel. Format: huggingface.co/docs/safetensors, "Format".
 
     Args:
         tensors: fp32, of any shape, on the CPU.
@@ -30,4 +30,4 @@ def to_safetensors(tensors: dict[str, torch.Tensor]) -> memoryview:
     for name, tensor in tensors.items():
         first, last = header[name]["data_offsets"]
         values[first:last] = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(whole.numpy())
+    return whole.numpy().data
