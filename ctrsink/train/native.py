@@ -143,6 +143,9 @@ def load_native(engine: Engine, shards: Shards) -> None:
     if not shards.whole and same_groups:
         path, _ = engine.engine.load_checkpoint(str(shards.local), tag=SHARDS, load_module_strict=False)
         _agree(None if path else RunError(f"DeepSpeed found nothing in {shards.local}"), "could not load its shards", topology)
+        if engine.zero_stage < 3:  # its views of the moments, by parameter, are still those of the state that was replaced
+            engine.optimizer._hp_optimizer_states_linked = False
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
         shards.temporary.cleanup()
         return
     if not shards.whole:  # the run goes on with a stage that trains something else
@@ -161,7 +164,7 @@ def load_native(engine: Engine, shards: Shards) -> None:
     rank = topology.rank
     places = _gather((socket.gethostname(), str(universal) if shards.local is not None else None), topology)
     here = next(place for host, place in places if host == places[rank][0] and place is not None)
-    moments: Any = _Moments(Path(here) / "zero")
+    moments: Any = _Moments(Path(here) / "zero", {name: p.shape for name, p in checkpoint.parameters.items()})
     engine._load(EngineState({}, moments, checkpoint.steps))
     _gather(None, topology)  # every rank of the host has read
     shards.temporary.cleanup()
@@ -170,15 +173,16 @@ def load_native(engine: Engine, shards: Shards) -> None:
 class _Moments(Mapping[str, torch.Tensor]):
     """`<parameter>/exp_avg` and `/exp_avg_sq` of a converted checkpoint, each read when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, shapes: dict[str, torch.Size]) -> None:
+        self.folder, self.shapes = folder, shapes
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self.folder / f"{name}.pt"
         if not path.is_file():
             raise KeyError(name)
         found = torch.load(path, map_location="cpu", weights_only=True)
-        return found["param"] if isinstance(found, dict) else found
+        # Of ZeRO-3 shards the converter makes flat tensors.
+        return (found["param"] if isinstance(found, dict) else found).view(self.shapes[name.rpartition("/")[0]])
 
     def __iter__(self) -> Iterator[str]:
         return (str(path.relative_to(self.folder).with_suffix("")) for path in self.folder.rglob("exp_avg*.pt"))
