@@ -1,4 +1,4 @@
-"""What the processes of test_native do: `python -m tests.native_ranks save|load RANK WORLD STORE FOLDER`, one JSON object a line."""
+"""What the processes of test_native do: `python -m tests.native_ranks save|load RANK WORLD STORE FOLDER`; prints JSON lines."""
 
 import json
 import logging

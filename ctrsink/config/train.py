@@ -15,7 +15,7 @@ class KeepSpec(Section):
     last: int | None = Field(default=None, ge=1)
     """The newest so many; null keeps all."""
     best: Literal["auc", "logloss", "gauc"] | None = None
-    """And the one with the best validation by this metric: largest AUC or GAUC, smallest logloss. `--checkpoint best` takes it."""
+    """The one with the best validation by this metric: largest AUC or GAUC, smallest logloss; `--checkpoint best` takes it."""
 
 
 class TrainSpec(Section):

@@ -16,8 +16,8 @@ class CheckpointWriter:
     """Saves one checkpoint at a time and then applies `keep`. Used by one thread of one process of the run.
 
     A save that fails with an error the user can act on is warned about and the run goes on, `tolerate` times in a row: an outage
-    of the storage passes, the next checkpoint will do. The one after that is raised, by `save` or `wait`. Any other error is raised
-    at once. The end of the interpreter waits for a save that is under way, at most as long as the storage's own deadlines are.
+    of the storage passes, the next checkpoint will do. The one after that is raised, by `save` or `wait`; any other error is, at
+    once. The end of the interpreter waits for a save that is under way, at most as long as the storage's own deadlines are.
 
     Args:
         run_dir: where the checkpoints lie.
