@@ -1,7 +1,7 @@
 """What a checkpoint costs: seconds that training is blocked, seconds until it is safe, bytes, seconds to go on from it.
 
 A decoder of SmolLM2-135M's shape with random weights, one process with DeepSpeed (ZeRO 2), on CPU; local disk, and a SeaweedFS
-server on loopback where its binary is installed. The number of trained parameters grows from LoRA of rank 8 to the whole backbone.
+server on loopback where its binary is installed. The trained parameters grow from LoRA of rank 8 to the whole backbone.
 """
 
 import argparse
