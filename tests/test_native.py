@@ -94,7 +94,7 @@ def test_one_rank_goes_on_from_the_shards_of_two(ran: Ran, number: int) -> None:
 def test_where_one_rank_cannot_save_all_raise_and_there_is_no_checkpoint(ran: Ran) -> None:
     assert "rank 1 could not save its part of the checkpoint: " in ran.errors[0]
     assert "no space left on device" in ran.errors[1]
-    assert not (Path(folder_of(str(ran.folder / "zero3"), 7)) / MARKER).exists()
+    assert not Path(folder_of(str(ran.folder / "zero3"), 7)).exists()
 
 
 def test_parameters_are_portable(ran: Ran) -> None:
@@ -118,7 +118,6 @@ class Trap:
 @pytest.mark.parametrize("how", ["altered", "replaced", "truncated", "missing", "unmarked"])
 def test_a_damaged_shard_is_never_loaded(ran: Ran, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     run = shutil.copytree(ran.folder / "zero3", tmp_path / "run")
-    shutil.rmtree(folder_of(str(run), 7), ignore_errors=True)
     newest = Path(folder_of(str(run), 6))
     shard = newest / SHARDS / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content, trap = shard.read_bytes(), tmp_path / "trap"

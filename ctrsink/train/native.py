@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,7 +56,7 @@ class Shards:
     whole: bool
     """Whether the ranks hold all shards for a conversion, one per host, instead of each its own."""
     local: Path | None
-    """Parent of their folder; None where another rank of the host has them."""
+    """Holds their folder, `shards`, and nothing else; None where another rank of the host has them."""
     temporary: tempfile.TemporaryDirectory[str]
 
 
@@ -85,15 +85,21 @@ def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint) -> str:
             entries |= write_files(folder, checkpoint, (PARAMETERS, STATE))
     except Exception as caught:
         error = caught
-    _agree(error, "could not save its part of the checkpoint", topology)
-    gathered = _gather(entries, topology)
-    error = None
-    if topology.is_first:
-        try:
-            write_marker(folder, {name: entry for one in gathered for name, entry in one.items()})
-        except Exception as caught:
-            error = caught
-    _agree(error, "could not finish the checkpoint", topology)
+    try:
+        _agree(error, "could not save its part of the checkpoint", topology)
+        gathered = _gather(entries, topology)
+        error = None
+        if topology.is_first:
+            try:
+                write_marker(folder, {name: entry for one in gathered for name, entry in one.items()})
+            except Exception as caught:
+                error = caught
+        _agree(error, "could not finish the checkpoint", topology)
+    except Exception:
+        if topology.is_first and not storage.is_remote(folder):  # a full disk needs the room; remains on S3 go with the next save
+            with suppress(Exception):
+                storage.delete(folder)
+        raise
     return folder
 
 
@@ -148,23 +154,27 @@ def load_native(engine: Engine, shards: Shards) -> None:
             engine.optimizer._lazy_init_hp_params_optimizer_state()
         shards.temporary.cleanup()
         return
-    if not shards.whole:  # the run goes on with a stage that trains something else
-        shards = _fetch(shards.folder, checkpoint, True, topology)
-    error = None
-    universal = Path(shards.temporary.name) / "universal"
-    if shards.local is not None:
-        try:
+    error, universal = None, None
+    try:
+        if not shards.whole:  # the run goes on with a stage that trains something else
+            shards = _fetch(shards.folder, checkpoint, True, topology)
+        if shards.local is not None:
+            universal = shards.local / "universal"
             _convert(shards.local / SHARDS, universal)
-        except Exception as caught:
-            source = f"ZeRO-{checkpoint.native['zero_stage']} on {checkpoint.native['world']} ranks"
-            target = f"ZeRO-{engine.zero_stage} on {topology.world}"
-            hint = "go on with as many ranks and the same ZeRO stage as it was saved with"
-            error = InputError(f"{shards.folder}: cannot convert {source} for {target} ({first_line(caught)}): {hint}")
+    except DamagedCheckpoint as caught:
+        error = caught
+    except Exception as caught:
+        source = f"ZeRO-{checkpoint.native['zero_stage']} on {checkpoint.native['world']} ranks"
+        target = f"ZeRO-{engine.zero_stage} on {topology.world}"
+        hint = "go on with as many ranks and the same ZeRO stage as it was saved with"
+        error = InputError(f"{shards.folder}: cannot convert {source} for {target} ({first_line(caught)}): {hint}")
     _agree(error, "could not convert the shards", topology)
-    rank = topology.rank
-    places = _gather((socket.gethostname(), str(universal) if shards.local is not None else None), topology)
-    here = next(place for host, place in places if host == places[rank][0] and place is not None)
-    moments: Any = _Moments(Path(here) / "zero", {name: p.shape for name, p in checkpoint.parameters.items()})
+    places = _gather((socket.gethostname(), universal), topology)
+    here = next(place for host, place in places if host == places[topology.rank][0] and place is not None)
+    # Without this, a rank that cannot see the files would take all moments for missing, and start with fresh ones.
+    hidden = None if here.is_dir() else RunError(f"{here} is not there: give every host its own name and one temporary folder")
+    _agree(hidden, "does not see the converted shards", topology)
+    moments: Any = _Moments(here / "zero", {name: p.shape for name, p in checkpoint.parameters.items()})
     engine._load(EngineState({}, moments, checkpoint.steps))
     _gather(None, topology)  # every rank of the host has read
     shards.temporary.cleanup()
@@ -228,7 +238,8 @@ def _fetch(folder: str, checkpoint: Checkpoint, whole: bool, topology: Topology)
     shards = Shards(checkpoint, folder, whole, None, temporary)
     if whole and not converts:
         return shards
-    shards.local = Path(temporary.name) if storage.is_remote(folder) else storage.local_path(folder)
+    shards.local = Path(temporary.name)
+    (shards.local / SHARDS).mkdir()
     for name, expected in read_marker(folder).items():
         if not name.startswith(f"{SHARDS}/") or not (whole or _needed(name, topology.rank)):
             continue
@@ -236,6 +247,8 @@ def _fetch(folder: str, checkpoint: Checkpoint, whole: bool, topology: Topology)
         try:
             if storage.is_remote(folder):
                 storage.download(storage.join(folder, name), path)
+            else:  # of the folder, only what the marker names is ever looked at
+                path.symlink_to(storage.local_path(storage.join(folder, name)).resolve())
             if (path.stat().st_size, _sha256(path)) != expected:
                 raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its hash")
         except FileNotFoundError:
