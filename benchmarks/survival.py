@@ -217,7 +217,7 @@ def _on(node: str) -> Any:
 
 def soaked_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A run of about `minutes`, a worker killed every `every` seconds; then the same steps without failures, in one process."""
-    from ctrsink.runtime.stopping import request_stop
+    from ctrsink.train.rundir import request_stop
 
     stay_on_loopback(None)
     chance = random.Random(args.seed)

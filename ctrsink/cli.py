@@ -251,13 +251,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set")
     evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     evaluate.add_argument("--split", nargs="+", choices=["train", "valid", "test"], default=["valid", "test"])
-    evaluate.add_argument("--checkpoint", type=_count, metavar="STEP", help="default: the latest")
+    evaluate.add_argument("--checkpoint", type=_step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
     export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     export.add_argument("--to", required=True, metavar="URI")
     export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    export.add_argument("--checkpoint", type=_count, metavar="STEP", help="default: the latest")
+    export.add_argument("--checkpoint", type=_step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
     score = _verb(verbs, "score", _score, "click probabilities for requests, one JSON object a line")
     score.add_argument("--model", required=True, metavar="DIR")
@@ -286,6 +286,10 @@ def _verb(verbs: Any, name: str, run: Verb, help_text: str) -> argparse.Argument
 def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else _count(text)
 
 
 def _count(text: str) -> int:

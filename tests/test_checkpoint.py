@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load
 
 from ctrsink import storage
 from ctrsink.errors import InputError
@@ -20,6 +23,7 @@ from ctrsink.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from ctrsink.train.tensor_file import to_safetensors
 
 
 def make(step: int) -> Checkpoint:
@@ -65,6 +69,37 @@ def test_the_newest_is_taken_also_past_nine_steps(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path), 21)
     with pytest.raises(InputError, match="holds no whole checkpoint"):
         find_checkpoint(str(tmp_path / "empty"))
+
+
+def test_what_a_run_tells_of_itself_comes_back(tmp_path: Path) -> None:
+    saved = make(7)
+    saved.controller, saved.metrics, saved.trained = {"stage": 1, "best": None}, {"auc": 0.7}, {"impressions": 9, "checksum": "a"}
+    found = load_checkpoint(save_checkpoint(str(tmp_path), saved))
+    assert (found.controller, found.metrics, found.trained, found.native) == (saved.controller, saved.metrics, saved.trained, {})
+
+
+def test_a_checkpoint_from_before_these_fields_loads(tmp_path: Path) -> None:
+    folder = Path(save_checkpoint(str(tmp_path), make(7)))
+    state = json.loads((folder / "state.json").read_text())
+    content = json.dumps({k: v for k, v in state.items() if k not in ("controller", "metrics", "trained", "native")}).encode()
+    (folder / "state.json").write_bytes(content)
+    entries = json.loads((folder / MARKER).read_text())
+    entries["state.json"] = {"bytes": len(content), "sha256": storage.sha256(content)}
+    (folder / MARKER).write_text(json.dumps(entries))
+    found = load_checkpoint(str(folder))
+    assert same(found, make(7))
+    assert (found.controller, found.metrics, found.trained) == ({}, {}, {})
+
+
+@given(st.dictionaries(st.text(min_size=1).filter(lambda name: name != "__metadata__"), st.lists(st.integers(0, 4), max_size=3)))
+def test_the_format_is_that_of_the_library(shapes: dict[str, list[int]]) -> None:
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    content = to_safetensors(tensors)
+    found = load(bytes(content))
+    assert found.keys() == tensors.keys()
+    assert all(found[name].shape == tensors[name].shape and torch.equal(found[name], tensors[name]) for name in tensors)
+    transposed = load(bytes(to_safetensors({"t": torch.arange(6.0).view(2, 3).T})))["t"]
+    assert torch.equal(transposed, torch.arange(6.0).view(2, 3).T)
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ def test_what_is_no_run_is_not_measured_nor_exported(run: Path, tmp_path: Path) 
     before = content(run)
     refused(call("evaluate", "--run", run, "--checkpoint", 999), wanted)
     refused(call("export", "--run", run, "--to", tmp_path / "model", "--checkpoint", 999), wanted)
+    refused(call("evaluate", "--run", run, "--checkpoint", "best"), "knows no best checkpoint")
     assert content(run) == before
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,7 @@
 """Whose a run's folder is, and what may change when a run is continued."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from ctrsink.config.load import merge
 from ctrsink.errors import InputError
 from ctrsink.train.rundir import CONFIG_NAME, DATA_NAME, claim, first_difference, read_result, read_run, write_result
 from tests.builders import run_tree
+from tests.conftest import BUCKET
 
 
-def run_in(folder: Path, **changes: Any) -> RunSpec:
+def run_in(folder: Path | str, **changes: Any) -> RunSpec:
     return parse_run(merge(run_tree(run_dir=str(folder)), changes), "x")
 
 
@@ -71,6 +74,7 @@ def test_a_run_that_computes_something_else_is_refused(tmp_path: Path, changes: 
     [
         {"runtime": {"kind": "ray", "workers": 2}},
         {"train": {"zero_stage": 3, "micro_batch_size": 2, "checkpoint_every": 1, "log_every": 1}},
+        {"train": {"checkpoint_format": "native", "keep": {"last": 3, "best": "auc"}}},
         {"evaluate": {"splits": ["test"]}},
         {"data": {"uri": "s3://moved/data"}},
         {"name": "another"},
@@ -112,3 +116,47 @@ def test_a_result_comes_back(tmp_path: Path) -> None:
     result = {"steps": 3, "finished": True, "evaluation": {"test": {"auc": 0.7}}}
     write_result(str(tmp_path), result)
     assert read_result(str(tmp_path)) == result
+
+
+RACE = """
+import os, sys
+from ctrsink import storage
+from ctrsink.errors import InputError
+from ctrsink.train.rundir import claim
+from tests.test_rundir import run_in
+for base in sys.argv[1:]:
+    for number in range(10):
+        gate, (told, telling) = os.pipe(), os.pipe()
+        for process in range(2):
+            if os.fork() == 0:
+                os.close(gate[1])
+                spec = run_in(f"{base}/{number}", seed=process)
+                storage.exists(base)  # makes the client
+                os.read(gate[0], 1)  # both go on at once, when it is closed
+                try:
+                    os.write(telling, b"new " if claim(spec, False, (f"data {process}",)) else b"old ")
+                except InputError as error:
+                    os.write(telling, b"refused " if "already holds a run" in str(error) else b"failed ")
+                os._exit(0)
+        os.close(telling)
+        os.close(gate[1])
+        os.wait(), os.wait()
+        print(*sorted(os.read(told, 100).decode().split()), storage.read_bytes(f"{base}/{number}/data.sha256").decode())
+"""
+
+
+@pytest.mark.usefixtures("s3_server")
+def test_of_two_runs_that_start_together_one_has_the_folder(tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, "-c", RACE, str(tmp_path), f"s3://{BUCKET}/claims"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    places = [f"{base}/{number}" for base in (tmp_path, f"s3://{BUCKET}/claims") for number in range(10)]
+    for line, place in zip(done.stdout.splitlines(), places, strict=True):
+        assert line == f"new refused data {read_run(place).seed}"
+
+
+def test_a_claim_that_was_cut_off_is_taken_up(tmp_path: Path) -> None:
+    claim(run_in(tmp_path), resume=False, datasets=("d",))
+    (tmp_path / DATA_NAME).unlink()
+    assert not claim(run_in(tmp_path), resume=True, datasets=("d",))
+    assert (tmp_path / DATA_NAME).read_text() == "d"

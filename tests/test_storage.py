@@ -42,6 +42,23 @@ def test_what_is_written_is_read_listed_and_deleted(folder: str) -> None:
     storage.delete(storage.join(folder, "never"))
 
 
+def test_a_file_is_created_once(folder: str) -> None:
+    uri = storage.join(folder, "in", "x")
+    assert storage.create(uri, b"first")
+    assert not storage.create(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    assert storage.list_files(storage.join(folder, "in")) == ["x"]
+
+
+def test_a_file_is_copied_here(folder: str, tmp_path: Path) -> None:
+    storage.write_bytes(storage.join(folder, "x"), b"content")
+    storage.download(storage.join(folder, "x"), tmp_path / "new" / "y")
+    assert (tmp_path / "new" / "y").read_bytes() == b"content"
+    with pytest.raises(FileNotFoundError):
+        storage.download(storage.join(folder, "z"), tmp_path / "z")
+    assert not (tmp_path / "z").exists()
+
+
 def test_files_are_found_with_size_and_version(folder: str) -> None:
     assert storage.find(folder) == []
     for name, content in {"b": b"123", "a/.hidden": b"", "a-b": b"1"}.items():

@@ -5,10 +5,10 @@ from ctrsink.config.load import dump_run, load_run, parse_run
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
 from ctrsink.config.run import RunSpec
 from ctrsink.config.stages import Group, ReadoutSpec, ScheduleSpec, StageSpec
-from ctrsink.config.train import EvaluateSpec, RuntimeSpec, TrainSpec
+from ctrsink.config.train import EvaluateSpec, KeepSpec, RuntimeSpec, TrainSpec
 
 __all__ = [
-    "BackboneSpec", "BiasSpec", "DataSpec", "EvaluateSpec", "Group", "LoraSpec", "ModelSpec", "PrepareSpec", "ReadoutSpec",
-    "RunSpec", "RuntimeSpec", "ScheduleSpec", "SinkSpec", "SourceSpec", "StageSpec", "TrainSpec", "dump_run", "load_run",
-    "parse_run",
+    "BackboneSpec", "BiasSpec", "DataSpec", "EvaluateSpec", "Group", "KeepSpec", "LoraSpec", "ModelSpec",
+    "PrepareSpec", "ReadoutSpec", "RunSpec", "RuntimeSpec", "ScheduleSpec", "SinkSpec", "SourceSpec", "StageSpec", "TrainSpec",
+    "dump_run", "load_run", "parse_run",
 ]  # fmt: skip

@@ -98,6 +98,8 @@ class RunSpec(Section):
                     raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because model.{key} is null")
             if stage.readout.over == "sinks" and self.model.sinks is None:
                 raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")
+            if self.train.keep.best is not None and self.train.validation is None:
+                raise ValueError("train.keep.best needs a validation sample: add train.validation, for example {every: 100}")
             if stage.plateau is not None and self.train.validation is None:
                 raise ValueError(
                     f"stages.{stage.name}: plateau needs a validation sample: add train.validation, for example {{every: 100}}"

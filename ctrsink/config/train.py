@@ -49,6 +49,15 @@ class ValidationSpec(Section):
     """Size of the sample."""
 
 
+class KeepSpec(Section):
+    """Which checkpoints stay; the newest whole one always does. Unfinished ones older than it are removed where some are."""
+
+    last: int | None = Field(default=None, ge=1)
+    """The newest so many; null keeps all."""
+    best: Literal["auc", "logloss", "gauc"] | None = None
+    """The one with the best validation by this metric: largest AUC or GAUC, smallest logloss; `--checkpoint best` takes it."""
+
+
 class TrainSpec(Section):
     """Optimiser, batch, DeepSpeed and checkpoints."""
 
@@ -79,6 +88,12 @@ class TrainSpec(Section):
     """null: nothing is measured before the end."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimiser steps between checkpoints; a stage's end always makes one."""
+    checkpoint_format: Literal["portable", "native"] = "portable"
+    """`portable`: safetensors by parameter name, gathered by the first worker, written while training goes on. `native`: in
+    stages that train the whole backbone each worker writes its own shards of the optimiser's state, and training waits: for full
+    fine-tuning of models whose optimiser state does not fit one host's memory. Needs `zero_stage` 1 to 3."""
+    keep: KeepSpec = KeepSpec()
+    """Which checkpoints stay."""
     log_every: int = Field(default=10, ge=1)
     """Optimiser steps between progress lines and rows of metrics.jsonl."""
     mlflow: MlflowSpec | None = None
@@ -87,6 +102,14 @@ class TrainSpec(Section):
     def _offload_is_sharded(self) -> "TrainSpec":
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1, 2 or 3: ZeRO 0 keeps everything on the device")
+        return self
+
+    @model_validator(mode="after")
+    def _native_has_shards(self) -> "TrainSpec":
+        if self.checkpoint_format == "native" and self.zero_stage == 0:
+            raise ValueError(
+                "checkpoint_format native needs shards, and zero_stage 0 has none; use portable, or zero_stage 1 to 3"
+            )
         return self
 
 

@@ -15,8 +15,9 @@ from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, jo
 from ctrsink.storage.s3 import Operation, connect, to_info
 
 __all__ = [
-    "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "delete", "download_dir", "exists", "find", "info", "is_remote",
-    "join", "list_dirs", "list_files", "read_bytes", "read_range", "sha256", "upload_dir", "write_bytes",
+    "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
+    "find", "info", "is_remote", "join", "list_dirs", "list_files", "local_path", "read_bytes", "read_range", "sha256",
+    "upload_dir", "write_bytes",
 ]  # fmt: skip
 
 
@@ -102,12 +103,25 @@ def read_range(uri: str, start: int, end: int) -> bytes:
         return s3.run(s3.read_range(start, end))
 
 
-def write_bytes(uri: str, content: bytes) -> None:
+def create(uri: str, content: bytes) -> bool:
+    """Put a small file unless there is one already; returns whether it was put. Of several at the same moment one gets true."""
+    with explained(uri):
+        if is_remote(uri):
+            s3 = Operation(uri)
+            return s3.run(s3.create(content))
+        try:
+            local.write(local_path(uri), content, new=True)
+        except FileExistsError:
+            return False
+        return True
+
+
+def write_bytes(uri: str, content: bytes | memoryview) -> None:
     """Put a file whole or not at all; folders above it are made, an older file is replaced."""
     with explained(uri):
         if is_remote(uri):
             s3 = Operation(uri)
-            s3.run(s3.write(s3.key, len(content), lambda start, end: content[start:end]))
+            s3.run(s3.write(s3.key, len(content), lambda start, end: bytes(content[start:end])))
         else:
             local.write(local_path(uri), content)
 
@@ -130,6 +144,20 @@ def upload_dir(source: str | Path, uri: str) -> None:
             s3.run(s3.upload(Path(source)))
         else:
             local.copy_below(Path(source), local_path(uri))
+
+
+def download(uri: str, target: str | Path) -> None:
+    """Copy a file to the local path `target`; folders above that are made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with explained(uri):
+        if is_remote(uri):
+            s3 = Operation(uri)
+            s3.run(s3.download_one(Path(target)))
+        else:
+            local.copy(local_path(uri), Path(target))
 
 
 def download_dir(uri: str, target: str | Path) -> None:

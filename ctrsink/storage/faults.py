@@ -30,9 +30,9 @@ _REFUSED = {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "Signatur
 _MISSING = {"NoSuchKey", "NotFound", "404"}
 # Answers below 500 after which the same request may succeed: overload, and bodies damaged on their way to the server.
 _PASSING = {
-    "BadDigest", "BandwidthLimitExceeded", "IncompleteBody", "OperationAborted", "PriorRequestNotComplete",
-    "RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
-    "XAmzContentSHA256Mismatch",
+    "BadDigest", "BandwidthLimitExceeded", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted",
+    "PriorRequestNotComplete", "RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException",
+    "TooManyRequests", "XAmzContentSHA256Mismatch",
 }  # fmt: skip
 _OVERLOADED = {"InternalError", "ServiceUnavailable", "SlowDown"}
 _FULL = "free some space, or choose another place"

@@ -10,26 +10,34 @@ from pathlib import Path
 from ctrsink.storage.places import Info
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, and a crash leaves one of them."""
+def write(path: Path, content: bytes | memoryview, new: bool = False) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, and a crash leaves one of them.
+
+    Raises:
+        FileExistsError: the file was to be `new`, and there is one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with beside(path) as handle:
+    with beside(path, new) as handle:
         write_at(handle, content, 0)
         os.fsync(handle)
         os.fchmod(handle, 0o644)  # mkstemp keeps others out; a data set may be shared
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[int]:
+def beside(path: Path, new: bool = False) -> Iterator[int]:
     """A new file, open to be written, that takes the place of `path` if all goes well and is removed otherwise.
 
-    What the system says of it names `path`.
+    Where it must be `new`, it takes no other file's place, and of several processes one succeeds. What the system says of it
+    names `path`.
     """
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             yield handle
-            Path(temporary).replace(path)
+            if new:
+                path.hardlink_to(temporary)
+            else:
+                Path(temporary).replace(path)
         finally:
             os.close(handle)
             Path(temporary).unlink(missing_ok=True)
@@ -38,7 +46,7 @@ def beside(path: Path) -> Iterator[int]:
         raise
 
 
-def write_at(handle: int, content: bytes, start: int) -> None:
+def write_at(handle: int, content: bytes | memoryview, start: int) -> None:
     """Write all of `content` from byte `start` on; the system itself may take a part only, as where a disk becomes full."""
     rest = memoryview(content)
     while rest:
@@ -89,10 +97,14 @@ def copy_below(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise FileNotFoundError(source)
     for path in files_below(source):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(path, copy)
-        except OSError as error:  # without a name, or with both, where the copy cannot be written
-            error.filename, error.filename2 = error.filename2 or error.filename or str(copy), None
-            raise
+        copy(path, target / path.relative_to(source))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file; folders above `target` are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:  # without a name, or with both, where the copy cannot be written
+        error.filename, error.filename2 = error.filename2 or error.filename or str(target), None
+        raise

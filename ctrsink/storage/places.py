@@ -33,7 +33,7 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else str(local_path(uri).resolve())
 
 
-def sha256(content: bytes) -> str:
+def sha256(content: bytes | memoryview) -> str:
     """The hash as hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 

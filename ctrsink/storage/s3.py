@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -106,6 +107,19 @@ class Operation:
             await asyncio.shield(self._abandon(key, upload))
             raise
 
+    async def create(self, content: bytes) -> bool:
+        """Put an object unless there is one, by one conditional request; returns whether it was put."""
+        # An attempt whose answer was lost is found out by its own token.
+        token = secrets.token_hex(16)
+        try:
+            await self.request("put_object", Key=self.key, Body=content, IfNoneMatch="*", Metadata={"token": token})
+        except ClientError as error:
+            if code_of(error) != "PreconditionFailed":
+                raise
+            found = await self.request("get_object", Key=self.key)
+            return found["Metadata"].get("token") == token
+        return True
+
     async def _complete(self, key: str, size: int, **arguments: Any) -> None:
         """Make an object of the parts. Where the answer was lost, the next attempt may find that there is nothing left to do."""
         try:
@@ -180,6 +194,17 @@ class Operation:
             raise FileNotFoundError(self.key)
         prefix = f"{self.key}/" if self.key else ""
         await _together(self._download(prefix + one.path, one, target / one.path) for one in found)
+
+    async def download_one(self, target: Path) -> None:
+        """Copy the object to `target`.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        entry = await self.info(self.key)
+        if entry is None:
+            raise FileNotFoundError(self.key)
+        await self._download(self.key, to_info(entry, target.name), target)
 
     async def _download(self, key: str, known: Info, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

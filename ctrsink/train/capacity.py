@@ -26,7 +26,7 @@ def tokens_within(model: CTRModel, forward: Callable[[Batch], torch.Tensor], bat
     kept = saved_bytes(lambda: forward(batch), model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.backbone.modules()):
         # Checkpointed layers keep what enters them, out of sight of the hooks.
-        kept += 4 * batch.tokens * model.backbone.config.get_text_config().hidden_size * model.layers
+        kept += 4 * batch.tokens * model.head.linear.in_features * model.layers
     return max(1, int(memory * batch.tokens / kept))
 
 

@@ -1,23 +1,33 @@
 """The portable checkpoint: safetensors by parameter name, loadable at any number of workers and any ZeRO stage; no pickle.
 
 A folder per checkpoint; `complete.json`, with size and sha256 of each file, is written last. Without it, or with a file that
-does not match, the folder is no checkpoint.
+does not match, the folder is no checkpoint. A native checkpoint (see `native`) has the same parameters and state; its moments are
+DeepSpeed's shards, of which only presence and size are looked at here.
 """
 
 import json
 import logging
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from ctrsink import storage
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError
+from ctrsink.train.tensor_file import to_safetensors
 
 FOLDER = "checkpoints"
-FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
+PARAMETERS, MOMENTS, STATE = FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
 MARKER = "complete.json"
+SHARDS = "shards"
+"""Folder in a native checkpoint."""
+BEST = "best.json"
+"""Beside the checkpoints: step, metric and value of the best one."""
+Step = int | Literal["best"] | None
+"""A checkpoint as the user names it: its step, the best by `train.keep.best`, or (None) the newest whole one."""
 log = logging.getLogger("ctrsink.train")
 
 
@@ -39,28 +49,55 @@ class Checkpoint:
     """See EngineState."""
     dataset: str
     """Identity of the data set, see Manifest.identity."""
-    controller: dict[str, Any] = field(default_factory=dict)
-    """State of the stage controller."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Of the validation sample, where it was measured at this step."""
-    trained: dict[str, int] = field(default_factory=dict)
-    """The impressions trained on so far, see Audit."""
     seconds: float = 0.0
     """Spent in training steps so far."""
+    controller: dict[str, Any] = field(default_factory=dict)
+    """State of the stage controller, as JSON has it."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last validation before it; empty where there was none."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """Audit of what was trained on: counts and a checksum."""
+    native: dict[str, int] = field(default_factory=dict)
+    """`world` and `zero_stage` of the shards that hold the moments; empty in a portable checkpoint."""
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
-    """Write `checkpoint` below `run_dir` and return its folder."""
+    """Write `checkpoint` below `run_dir` and return its folder.
+
+    Raises:
+        RunError: the disk is full or fails; nothing of the checkpoint is left on it.
+    """
     folder = folder_of(run_dir, checkpoint.step)
-    kept = ("step", "position", "steps", "dataset", "controller", "metrics", "trained", "seconds")
-    state = {name: getattr(checkpoint, name) for name in kept}
-    contents = (save(checkpoint.parameters), save(checkpoint.moments), json.dumps(state).encode())
-    files = dict(zip(FILES, contents, strict=True))
-    for name, content in files.items():
-        storage.write_bytes(storage.join(folder, name), content)
-    marker = {name: {"bytes": len(content), "sha256": storage.sha256(content)} for name, content in files.items()}
-    storage.write_bytes(storage.join(folder, MARKER), json.dumps(marker).encode())
+    try:
+        entries = write_files(folder, checkpoint, FILES)
+        write_marker(folder, entries)
+    except RunError:
+        with suppress(Exception):
+            storage.delete(folder)
+        raise
     return folder
+
+
+def write_files(folder: str, checkpoint: Checkpoint, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Write these of a checkpoint's `FILES`; returns their entries in the marker. One file is held in memory at a time."""
+    entries = {}
+    for name in names:
+        content = _content(checkpoint, name)
+        entries[name] = {"bytes": len(content), "sha256": storage.sha256(content)}
+        storage.write_bytes(storage.join(folder, name), content)
+    return entries
+
+
+def write_marker(folder: str, entries: dict[str, dict[str, Any]]) -> None:
+    """Make the folder a checkpoint of the files in `entries`; all of them must have been written."""
+    storage.write_bytes(storage.join(folder, MARKER), json.dumps(entries).encode())
+
+
+def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
+    if name == STATE:
+        kept = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments")]
+        return json.dumps({key: getattr(checkpoint, key) for key in kept}).encode()
+    return to_safetensors(checkpoint.parameters if name == PARAMETERS else checkpoint.moments)
 
 
 def folder_of(run_dir: str, step: int) -> str:
@@ -68,20 +105,30 @@ def folder_of(run_dir: str, step: int) -> str:
     return storage.join(run_dir, FOLDER, f"step-{step:08d}")
 
 
+def step_of(folder: str) -> int:
+    """The step whose checkpoint lies in `folder`."""
+    return int(folder.rpartition("-")[2])
+
+
 def list_checkpoints(run_dir: str) -> list[str]:
     """Folders of the run's checkpoints, complete or not, newest first."""
-    names = [n for n in storage.list_dirs(storage.join(run_dir, FOLDER)) if n.startswith("step-")]
-    return [storage.join(run_dir, FOLDER, name) for name in sorted(names, reverse=True)]
+    names = [n for n in storage.list_dirs(storage.join(run_dir, FOLDER)) if re.fullmatch(r"step-\d{8,}", n)]
+    return [storage.join(run_dir, FOLDER, name) for name in sorted(names, key=step_of, reverse=True)]
 
 
-def latest_checkpoint(run_dir: str) -> Checkpoint | None:
+def latest_checkpoint(run_dir: str, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole; each newer one that is not is named in a warning. None where none was ever finished.
+
+    Args:
+        before: only of earlier steps: the finished one of this step turned out to be damaged.
 
     Raises:
         InputError: checkpoints were finished, but none is whole any more: to start anew is the user's to say.
     """
-    finished = False
+    finished = before is not None
     for folder in list_checkpoints(run_dir):
+        if before is not None and step_of(folder) >= before:
+            continue
         try:
             return load_checkpoint(folder)
         except DamagedCheckpoint as error:
@@ -92,22 +139,35 @@ def latest_checkpoint(run_dir: str) -> Checkpoint | None:
     return None
 
 
-def find_checkpoint(run_dir: str, step: int | None = None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest whole one.
+def find_checkpoint(run_dir: str, step: Step = None) -> Checkpoint:
+    """The checkpoint of `step`, the best, or the newest whole one.
 
     Raises:
         InputError: there is none, or that of `step` is damaged.
     """
+    if step == "best":
+        step = _best_step(run_dir)
     if step is not None:
         folders = list_checkpoints(run_dir)
         if folder_of(run_dir, step) not in folders:
-            steps = ", ".join(str(int(folder.rpartition("-")[2])) for folder in reversed(folders)) or "none"
+            steps = ", ".join(str(step_of(folder)) for folder in reversed(folders)) or "none"
             raise InputError(f"{run_dir} has no checkpoint of step {step}: choose one of those it has ({steps})")
         return load_checkpoint(folder_of(run_dir, step))
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise InputError(f"{run_dir} holds no whole checkpoint yet: train it first")
     return checkpoint
+
+
+def _best_step(run_dir: str) -> int:
+    path = storage.join(run_dir, FOLDER, BEST)
+    try:
+        return int(json.loads(storage.read_bytes(path))["step"])
+    except FileNotFoundError:
+        hint = "train with train.keep.best and a validation, or name a step"
+        raise InputError(f"{run_dir} knows no best checkpoint: {hint}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged: name a step instead") from None
 
 
 def require_data(run_dir: str, checkpoint: Checkpoint, datasets: tuple[str, ...], uri: str) -> None:
@@ -129,20 +189,44 @@ def load_checkpoint(folder: str) -> Checkpoint:
     Raises:
         InputError: it is incomplete or altered.
     """
-    try:
-        entries = json.loads(_read(folder, MARKER))
-        expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in FILES}
-    except (ValueError, KeyError, TypeError):
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None
+    entries = read_marker(folder)
+    shards = {name: size for name, (size, _) in entries.items() if name not in FILES}
+    if shards:
+        found = {f"{SHARDS}/{one.path}": one.bytes for one in storage.find(storage.join(folder, SHARDS))}
+        for name, size in shards.items():
+            if found.get(name) != size:
+                what = f"{name} has another size" if name in found else f"{name} is missing"
+                raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {what}")
     contents: dict[str, bytes] = {}
     for name in FILES:
+        if name not in entries:
+            continue
         content = _read(folder, name)
-        if (len(content), storage.sha256(content)) != expected[name]:
+        if (len(content), storage.sha256(content)) != entries[name]:
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its hash")
         contents[name] = content
-    state: dict[str, Any] = json.loads(contents["state.json"])
-    parameters, moments = (load(contents[f"{name}.safetensors"]) for name in ("parameters", "moments"))
-    return Checkpoint(parameters=parameters, moments=moments, **state)
+    state: dict[str, Any] = json.loads(contents[STATE])
+    moments = load(contents[MOMENTS]) if MOMENTS in contents else {}
+    return Checkpoint(parameters=load(contents[PARAMETERS]), moments=moments, **state)
+
+
+def read_marker(folder: str) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of each file of a checkpoint, by its path in the folder.
+
+    Raises:
+        DamagedCheckpoint: there is no marker, or it is not what was written.
+    """
+    try:
+        entries = json.loads(_read(folder, MARKER))
+        found = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        others = found.keys() - FILES
+        if not {PARAMETERS, STATE} <= found.keys() or (MOMENTS in found) == bool(others):
+            raise ValueError
+        if any(not name.startswith(f"{SHARDS}/") or ".." in name for name in others):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None
+    return found
 
 
 def _read(folder: str, name: str) -> bytes:

@@ -86,7 +86,7 @@ class Engine:
             self.optimizer.check_grad_overflow = True  # DeepSpeed switches it off without fp16: a NaN would reach the weights
         self._create_moments()
         if state is not None:
-            self._load(state)
+            self.load(state)
 
     def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """See CTRModel.forward; every rank must call it equally often."""
@@ -140,7 +140,7 @@ class Engine:
             if wanted:
                 parameters[name] = value.float().cpu().clone()
                 moments |= {key: moment.cpu().clone() for key, moment in pair.items()}
-        return EngineState(parameters, moments, self._steps())
+        return EngineState(parameters, moments, self.steps())
 
     def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The whole values of some trainable parameters; collective as `state`."""
@@ -179,11 +179,13 @@ class Engine:
             groups[self.optimizer.sub_group_to_group_id[number]].append(flat)
         return groups
 
-    def _steps(self) -> dict[str, int]:
+    def steps(self) -> dict[str, int]:
+        """Optimiser steps that each parameter group has made."""
         pairs = zip(self._group_names, self._flat_groups(), strict=True)
         return {name: int(self._base.state[flat[0]]["step"]) for name, flat in pairs}
 
-    def _load(self, state: EngineState) -> None:
+    def load(self, state: EngineState) -> None:
+        """Go on with these moments and step counts; what this engine does not train is ignored."""
         for name, parameter in self.named.items():
             # Without the step count of its group (it was trained as part of another) a moment would be corrected wrongly.
             if group_key(name, parameter, self.trainable) not in state.steps:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,19 +17,22 @@ from ctrsink.data.dataset import Dataset
 from ctrsink.data.examples import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
-from ctrsink.dist import Topology, all_max, all_sum, barrier
+from ctrsink.dist import Topology, all_max, barrier
+from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.flops import FlopCount
 from ctrsink.train.audit import Audit
 from ctrsink.train.capacity import tokens_within
-from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, require_data, save_checkpoint
+from ctrsink.train.checkpoint import Checkpoint, require_data
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.failures import Finite, located
 from ctrsink.train.hardware import over_ranks, peak_of
+from ctrsink.train.native import Shards, load_native, restore
 from ctrsink.train.probe import probe, probe_batch
 from ctrsink.train.rundir import identities, write_result
 from ctrsink.train.same_data import require_same_data
+from ctrsink.train.saving import Saver
 from ctrsink.train.stages import StageController
 from ctrsink.train.surroundings import ALONE, Surroundings
 from ctrsink.train.telemetry import Pace, Telemetry, progress_line
@@ -76,6 +79,8 @@ class Trainer:
         self.progress = Progress()
         self.audit = Audit()  # of this rank, since this process began
         self.finite = Finite(spec.train)
+        self.saver = Saver(spec, topology)
+        self.shards: Shards | None = None
         self.engine: Engine | None = None
         self.telemetry: Telemetry | None = None
         self.peak_tflops = peak_of(topology.device, spec.runtime.peak_tflops)
@@ -98,9 +103,15 @@ class Trainer:
         if self.topology.is_first:
             self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
         stopped = None
-        while stopped is None and not self.controller.finished and self.controller.step != stop_at:
-            self.controller.advance()
-            stopped = self._run_stage(stop_at)
+        try:
+            while stopped is None and not self.controller.finished and self.controller.step != stop_at:
+                self.controller.advance()
+                stopped = self._run_stage(stop_at)
+        except BaseException:
+            with suppress(RunError, InputError):  # what went wrong first is told
+                self.saver.wait()
+            raise
+        self.saver.wait()
         finished = self.controller.finished and stopped is None
         evaluation = self._evaluate() if finished else {}
         trained = self._trained()
@@ -121,12 +132,12 @@ class Trainer:
 
     def _restore(self) -> None:
         """Take up the latest checkpoint, the one that the first rank sees: all ranks go on from the same step or none does."""
-        run_dir = self.spec.run_dir
-        checkpoint = latest_checkpoint(run_dir) if self.topology.is_first else None
-        step = int(all_sum([checkpoint.step if checkpoint else 0], self.topology)[0])
-        if step == 0:
+        found = restore(self.spec.run_dir, self.spec.train.zero_stage, self.topology)
+        if found is None:
             return
-        checkpoint = checkpoint or find_checkpoint(run_dir, step)
+        checkpoint, self.shards = found
+        if not checkpoint.controller:
+            raise InputError(f"{self.spec.run_dir} was begun by an older version of ctrsink: finish it with that one")
         require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
         self.controller.load_state_dict(checkpoint.controller)
@@ -152,7 +163,8 @@ class Trainer:
                 if metrics or last or controller.step % train.log_every == 0 or controller.step == 1:
                     inside = self._look_inside(engine, stage) if metrics else {}
                     self._report(stage, result | metrics | inside, pace)
-                if last or controller.ended or preempted or controller.step % train.checkpoint_every == 0:
+                better = bool(metrics) and train.keep.best is not None
+                if last or controller.ended or preempted or better or controller.step % train.checkpoint_every == 0:
                     self._checkpoint(engine, metrics)
                 if last or controller.ended:
                     return stopped
@@ -219,6 +231,9 @@ class Trainer:
         load_parameters(model, self.progress.parameters)
         model.to(self.topology.device).train()
         self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state)
+        if self.shards is not None:
+            load_native(self.engine, self.shards)
+            self.shards = None
         return self.engine
 
     def _stream_for(self, stage: StageSpec, engine: Engine) -> TrainStream:
@@ -271,7 +286,8 @@ class Trainer:
         last = self.controller.last_step
         rates = pace.report(None if last is None else last - self.controller.step)
         rates = over_ranks(rates, self.peak_tflops, self.topology)
-        whole = {"step": self.controller.step, "stage": stage.name, "position": self.progress.position, **row, **rates}
+        whole = {"step": self.controller.step, "stage": stage.name, "position": self.progress.position}
+        whole |= {**row, **rates, **self.saver.seconds()}
         if self.telemetry is not None:
             self.telemetry.add(whole)
             log.info(progress_line(whole, last), extra={"fields": whole})
@@ -281,9 +297,10 @@ class Trainer:
         return self.progress.trained + self.audit.over_ranks(self.topology)
 
     def _checkpoint(self, engine: Engine, metrics: dict[str, float]) -> None:
-        state, trained = engine.state(self.topology.is_first), self._trained()
-        if self.telemetry is not None:
-            checkpoint = Checkpoint(
+        trained = self._trained()
+
+        def make(state: EngineState) -> Checkpoint:
+            return Checkpoint(
                 step=self.controller.step,
                 position=self.progress.position,
                 parameters=self.progress.parameters | state.parameters,
@@ -295,10 +312,8 @@ class Trainer:
                 trained=asdict(trained),
                 seconds=self.progress.seconds,
             )
-            # The metrics first: a resumed run drops rows behind its checkpoint, but could not make missing ones again.
-            self.telemetry.flush()
-            log.info("checkpoint %s", save_checkpoint(self.spec.run_dir, checkpoint))
-        barrier(self.topology)
+
+        self.saver.save(engine, make, self.telemetry.flush() if self.telemetry is not None else None)
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
         stage, spec = self.controller.stage, self.spec

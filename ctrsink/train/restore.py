@@ -10,7 +10,7 @@ from ctrsink.data.stream import SequenceSource
 from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel
-from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, require_data
+from ctrsink.train.checkpoint import Checkpoint, Step, find_checkpoint, require_data
 from ctrsink.train.rundir import identities, read_run
 from ctrsink.train.stages import StageController
 
@@ -29,8 +29,8 @@ class TrainedRun:
     """That of the stage which made the checkpoint."""
 
 
-def restore_run(run_dir: str, step: int | None = None) -> TrainedRun:
-    """The model of the run in `run_dir` after `step` optimiser steps (default: its latest whole checkpoint).
+def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
+    """The model of the run in `run_dir` at a checkpoint (default: its latest whole one).
 
     Raises:
         InputError: there is no such run or checkpoint, or its data set is missing, altered or another.

@@ -22,8 +22,9 @@ STOP_NAME = "stop-requested"  # by `ctrsink stop` or a signal; holds the reason
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
 _FREE = (
     "name", "run_dir", "prepare", "runtime", "evaluate", "data.uri", "data.cache", "data.workers", "model.attention",
-    "model.gradient_checkpointing", "train.checkpoint_every", "train.log_every", "train.micro_batch_size",
-    "train.micro_batch_tokens", "train.memory_gib", "train.mlflow", "train.zero_stage", "train.offload", "train.on_nonfinite",
+    "model.gradient_checkpointing", "train.checkpoint_every", "train.checkpoint_format", "train.keep", "train.log_every",
+    "train.micro_batch_size", "train.micro_batch_tokens", "train.memory_gib", "train.mlflow", "train.zero_stage", "train.offload",
+    "train.on_nonfinite",
 )  # fmt: skip
 
 
@@ -35,6 +36,8 @@ def identities(spec: RunSpec, manifest: Manifest) -> tuple[str, ...]:
 def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
     """Make `spec.run_dir` the folder of this run, by its config.yaml; returns whether the run is new there.
 
+    Of several runs that start there at the same moment, one is new.
+
     Args:
         datasets: see `identities`.
 
@@ -42,22 +45,30 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
         InputError: it holds a run and `resume` is false, or the run there computes something else, or on other data.
     """
     path = storage.join(spec.run_dir, CONFIG_NAME)
-    new = not storage.exists(path)
+    new = storage.create(path, dump_run(spec).encode())
     if not new:
         if not resume:
             raise InputError(f"{spec.run_dir} already holds a run: give --resume to continue it, or choose another run_dir")
         difference = first_difference(read_run(spec.run_dir), spec)
         if difference is not None:
             raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
-        if storage.read_bytes(storage.join(spec.run_dir, DATA_NAME)).decode() not in datasets:
+        if _claimed_data(spec.run_dir) not in (None, *datasets):
             raise InputError(
                 f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
                 "give the old one back, or choose another run_dir"
             )
+        storage.write_bytes(path, dump_run(spec).encode())
     storage.delete(storage.join(spec.run_dir, STOP_NAME))
     storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
-    storage.write_bytes(path, dump_run(spec).encode())
     return new
+
+
+def _claimed_data(run_dir: str) -> str | None:
+    """Identity of the data set that the run was claimed for; None where the claim was cut off before it said so."""
+    try:
+        return storage.read_bytes(storage.join(run_dir, DATA_NAME)).decode()
+    except FileNotFoundError:
+        return None
 
 
 def release(run_dir: str) -> None:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +47,9 @@ class Telemetry:
         self._board = SummaryWriter(self._board_dir, purge_step=step + 1 if step else None)
         self._rows = [row for row in read_metrics(run_dir) if row["step"] <= step] if step else []
         self._flushed = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._flush: Future[None] = Future()
+        self._flush.set_result(None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Record a row; it has the keys `step` and `stage`. Flushed every five seconds at most, on S3 every minute."""
@@ -57,15 +61,22 @@ class Telemetry:
             self._gauges(row)
         if self._mlflow is not None:
             self._mlflow.add(row)
-        if time.monotonic() - self._flushed > (60 if self._remote else 5):
+        if time.monotonic() - self._flushed > (60 if self._remote else 5) and self._flush.done():
             self.flush()
 
-    def flush(self) -> None:
-        """Write everything; a storage that fails is tried again at the next flush and does not end the training."""
+    def flush(self) -> "Future[None]":
+        """Write everything, in a thread of its own: a slow storage does not hold the training up.
+
+        A storage that fails is tried again at the next flush and does not end the training; what comes back never raises.
+        """
         self._flushed = time.monotonic()
+        self._flush = self._thread.submit(self._write, "".join(strict_json.dumps(row) + "\n" for row in self._rows))
+        return self._flush
+
+    def _write(self, rows: str) -> None:
         self._board.flush()
         try:
-            storage.write_bytes(self._path, "".join(strict_json.dumps(row) + "\n" for row in self._rows).encode())
+            storage.write_bytes(self._path, rows.encode())
             if self._remote:
                 storage.upload_dir(self._board_dir, self._board_uri)
         except (InputError, RunError, OSError) as error:
@@ -73,7 +84,8 @@ class Telemetry:
 
     def close(self, finished: bool) -> None:
         """Write everything; `finished`: the run is at its end, nothing will go on with it."""
-        self.flush()
+        self.flush().result()
+        self._thread.shutdown()
         if self._mlflow is not None:
             self._mlflow.close(finished)
         self._board.close()

@@ -1,0 +1,67 @@
+"""How a checkpoint leaves the loop: portable ones by the first rank, in the background, native ones by all ranks together."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from ctrsink.config import RunSpec
+from ctrsink.dist import Topology
+from ctrsink.train.checkpoint import Checkpoint
+from ctrsink.train.engine import Engine, EngineState
+from ctrsink.train.native import save_native
+from ctrsink.train.retention import Keeper
+from ctrsink.train.writer import CheckpointWriter
+
+
+class Saver:
+    """Saves the checkpoints of a run.
+
+    Args:
+        spec: the run.
+        topology: this rank; the first one writes.
+    """
+
+    def __init__(self, spec: RunSpec, topology: Topology) -> None:
+        self._spec, self._topology = spec, topology
+        self._writer = CheckpointWriter(spec.run_dir, spec.train.keep) if topology.is_first else None
+        self._keeper = Keeper(spec.run_dir, spec.train.keep)
+        self._blocked: float | None = None
+
+    def save(self, engine: Engine, make: Callable[[EngineState], Checkpoint], metrics: "Future[None] | None") -> None:
+        """Collective. Training is blocked while the state is gathered, and while the save before is still going on.
+
+        Args:
+            make: the checkpoint of an engine's state.
+            metrics: of the first rank; the checkpoint is written when they are. A resumed run drops rows behind its checkpoint,
+                but could not make missing ones again.
+
+        Raises:
+            RunError, InputError: the checkpoint, or too many before it, could not be written.
+        """
+        began = time.monotonic()
+        if self._spec.train.checkpoint_format == "native" and "backbone" in engine.trainable:
+            checkpoint = make(EngineState({}, {}, engine.steps()))
+            if metrics is not None:
+                metrics.result()
+            save_native(engine, self._spec.run_dir, checkpoint)
+            if self._topology.is_first:
+                self._keeper.apply(checkpoint.step)
+        else:
+            state = engine.state(self._topology.is_first)
+            if self._writer is not None:
+                self._writer.save(make(state), metrics.result if metrics is not None else None)
+        self._blocked = time.monotonic() - began
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is in the storage.
+
+        Raises:
+            RunError, InputError: it cannot be saved.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
+    def seconds(self) -> dict[str, float]:
+        """How long the last checkpoint blocked training, and how long the last finished background save took."""
+        found = {"checkpoint_s": self._blocked, "save_s": self._writer.seconds if self._writer is not None else None}
+        return {key: value for key, value in found.items() if value is not None}
