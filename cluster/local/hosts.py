@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cluster.local import ray_node
@@ -22,12 +22,12 @@ HEAD = "10.77.0.1"
 STORE = "10.77.0.2"
 JOBS = f"http://{HEAD}:8265"
 GCS = f"{HEAD}:6379"
-# A host that cannot be reached is dead for Ray after about 8 s, and ends its own part after 10 s without the head.
+# A host that cannot be reached is dead for Ray after about 9 s, and ends its own part after 10 s without the head.
 DETECTION = {
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_failure_threshold": "3",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
 # An init system would start a node's Ray again: without that a host whose link is mended would stay away.
@@ -44,6 +44,8 @@ class Hosts:
     cpus: int
     store: dict[str, str] = field(default_factory=dict)
     """Environment that leads to the S3 server."""
+    sockets: tuple[str, ...] = ()
+    """Files of the S3 server outside `folder`."""
 
     @classmethod
     def up(cls, name: str, hosts: int, cpus: int) -> "Hosts":
@@ -116,7 +118,7 @@ class Hosts:
         return host
 
     def cut(self, host: str) -> None:
-        """Cut the host's link; Ray takes it for dead after about 8 s."""
+        """Cut the host's link; Ray takes it for dead after about 9 s."""
         self.network.cut(self._known(host))
 
     def mend(self, host: str) -> None:
@@ -145,6 +147,8 @@ class Hosts:
         """End and remove everything; also what a crash has left."""
         self.network.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
+        for socket in self.sockets:
+            Path(socket).unlink(missing_ok=True)
         _state(self.name).unlink(missing_ok=True)
 
     def _known(self, host: str) -> str:
@@ -172,7 +176,8 @@ class Hosts:
             except RuntimeError as error:
                 raise RunError(str(error)) from None
             server.create_bucket(BUCKET)
-        complete = Hosts(self.name, self.prefix, self.cpus, server.env() | {"AWS_EC2_METADATA_DISABLED": "true"})
+        store = server.env() | {"AWS_EC2_METADATA_DISABLED": "true"}
+        complete = replace(self, store=store, sockets=tuple(server.sockets))
         _state(self.name).write_text(json.dumps(asdict(complete)))
         return complete
 

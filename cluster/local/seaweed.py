@@ -25,6 +25,8 @@ class SeaweedServer:
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
         self.endpoint = ""
+        self.sockets: list[str] = []
+        """Files that it makes in /tmp, whatever it is told, and leaves there."""
         self._folder = Path()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -39,6 +41,7 @@ class SeaweedServer:
         (self._folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         names = ("master", "volume", "filer", "s3")
         ports = dict(zip([f"{n}.port{kind}" for n in names for kind in ("", ".grpc")], free_ports(8), strict=True))
+        self.sockets = [f"/tmp/seaweedfs-{n}-grpc-{ports[f'{n}.port.grpc']}.sock" for n in names]
         flags = {
             "ip": self.address,
             "ip.bind": self.address,
@@ -74,6 +77,8 @@ class SeaweedServer:
             self._process.wait()
             self._process = None
             shutil.rmtree(self._folder, ignore_errors=True)
+            for socket in self.sockets:
+                Path(socket).unlink(missing_ok=True)
 
     def env(self) -> dict[str, str]:
         """What a process needs in its environment to use this server."""
