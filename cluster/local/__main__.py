@@ -13,8 +13,6 @@ from ctrsink.errors import InputError, RunError
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 good, 1 something did not start, 2 bad input, 130 interrupted."""
     args = _parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     try:
         return args.command(args)
     except (InputError, RunError) as error:
@@ -54,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _up(args: argparse.Namespace) -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     hosts = Hosts.up(args.name, args.hosts, args.cpus)
     try:
         for host, address in sorted(hosts.addresses().items()):
