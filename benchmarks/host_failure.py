@@ -105,8 +105,14 @@ def recover(hosts: Hosts, job: Job, failure: str, host: str, at: int, timeout: f
     joined = time.monotonic()
     job.wait(lambda: len(job.steps()) > logged, timeout)
     resumed = time.monotonic()
-    seconds = (detected - began, joined - detected, resumed - joined)
-    return Recovery(failure, *(round(s, 1) for s in seconds), failed_after, job.steps()[logged])
+    return Recovery(
+        failure=failure,
+        detected_s=round(detected - began, 1),
+        joined_s=round(joined - detected, 1),
+        resumed_s=round(resumed - joined, 1),
+        failed_after=failed_after,
+        resumed_at=job.steps()[logged],
+    )
 
 
 def _nodes(hosts: Hosts) -> dict[str, str]:

@@ -30,8 +30,9 @@ DETECTION = {
     "RAY_health_check_failure_threshold": "3",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
-# An init system would start a node's Ray again: without that a host whose link is mended would stay away.
-_AGAIN = ["sh", "-c", 'while :; do "$@"; sleep 1; done', "sh"]
+# An init system would start a node's Ray again: without that a host whose link is mended would stay away. Each start has
+# a folder of its own, or Ray would send the old logs once more.
+_AGAIN = ["sh", "-c", 'n=0; while n=$((n+1)); do mkdir $n; "$@" --temp-dir=$PWD/$n; sleep 1; done', "sh"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ class Hosts:
     def _start_head(self) -> None:
         self.network.add("head", f"{HEAD}/24")
         role = ["--head", "--port=6379", f"--dashboard-host={HEAD}", "--dashboard-port=8265", "--include-dashboard=true"]
+        role.append(f"--temp-dir={self.folder / 'head'}")
         self._start("head", [], 0, *role)
         token = self.token_file.read_text()
         with self.inside("head"):
@@ -200,7 +202,7 @@ class Hosts:
         folder = self.folder / host
         folder.mkdir()
         # /dev/shm is shared by all hosts.
-        command = ray_node.command(folder, self._address(host), cpus, *role, f"--object-store-memory={100 * 2**20}")
+        command = ray_node.command(self._address(host), cpus, *role, f"--object-store-memory={100 * 2**20}")
         with self._log(host).open("ab") as stream, self.inside(host):
             subprocess.Popen(
                 [*before, *command],

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
-def command(folder: Path, address: str, cpus: int, *flags: str) -> list[str]:
-    """`ray start --block` of a node at `address`, which keeps its files and sockets in `folder`.
+def command(address: str, cpus: int, *flags: str) -> list[str]:
+    """`ray start --block` of a node at `address`.
 
-    The path of a Unix socket is limited to about 100 bytes, and Ray adds 60 to the folder's: keep it short.
+    Give it a `--temp-dir` of its own with a short path: that of a Unix socket has about 100 bytes at most, and Ray adds 60.
     """
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
-        *(f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0", f"--temp-dir={folder}", *flags),
+        *(f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0", *flags),
     ]
 
 

@@ -59,8 +59,8 @@ class RayCluster:
         with log.open("wb") as stream:
             self._head = subprocess.Popen(
                 ray_node.command(
-                    *(self._folder, "127.0.0.1", self.cpus),
-                    *("--head", "--dashboard-host=127.0.0.1", "--include-dashboard=true"),
+                    *("127.0.0.1", self.cpus, "--head", f"--temp-dir={self._folder}"),
+                    *("--dashboard-host=127.0.0.1", "--include-dashboard=true"),
                     *(f"--port={self._gcs}", f"--dashboard-port={self._dashboard}"),
                     *(f"--ray-client-server-port={self._client}", f"--dashboard-agent-listen-port={self._agent}"),
                     *("--min-worker-port=0", "--max-worker-port=0"),  # ports that the system hands out, no fixed range
