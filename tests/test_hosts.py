@@ -86,7 +86,7 @@ def test_run_spans_two_hosts(hosts: Hosts, tmp_path: Path, alone: list[float]) -
 @pytest.mark.parametrize(("failure", "host"), [("cut", "host1"), ("kill", "host2")])
 def test_run_goes_on_after_a_host_failed(hosts: Hosts, tmp_path: Path, alone: list[float], failure: str, host: str) -> None:
     job = submitted(hosts, tmp_path, failure)
-    recovery = recover(hosts, job, failure, host, at=10)
+    recovery = recover(hosts, job, failure, host, at=6)
     print(recovery)
     job.result(300)
     assert recovery.resumed_at > 1
