@@ -104,10 +104,10 @@ def test_command_line_runs_a_program_inside_and_ends_everything(capsys: pytest.C
         assert "# host1    10.77.0.11" in up.stdout
         assert main(["up", "--name", name]) == 2
         assert f"the name {name} is taken" in capsys.readouterr().err
-        program = "import ray; ray.init(address='10.77.0.1:6379', log_to_driver=False); print(ray.cluster_resources()['CPU'])"
-        inside = [*command, "exec", "--name", name, "host1", "--", "python", "-c", program]
+        program = "import ray, sys; ray.init('10.77.0.1:6379'); print(ray.cluster_resources()['CPU'], *sys.argv[1:])"
+        inside = [*command, "exec", "--name", name, "host1", "--", "python", "-c", program, "--", "word"]
         done = subprocess.run(inside, capture_output=True, text=True)
-        assert done.stdout.strip() == "1.0", done.stderr
+        assert done.stdout.strip() == "1.0 -- word", done.stderr
         assert main(["kill", "--name", name, "host1"]) == 0
         assert main(["mend", "--name", name, "host1"]) == 2
         assert "host1 was killed" in capsys.readouterr().err

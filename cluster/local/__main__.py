@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(command=lambda args, act=act: act(Hosts.of(args.name), args.host) or 0)
     within = verbs.add_parser("exec", parents=[common], help="run a program on a host, such as `ray job submit` on the head")
     within.add_argument("host")
-    within.add_argument("program", nargs="+", metavar="-- PROGRAM")
+    within.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM")
     within.set_defaults(command=_exec)
     return parser
 
@@ -78,12 +78,15 @@ def _add(hosts: Hosts) -> int:
 
 
 def _exec(args: argparse.Namespace) -> int:
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program  # a later one belongs to the program
+    if not program:
+        raise InputError("exec: say what to run, after --")
     hosts = Hosts.of(args.name)
     with hosts.inside(args.host):
         try:
-            os.execvpe(args.program[0], args.program, hosts.environment())
+            os.execvpe(program[0], program, hosts.environment())
         except FileNotFoundError:
-            raise InputError(f"no program {args.program[0]} on the path") from None
+            raise InputError(f"no program {program[0]} on the path") from None
 
 
 def _interrupt(*_: object) -> None:
