@@ -174,7 +174,7 @@ def _s3_server() -> Iterator[str | None]:
     if not (shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")):
         yield None
         return
-    from tests.services.seaweed import SeaweedServer
+    from cluster.local.seaweed import SeaweedServer
 
     server = SeaweedServer().start()
     try:

@@ -1,6 +1,7 @@
 """What every test shares: an environment without surprises, the started servers, and the rule that CI never skips."""
 
 import os
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,9 @@ os.environ.update(
 )
 
 if TYPE_CHECKING:
+    from cluster.local.seaweed import SeaweedServer
     from tests.services.faulty_proxy import FaultyProxy
     from tests.services.ray_cluster import RayCluster
-    from tests.services.seaweed import SeaweedServer
 
 BUCKET = "ctrsink-test"
 IN_CI = os.environ.get("CI", "").lower() == "true"
@@ -33,7 +34,7 @@ hypothesis.settings.load_profile("ci" if IN_CI else "local")
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SeaweedServer"]:
     """A real S3 server on loopback with the bucket `ctrsink-test`; its credentials are in `os.environ` while it runs."""
-    from tests.services.seaweed import SeaweedServer
+    from cluster.local.seaweed import SeaweedServer
 
     nothing = tmp_path_factory.mktemp("aws") / "empty"
     nothing.touch()
@@ -93,10 +94,12 @@ def repository() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what this run was not asked for (`slow`) and what this machine cannot run (`gpu`)."""
+    """Deselect what this run was not asked for (`slow`) and what this machine cannot run (`gpu`, `root`)."""
     unwanted = set() if "slow" in config.option.markexpr else {"slow"}
     if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
         unwanted.add("gpu")
+    if not (sys.platform == "linux" and os.geteuid() == 0):
+        unwanted.add("root")
     dropped = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)

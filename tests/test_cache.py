@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.config.data import CacheSpec
 from ctrsink.data.cache import Cache
 from ctrsink.data.manifest import FileEntry
 from ctrsink.errors import InputError
 from tests.services.faulty_proxy import Fault, FaultyProxy
-from tests.services.seaweed import SeaweedServer
 
 SIZE = 10_000
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from tests.command_line import call, content, good, refused
 from tests.conftest import BUCKET
 from tests.data_fixtures import event_rows, item_rows, make_events, write_table
 from tests.runs import run_tree
-from tests.services.seaweed import SeaweedServer
 
 MAPPING = {"user": "who", "item": "what", "timestamp": "when", "feedback": "stars"}
 

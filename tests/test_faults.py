@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
@@ -16,7 +17,6 @@ from ctrsink.data.stream import SequenceSource, Step, TrainStream
 from ctrsink.errors import InputError, StorageUnavailable
 from tests.builders import layout_of, make_dataset
 from tests.services.faulty_proxy import Fault, FaultyProxy
-from tests.services.seaweed import SeaweedServer
 
 
 @pytest.fixture(scope="module")

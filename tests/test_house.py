@@ -16,6 +16,7 @@ SUITE = {
     "test_mark.py": "import pytest\n@pytest.mark.skipif(True, reason='not today')\ndef test_mark(): pass\n",
     "test_module.py": "import pytest\npytest.importorskip('no_such_module')\ndef test_module(): pass\n",
     "test_gpu.py": "import pytest\n@pytest.mark.gpu\ndef test_gpu(): assert False, 'ran'\n",
+    "test_root.py": "import os, pytest\n@pytest.mark.root\ndef test_root(): assert os.geteuid() == 0\n",
     "test_slow.py": "import pytest\n@pytest.mark.slow\ndef test_slow(): pass\n",
     "test_xfail.py": "import pytest\n@pytest.mark.xfail(strict=True)\ndef test_xfail(): assert False\n",
     "test_good.py": "def test_good(): pass\n",
@@ -25,7 +26,7 @@ SUITE = {
 def run_suite(folder: Path, repository: Path, names: list[str], ci: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the named tests of SUITE under this project's conftest, on a machine without a visible GPU."""
     (folder / "conftest.py").write_bytes((repository / "tests/conftest.py").read_bytes())
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    gpu\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    gpu\n    root\n")
     for name in names:
         (folder / name).write_text(SUITE[name])
     return subprocess.run(
@@ -53,6 +54,13 @@ def test_ci_deselects_what_needs_a_gpu_or_minutes_and_accepts_an_expected_failur
     done = run_suite(tmp_path, repository, ["test_gpu.py", "test_slow.py", "test_xfail.py", "test_good.py"], "true")
     assert done.returncode == 0, done.stdout
     assert "1 passed, 2 deselected, 1 xfailed" in done.stdout
+
+
+def test_what_needs_root_is_run_by_root_alone(tmp_path: Path, repository: Path) -> None:
+    done = run_suite(tmp_path, repository, ["test_root.py", "test_good.py"], "true")
+    assert done.returncode == 0, done.stdout
+    root = sys.platform == "linux" and os.geteuid() == 0
+    assert ("2 passed" if root else "1 passed, 1 deselected") in done.stdout
 
 
 def test_slow_tests_run_when_asked_for(tmp_path: Path, repository: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.data.inspect import HISTORIES, Counts, distribution, inspect, summarise
 from ctrsink.data.manifest import INDEX_SCHEMA, SPLITS, Manifest, read_manifest
@@ -21,7 +22,6 @@ from tests.builders import make_dataset
 from tests.command_line import call, good, refused
 from tests.conftest import BUCKET
 from tests.data_fixtures import make_events, prepare_spec, table_source
-from tests.services.seaweed import SeaweedServer
 
 
 @dataclass(frozen=True)

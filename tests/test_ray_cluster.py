@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
+from cluster.local.seaweed import SeaweedServer
 from tests.services.ray_cluster import RayCluster
-from tests.services.seaweed import SeaweedServer
 
 PROGRAM = """
 import os, ray

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.errors import InputError, RunError
-from tests.services.seaweed import SeaweedServer
 
 
 @pytest.fixture(params=["plain", "file", "s3"])

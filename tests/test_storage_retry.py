@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.errors import InputError
 from ctrsink.storage import s3
 from ctrsink.storage.faults import explained
 from ctrsink.storage.retry import deadline_s
 from tests.services.faulty_proxy import Fault, FaultyProxy
-from tests.services.seaweed import SeaweedServer
 
 
 @pytest.fixture

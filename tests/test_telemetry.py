@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster.local.ports import free_ports
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
@@ -20,7 +21,6 @@ from ctrsink.train.hardware import known_peak, over_ranks, peak_of
 from ctrsink.train.rundir import MLFLOW_NAME, flatten
 from ctrsink.train.telemetry import Pace, Telemetry, read_metrics
 from tests.builders import layout_of, random_batch, run_tree
-from tests.services.ports import free_ports
 
 
 def spec_of(run_dir: Path, **train: Any) -> RunSpec:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
 
+from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, TokenizerSpec
 from ctrsink.data.manifest import Manifest, read_manifest
@@ -19,7 +20,6 @@ from ctrsink.data.synth import synth
 from tests.builders import make_dataset
 from tests.command_line import Result, call, content, good, refused
 from tests.conftest import BUCKET
-from tests.services.seaweed import SeaweedServer
 
 
 @pytest.fixture

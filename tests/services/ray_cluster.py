@@ -5,16 +5,14 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
 
-from tests.services.ports import free_ports
+from cluster.local import ray_node
+from cluster.local.ports import free_ports
 
 MARK = "CTRSINK_TEST_CLUSTER"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -28,7 +26,6 @@ class RayCluster:
         self._mark = secrets.token_hex(16)
         self._token = secrets.token_hex(32)
         self._head: subprocess.Popen[bytes] | None = None
-        # Ray's sockets live under it, and the path of a Unix socket is limited to about 100 bytes: keep it short.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self._gcs, self._dashboard, self._client, self._agent = free_ports(4)
 
@@ -44,7 +41,7 @@ class RayCluster:
 
     def env(self) -> dict[str, str]:
         """What a client needs beside the address; without it the cluster refuses the client."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._folder / "token")}
+        return ray_node.credentials(self._folder / "token")
 
     def start(self, timeout: float = 90) -> None:
         """Start the head and wait until its job server answers.
@@ -52,32 +49,24 @@ class RayCluster:
         Raises:
             RuntimeError: the head ended or did not answer within `timeout` seconds; the message holds the end of its log.
         """
-        token = self._folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(self._token)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {
-            **self.env(),
+        ray_node.write_token(self._folder / "token", self._token)
+        environment = ray_node.environment(self._folder / "token", os.environ) | {
             MARK: self._mark,
             "PYTHONPATH": str(REPOSITORY),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` of a job is this one
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system it means: no second node, so listen on loopback alone
-            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_metrics_report_interval_ms": "1000",
-            "RAY_memory_monitor_refresh_ms": "0",  # another program's memory is no reason to kill a worker of a test
         }
         log = self._folder / "head.log"
         with log.open("wb") as stream:
             self._head = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-                    *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"),
+                ray_node.command(
+                    *("127.0.0.1", self.cpus, "--head", f"--temp-dir={self._folder}"),
+                    *("--dashboard-host=127.0.0.1", "--include-dashboard=true"),
                     *(f"--port={self._gcs}", f"--dashboard-port={self._dashboard}"),
                     *(f"--ray-client-server-port={self._client}", f"--dashboard-agent-listen-port={self._agent}"),
                     *("--min-worker-port=0", "--max-worker-port=0"),  # ports that the system hands out, no fixed range
-                    *(f"--num-cpus={self.cpus}", "--num-gpus=0", f"--object-store-memory={200 * 2**20}"),
-                    f"--temp-dir={self._folder}",
-                ],
+                    f"--object-store-memory={200 * 2**20}",
+                ),
                 env=environment,
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
@@ -86,7 +75,7 @@ class RayCluster:
                 start_new_session=True,
             )
         deadline = time.monotonic() + timeout
-        while not self._answers():
+        while not ray_node.answers(self.address, self._token):
             if self._head.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the Ray head does not answer on {self.address}:\n{log.read_text()[-3000:]}")
             time.sleep(0.25)
@@ -106,14 +95,6 @@ class RayCluster:
             process.kill()
         psutil.wait_procs(left, timeout=10)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _answers(self) -> bool:
-        request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self._token}"})
-        try:
-            with urllib.request.urlopen(request, timeout=5) as response:
-                return response.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:

