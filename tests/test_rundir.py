@@ -74,7 +74,7 @@ def test_a_run_that_computes_something_else_is_refused(tmp_path: Path, changes: 
     [
         {"runtime": {"kind": "ray", "workers": 2}},
         {"train": {"zero_stage": 3, "micro_batch_size": 2, "checkpoint_every": 1, "log_every": 1}},
-        {"train": {"checkpoint_format": "native", "keep": {"last": 3, "best": "auc"}}},
+        {"train": {"checkpoint_format": "native", "keep": {"last": 3}}},
         {"evaluate": {"splits": ["test"]}},
         {"data": {"uri": "s3://moved/data"}},
         {"name": "another"},
