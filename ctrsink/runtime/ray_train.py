@@ -32,6 +32,7 @@ def connect(address: str | None, cpus: int) -> None:
             ray.init(address=address, log_to_driver=True)
         else:
             ray.init(
+                address="local",  # not a cluster of somebody else's on this machine
                 num_cpus=cpus,
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
