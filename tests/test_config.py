@@ -63,7 +63,10 @@ def test_the_smallest_run_is_whole() -> None:
         ("train.batch_size=0", "train.batch_size: Input should be greater than or equal to 1 (got 0)"),
         ("model.attention=eager", "the eager backend drops the inter-sink bias without a word; allowed: sdpa, blocks or flex"),
         ("model.attention=flash_attention_2", "the flash_attention_2 backend drops the inter-sink bias without a word"),
-        ("model.attention=flax", "model.attention: 'flax' is not allowed, did you mean flex? (allowed: 'sdpa', 'blocks' or 'flex')"),
+        (
+            "model.attention=flax",
+            "model.attention: 'flax' is not allowed, did you mean flex? (allowed: 'sdpa', 'blocks' or 'flex')",
+        ),
         ("model.attention=flex", "model.attention: flex has no backward pass on a CPU; use blocks, or runtime.device cuda"),
         ("model.sinks=null", "model: bias acts between sinks: set bias to null where sinks is null"),
         ("model.sinks.signals=[]", "name at least one signal, each once"),

@@ -1,11 +1,9 @@
 """The flex backend computes what the sdpa backend computes: results, gradients, and who sees whom."""
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ctrsink.batch import Batch
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.data.collate import collate
-from ctrsink.data.examples import build_sequence
 from ctrsink.errors import InputError
 from ctrsink.model import flex
 from ctrsink.model.build import build_model

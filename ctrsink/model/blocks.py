@@ -64,7 +64,11 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> BlockPlan
             )
         start += length
     return BlockPlan(
-        packing=packing, sink_valid=batch.sink_valid, packed_sinks=packing.find(batch.sink_positions), window=window, blocks=blocks
+        packing=packing,
+        sink_valid=batch.sink_valid,
+        packed_sinks=packing.find(batch.sink_positions),
+        window=window,
+        blocks=blocks,
     )
 
 
