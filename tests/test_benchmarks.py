@@ -145,7 +145,7 @@ def test_history_growth_stops_who_would_need_too_much_memory(repository: Path) -
 def test_scoring_finds_the_same_probabilities_either_way(repository: Path) -> None:
     report = run_benchmark(repository, "scoring", "--shape", "test", "--history", 6, "--candidates", 5, "--repeats", 1)
     (row,) = report["scoring"]
-    assert row["together"] > 0 and row["apart"] > 0
+    assert min(row["together"], row["apart"]) > 0
     assert row["largest_difference"] < 1e-5 < row["spread"]
 
 
