@@ -34,6 +34,7 @@ EXAMPLES: tuple[str, ...] = get_args(DataSpec.model_fields["examples"].annotatio
 PRECISIONS: tuple[str, ...] = get_args(TrainSpec.model_fields["precision"].annotation)
 
 PUBLISHED_FORM = "the published form"
+PIECE = 8  # impressions that per_request deals out at once, at most: each may be a sequence of its own
 
 Who = tuple[str, str]
 """A form of examples, or PUBLISHED_FORM, and a precision."""
@@ -168,7 +169,7 @@ def spec_of(args: argparse.Namespace, folder: Path, examples: str, precision: st
             "uri": str(folder / "data" / f"{'movielens' if args.log else args.events}-{args.model}{'-requests' * shared}"),
             "examples": examples,
             "history": args.history,
-            "targets": args.targets,
+            "targets": args.targets if examples == "per_user" else min(args.targets, PIECE),
         },
         "model": model,
         "stages": [{"name": "all", "trainable": trainable, "lr": dict.fromkeys(trainable, 1e-4), "steps": 1}],
