@@ -5,6 +5,7 @@ clipping, AdamW. All contestants train in one run, round by round, `published.py
 """
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -33,6 +34,7 @@ MODELS = {PUBLISHED_MODEL: "model/smollm2-135m.yaml", "tiny-llama": "model/tiny-
 EXAMPLES: tuple[str, ...] = get_args(DataSpec.model_fields["examples"].annotation)
 PRECISIONS: tuple[str, ...] = get_args(TrainSpec.model_fields["precision"].annotation)
 
+log = logging.getLogger("ctrsink.benchmarks")
 PUBLISHED_FORM = "the published form"
 PIECE = 8  # impressions that per_request deals out at once, at most: each may be a sequence of its own
 
@@ -114,6 +116,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for number in range(args.repeats + 1):
         for who, turn in turns.items():
             work = turn(args.seconds if number else 0.0)
+            log.info("round %d, %s %s: %.2f impressions/s", number, *who, work.impressions / work.seconds)
             if number:  # the first round is the warm-up, one step each
                 rounds[who].append(work)
     names = (

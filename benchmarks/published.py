@@ -34,6 +34,7 @@ class Published:
         self.batches = [random_batch(AT_ONCE, BEHAVIOURS, EVENT_TOKENS, True, seed) for seed in range(parts)]
 
     def work(self, seconds: float) -> Work:
-        """Steps for that long, one at least."""
-        step = Step(self.batches, IMPRESSIONS, 0)
+        """Steps for that long, one at least; of no time, to warm up, a part of one."""
+        part = len(self.batches) if seconds else 1
+        step = Step(self.batches[:part], IMPRESSIONS * part // len(self.batches), 0)
         return work_for(lambda taken: self.trainee.step(taken.micro_batches), iter(lambda: step, None), seconds)
