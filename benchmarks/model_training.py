@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median is told")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each contestant in each round, at least one step")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--processor-time", action="store_true", help="seconds of a core, for a busy machine; with --threads 1")
     parser.add_argument("--work", metavar="DIR", help="keeps the model and the prepared data for the next run")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return parser.parse_args()
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     found = machine()
     torch.set_num_threads(args.threads)
+    clock = time.process_time if args.processor_time else time.perf_counter
     everybody: dict[Who, RunSpec] = {}
     for precision in args.precision:
         for examples in args.examples:
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for (_, precision), spec in everybody.items():
         if precision not in models:
             models[precision] = trainee_of(spec, check(spec))
-    turns: dict[Who, Callable[[float], Work]] = {}
+    turns: dict[Who, Callable[[float, Callable[[], float]], Work]] = {}
     if not (args.no_published or args.no_sinks):
         spec = next(iter(everybody.values()))
         turns[PUBLISHED_FORM, "fp32"] = Published(spec, check(spec)).work
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rounds: dict[Who, list[Work]] = {who: [] for who in turns}
     for number in range(args.repeats + 1):
         for who, turn in turns.items():
-            work = turn(args.seconds if number else 0.0)
+            work = turn(args.seconds if number else 0.0, clock)
             log.info("round %d, %s %s: %.2f impressions/s", number, *who, work.impressions / work.seconds)
             if number:  # the first round is the warm-up, one step each
                 rounds[who].append(work)
@@ -132,6 +135,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "repeats",
         "seconds",
         "threads",
+        "processor_time",
     )
     return {
         "machine": found,
@@ -141,8 +145,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def _work(trainee: Trainee, steps: Iterator[Step], seconds: float) -> Work:
-    return work_for(lambda taken: trainee.step(taken.micro_batches), steps, seconds)
+def _work(trainee: Trainee, steps: Iterator[Step], seconds: float, clock: Callable[[], float]) -> Work:
+    return work_for(lambda taken: trainee.step(taken.micro_batches), steps, seconds, clock=clock)
 
 
 def spec_of(args: argparse.Namespace, folder: Path, examples: str, precision: str) -> RunSpec:

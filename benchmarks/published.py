@@ -1,5 +1,6 @@
 """A contestant that costs what the published code costs, written by ourselves: what its waste is worth on the same machine."""
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.dense import DenseModel
@@ -33,8 +34,8 @@ class Published:
         parts = IMPRESSIONS * HISTORIES // AT_ONCE
         self.batches = [random_batch(AT_ONCE, BEHAVIOURS, EVENT_TOKENS, True, seed) for seed in range(parts)]
 
-    def work(self, seconds: float) -> Work:
+    def work(self, seconds: float, clock: Callable[[], float]) -> Work:
         """Steps for that long, one at least; of no time, to warm up, a part of one."""
         part = len(self.batches) if seconds else 1
         step = Step(self.batches[:part], IMPRESSIONS * part // len(self.batches), 0)
-        return work_for(lambda taken: self.trainee.step(taken.micro_batches), iter(lambda: step, None), seconds)
+        return work_for(lambda taken: self.trainee.step(taken.micro_batches), iter(lambda: step, None), seconds, clock=clock)
