@@ -116,17 +116,23 @@ def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
     )
 
 
-def work_for(step: Callable[[Step], object], steps: Iterator[Step], seconds: float, least: int = 1) -> Work:
-    """Take steps until `seconds` have passed, `least` of them at any rate; waiting for the data counts."""
+def work_for(
+    step: Callable[[Step], object],
+    steps: Iterator[Step],
+    seconds: float,
+    least: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Work:
+    """Take steps until `seconds` have passed on the clock, `least` of them at any rate; waiting for the data counts."""
     count = impressions = tokens = 0
-    began = now = time.perf_counter()
+    began = now = clock()
     while now - began < seconds or count < least:
         taken = next(steps)
         step(taken)
         count += 1
         impressions += taken.impressions
         tokens += sum(batch.tokens for batch in taken.micro_batches)
-        now = time.perf_counter()
+        now = clock()
     return Work(count, impressions, tokens, now - began)
 
 

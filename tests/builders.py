@@ -1,5 +1,6 @@
 """What several tests build: random sequences and batches, tiny random models, a small data set prepared from a table."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -91,6 +92,21 @@ def tiny_spec(
 
 def tiny_model(spec: ModelSpec, seed: int = 1, precision: str = "fp32") -> CTRModel:
     return build_model(spec, VOCABULARY, seed, precision).eval()
+
+
+def form_batch(examples: str, seed: int, events: tuple[int, ...]) -> Batch:
+    """A row per entry of `events`; under `per_request` with up to three candidates behind one history."""
+    layout = layout_of(examples)
+    if examples != "per_request":
+        return random_batch(seed, layout, events)
+    chance, sequences = np.random.default_rng(seed), []
+    for count in events:
+        asked = max(0, count - 3)
+        shown = random_chronology(chance, count)
+        known = np.where(np.arange(count) >= asked, asked, np.arange(count))
+        shown = dataclasses.replace(shown, known=known, timestamps=shown.timestamps[known])
+        sequences.append(build_sequence(shown, np.arange(asked, count), layout, TEXTS, FEEDBACKS, PREFIX))
+    return collate(sequences, list(range(len(events))))
 
 
 def run_tree(**sections: Any) -> dict[str, Any]:

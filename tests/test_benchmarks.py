@@ -16,6 +16,7 @@ from benchmarks.dense import DenseModel
 from benchmarks.gpu_utilisation import PLAIN, backends
 from benchmarks.impressions import read_samples, to_batch, write_parquet
 from benchmarks.memory import resident
+from benchmarks.model_training import PUBLISHED_FORM
 from benchmarks.optional import installed
 from benchmarks.report import markdown
 from benchmarks.shapes import VOCABULARY, random_batch, random_spec, shape_of, trained_groups
@@ -106,13 +107,16 @@ def test_model_training_tells_the_rate_of_every_form_and_precision(tmp_path: Pat
     sizes = ["--events", 2000, "--history", 5, "--targets", 4, "--batch-size", 2, "--repeats", 2, "--seconds", 0.1]
     report = run_benchmark(repository, "model_training", "--model", "tiny-llama", "--threads", 1, "--work", tmp_path, *sizes)
     forms = get_args(DataSpec.model_fields["examples"].annotation)
-    assert {(row["examples"], row["precision"]) for row in report["speed"]} == {(f, p) for f in forms for p in ("fp32", "bf16")}
+    everybody = {(f, p) for f in forms for p in ("fp32", "bf16")} | {(PUBLISHED_FORM, "fp32")}
+    assert {(row["examples"], row["precision"]) for row in report["speed"]} == everybody
     for row in report["speed"]:
         assert row["steps"] >= 2
         assert row["slowest"] <= row["impressions_per_s"] <= row["fastest"]
         assert row["tokens_per_s"] > row["impressions_per_s"]
         assert row["ratio_to_published"] is None  # the published rate is that of another model
+        assert (row["ratio_to_form"] == 1) == (row["examples"] == PUBLISHED_FORM)
     rate = {row["examples"]: row["rounds"][0] for row in report["speed"]}
+    assert rate[PUBLISHED_FORM]["impressions"] == 8 * rate[PUBLISHED_FORM]["steps"]
     assert rate["per_target"]["impressions"] == 2 * rate["per_target"]["steps"]
     assert rate["per_user"]["impressions"] > 2 * rate["per_user"]["steps"]
 
@@ -136,6 +140,32 @@ def test_history_growth_stops_who_would_need_too_much_memory(repository: Path) -
     assert rows["dense", 600]["peak_gib"] is None  # its masks alone are 4 x 6,016 squared floats in each layer
     assert 0 <= rows["ours", 4]["peak_gib"] < rows["ours", 600]["peak_gib"] < 2
     assert rows["ours", 4]["s_per_step"] < rows["ours", 600]["s_per_step"]
+
+
+def test_scoring_finds_the_same_probabilities_either_way(repository: Path) -> None:
+    report = run_benchmark(repository, "scoring", "--shape", "test", "--history", 6, "--candidates", 5, "--repeats", 1)
+    (row,) = report["scoring"]
+    assert min(row["together"], row["apart"]) > 0
+    assert row["largest_difference"] < 1e-5 < row["spread"]
+
+
+@pytest.mark.slow
+def test_forms_auc_tests_all_contestants_of_all_seeds(tmp_path: Path, repository: Path) -> None:
+    log = tmp_path / "ml-1m"
+    log.mkdir()
+    chance = np.random.default_rng(0)
+    times = np.sort(chance.integers(10**9, 10**9 + 10**6, 2000))
+    rows = [f"{1 + i % 40}::{chance.integers(1, 30)}::{chance.integers(1, 6)}::{t}" for i, t in enumerate(times)]
+    (log / "ratings.dat").write_text("\n".join(rows) + "\n")
+    (log / "movies.dat").write_text("".join(f"{i}::Film {i} ({1950 + i})::Drama\n" for i in range(1, 31)))
+    sizes = ["--seconds", 1, "--seeds", 2, "--history", 4, "--targets", 5, "--sample", 50]
+    report = run_benchmark(repository, "forms_auc", log, *sizes)
+    assert [run["seed"] for run in report["runs"]] == [0, 0, 0, 1, 1, 1]
+    assert all(0 < run["auc"] < 1 for run in report["runs"])
+    of = {run["contestant"]: run for run in report["runs"]}
+    assert of["per_user, equal impressions"]["impressions"] >= of["per_target"]["impressions"]
+    assert of["per_user, equal impressions"]["seconds"] < of["per_target"]["seconds"]
+    assert all(row["interval"] >= 0 for row in report["summary"])
 
 
 def test_gpu_utilisation_runs_on_a_cpu_and_tells_a_share_of_the_peak(repository: Path) -> None:

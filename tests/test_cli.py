@@ -76,7 +76,7 @@ REQUEST: dict[str, Any] = {
         (["data.examples=per_usr"], ["'per_usr' is not allowed, did you mean per_user? (allowed: 'per_target', 'per_request'"]),
         (["train.batch_size=many"], ["train.batch_size: ", "(got 'many')"]),
         (["train.batch_size"], ["override 'train.batch_size' is not of the form section.key=value"]),
-        (["model.attention=eager"], ["model.attention: the eager backend drops the inter-sink bias", "allowed: sdpa or flex"]),
+        (["model.attention=eager"], ["the eager backend drops the inter-sink bias", "allowed: sdpa, blocks or flex"]),
         (["model.attention=flash_attention_2"], ["the flash_attention_2 backend drops the inter-sink bias", "or flex"]),
         (["runtime.kind=ray", "runtime.workers=9"], ["a batch of 8 sequences leaves some of 9 workers without work"]),
         (["model.backbone.config.hiden_size=8"], ["model.backbone.config: ", "no field hiden_size, did you mean hidden_size?"]),

@@ -1,11 +1,9 @@
 """The flex backend computes what the sdpa backend computes: results, gradients, and who sees whom."""
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ctrsink.batch import Batch
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.data.collate import collate
-from ctrsink.data.examples import build_sequence
 from ctrsink.errors import InputError
 from ctrsink.model import flex
 from ctrsink.model.build import build_model
@@ -25,17 +21,7 @@ from ctrsink.model.ctr import CTRModel
 from ctrsink.model.packing import Packing
 from ctrsink.model.rows import visible
 from ctrsink.model.sight import Sight
-from tests.builders import (
-    FEEDBACKS,
-    PREFIX,
-    TEXTS,
-    VOCABULARY,
-    layout_of,
-    random_batch,
-    random_chronology,
-    tiny_model,
-    tiny_spec,
-)  # fmt: skip
+from tests.builders import VOCABULARY, form_batch, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
 EXAMPLES = ["per_target", "per_request", "per_user"]
@@ -68,21 +54,6 @@ def run(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tens
     return logits[batch.readout_valid].detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def batch_of(examples: str, seed: int, events: tuple[int, ...]) -> Batch:
-    """A row per entry of `events`; under `per_request` with up to three candidates behind one history."""
-    layout = layout_of(examples)
-    if examples != "per_request":
-        return random_batch(seed, layout, events)
-    chance, sequences = np.random.default_rng(seed), []
-    for count in events:
-        asked = max(0, count - 3)
-        shown = random_chronology(chance, count)
-        known = np.where(np.arange(count) >= asked, asked, np.arange(count))
-        shown = dataclasses.replace(shown, known=known, timestamps=shown.timestamps[known])
-        sequences.append(build_sequence(shown, np.arange(asked, count), layout, TEXTS, FEEDBACKS, PREFIX))
-    return collate(sequences, list(range(len(events))))
-
-
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
 @pytest.mark.parametrize(("temporal", "window"), [(False, None), (True, None), (True, 2)])
@@ -90,7 +61,7 @@ def test_results_and_gradients_equal_those_of_sdpa(
     examples: str, readout: ReadoutSpec, temporal: bool, window: int | None
 ) -> None:
     sdpa, other = pair(temporal=temporal, window=window, bias=BiasSpec(layers=0.5, gamma=2.0))
-    batch = batch_of(examples, 4, (8, 1, 5))
+    batch = form_batch(examples, 4, (8, 1, 5))
     logits, grads = run(other, batch, readout)
     expected, expected_grads = run(sdpa, batch, readout)
     close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -114,7 +85,7 @@ def test_any_batch_equals_sdpa(
 ) -> None:
     """No sink, one and many, in one batch or alone; heads that share keys."""
     sdpa, other = pair(temporal=True, window=window, kv_heads=kv_heads, bias=BiasSpec(layers=1.0, gamma=2.0))
-    batch = batch_of(examples, seed, tuple(events))
+    batch = form_batch(examples, seed, tuple(events))
     with torch.no_grad():
         close(other(batch, readout)[1], sdpa(batch, readout)[1], atol=1e-5, rtol=1e-5)
 
@@ -122,7 +93,7 @@ def test_any_batch_equals_sdpa(
 @pytest.mark.parametrize("options", [{"sinks": False}, {"bias": BiasSpec(causal=False)}, {"gradient_checkpointing": True}])
 def test_other_models_equal_sdpa(options: dict[str, Any]) -> None:
     sdpa, other = (model.train() for model in pair(**options))
-    batch = batch_of("per_target", 2, (6, 2))
+    batch = form_batch("per_target", 2, (6, 2))
     logits, grads = run(other, batch, ALL)
     expected, expected_grads = run(sdpa, batch, ALL)
     close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -131,7 +102,7 @@ def test_other_models_equal_sdpa(options: dict[str, Any]) -> None:
 
 def test_bfloat16_is_within_its_digits_of_sdpa() -> None:
     sdpa, other = pair("bf16", temporal=True)
-    batch = batch_of("per_user", 2, (6, 2))
+    batch = form_batch("per_user", 2, (6, 2))
     close(run(other, batch, ALL)[0], run(sdpa, batch, ALL)[0], atol=0.05, rtol=0.05)
 
 
@@ -142,7 +113,7 @@ def test_bfloat16_is_within_its_digits_of_sdpa() -> None:
 def test_who_sees_whom_is_the_rule_by_pair_and_by_block(
     seed: int, examples: str, sinks_only: bool, window: int | None, size: int
 ) -> None:
-    batch = batch_of(examples, seed, (9, 1, 4, 6))
+    batch = form_batch(examples, seed, (9, 1, 4, 6))
     packing = Packing.of(batch)
     b, length = batch.kinds.shape
     every = torch.arange(length).expand(b, length)

@@ -84,7 +84,7 @@ class RunSpec(Section):
 
     def _check_attention(self) -> None:
         if self.model.attention == "flex" and self.runtime.device == "cpu":
-            raise ValueError("model.attention: flex has no backward pass on a CPU; use sdpa, or runtime.device cuda")
+            raise ValueError("model.attention: flex has no backward pass on a CPU; use blocks, or runtime.device cuda")
 
     def _check_stages(self) -> None:
         names = [s.name for s in self.stages]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -117,6 +118,10 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+    for module in backbone.modules():
+        if isinstance(module, LoraLayer):
+            # PEFT would widen bfloat16 inputs to fp32, only for autocast to narrow them again to what they were.
+            module.cast_input_dtype_enabled = False
 
 
 def linear_layers(backbone: nn.Module) -> list[str]:

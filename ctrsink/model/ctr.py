@@ -10,13 +10,13 @@ from ctrsink.batch import Batch
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
-from ctrsink.model import attention, flex
+from ctrsink.model import attention, blocks, flex
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.readout import read
 from ctrsink.model.sinks import SinkEmbedding
 from ctrsink.model.temporal import TemporalBias
 
-BACKENDS = {"sdpa": attention.BACKEND, "flex": flex.BACKEND}
+BACKENDS = {"sdpa": attention.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
 
 
@@ -84,6 +84,8 @@ class CTRModel(nn.Module):
         sinks_only = readout.through_sinks
         if self.attention == "flex":
             plan = flex.plan(batch, sinks_only, self.window)
+        elif self.attention == "blocks":
+            plan = blocks.plan(batch, sinks_only, self.window)
         else:
             plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal))
         plan.watch = self.watch

@@ -83,6 +83,11 @@ def places(batch: Batch) -> torch.Tensor:
     return torch.where(batch.candidate, first, batch.event_ids)
 
 
+def several_candidates(batch: Batch) -> bool:
+    """Whether some sequence has more than one candidate, so that candidates must not see one another."""
+    return bool((_candidates(batch) > 1).any())
+
+
 def _candidates(batch: Batch) -> torch.Tensor:
     """Number of candidates of each sequence, int64 [B]."""
     first = batch.candidate.clone()
