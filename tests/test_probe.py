@@ -16,8 +16,8 @@ from ctrsink.model.flops import FlopCount, visible_pairs
 from ctrsink.model.groups import set_trainable
 from ctrsink.model.rows import visible
 from ctrsink.train.probe import probe
-from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
-from tests.test_flex import EXAMPLES, batch_of
+from tests.builders import form_batch, layout_of, random_batch, tiny_model, tiny_spec
+from tests.test_flex import EXAMPLES
 
 close = torch.testing.assert_close
 
@@ -77,7 +77,7 @@ def test_share_of_sinks_is_that_of_the_dense_form(
     torch.manual_seed(3)
     for parameter in model.temporal.parameters():
         parameter.data.normal_()
-    batch, readout = batch_of(examples, 4, (8, 1, 4)), ReadoutSpec(over=over)
+    batch, readout = form_batch(examples, 4, (8, 1, 4)), ReadoutSpec(over=over)
     found = probe(model, model, batch, readout)
     expected = dense_shares(model, batch, readout, monkeypatch)
     assert found.keys() == {"gamma/layer00", "sink_attention/layer00", "sink_attention/layer01"}
@@ -154,7 +154,7 @@ def test_without_sinks_or_history_there_is_no_share() -> None:
 def test_pairs_are_counted_as_they_are_seen(
     seed: int, events: list[int], examples: str, sinks_only: bool, window: int | None
 ) -> None:
-    batch = batch_of(examples, seed, tuple(events))
+    batch = form_batch(examples, seed, tuple(events))
     every = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
     seen = visible(batch, every, sinks_only, window)[batch.kinds != PAD]
     assert visible_pairs(batch, sinks_only, window) == int(seen.sum())

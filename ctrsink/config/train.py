@@ -154,7 +154,7 @@ class RuntimeSpec(Section):
     address: str | None = None
     """Ray address; null starts a cluster in this process, or joins the one that a Ray job runs in."""
     start_timeout_s: float = Field(default=600, gt=0)
-    """The workers must have been placed within this time."""
+    """The workers must have been placed within this time, at the start and after a failure."""
     collective_timeout_s: float = Field(default=600, gt=0)
     """A collective that hangs longer ends the run instead of blocking the machines."""
     max_failures: int = Field(default=0, ge=-1)

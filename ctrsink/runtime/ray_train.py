@@ -1,5 +1,7 @@
 """Ray Train: the same loop on `runtime.workers` workers of a Ray cluster, placed, watched and started again by Ray."""
 
+import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -12,10 +14,14 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
+from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import InputError, RunError, first_line
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
+
+PLACE_S = 15.0  # placing workers where there is room takes far less
+log = logging.getLogger("ctrsink.train")
 
 
 def connect(address: str | None, cpus: int) -> None:
@@ -61,7 +67,9 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     connect(spec.runtime.address, _local_cpus(spec))
     spec = _without_working_folder(spec)
     runtime = spec.runtime
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(runtime.start_timeout_s)
+    _tell_of_missing(runtime)
+    place_s, tries = placing(runtime)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(place_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
     gpu = runtime.device == "cuda"
     filesystem, path = storage.arrow_filesystem(storage.join(spec.run_dir, RAY_NAME))
@@ -88,7 +96,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
             failure_config=FailureConfig(
                 max_failures=runtime.max_failures,
                 max_preemption_failures=runtime.max_preemptions,
-                controller_failure_limit=0,
+                controller_failure_limit=tries,
             ),
         ),
     )
@@ -101,6 +109,31 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     if "diverged" in result:
         raise RunError(result["diverged"])
     return result
+
+
+def placing(runtime: RuntimeSpec) -> tuple[float, int]:
+    """Seconds that Ray waits for the workers' places, and how often it may try again (-1: without end).
+
+    Right after a node was lost Ray believes it alive, and asks for places there. Elastic workers then do with less: they try
+    again soon, until `start_timeout_s` is over in all.
+    """
+    if runtime.max_failures == 0 and isinstance(runtime.workers, int):
+        return runtime.start_timeout_s, 0
+    place_s = runtime.start_timeout_s if isinstance(runtime.workers, int) else min(PLACE_S, runtime.start_timeout_s)
+    return place_s, runtime.max_failures if runtime.max_failures < 0 else math.ceil(runtime.start_timeout_s / PLACE_S)
+
+
+def _tell_of_missing(runtime: RuntimeSpec) -> None:
+    """Warn where the cluster has less than the run asks for: it may grow, so the run waits."""
+    least = runtime.workers if isinstance(runtime.workers, int) else runtime.workers.min
+    wanted = {"CPU": least * runtime.cpus_per_worker, "GPU": least if runtime.device == "cuda" else 0}
+    there = ray.cluster_resources()
+    for name, count in wanted.items():
+        if count > there.get(name, 0):
+            log.warning(
+                "%d workers need %d %ss, the cluster has %d: waiting for more, %g s at most",
+                least, count, name, there.get(name, 0), runtime.start_timeout_s,
+            )  # fmt: skip
 
 
 def _worker(config: dict[str, Any]) -> None:
