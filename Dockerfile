@@ -17,8 +17,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0 \
-    HF_HOME=/home/ctrsink/.cache/huggingface \
-    TORCH_EXTENSIONS_DIR=/home/ctrsink/.cache/torch_extensions
+    HF_HOME=/home/ctrsink/.cache/huggingface
 
 # Slow layers first: torch, then the dependencies, which change with pyproject.toml alone, then the code.
 RUN python3 -m venv /opt/venv \

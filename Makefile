@@ -23,7 +23,7 @@ help:
 demo: .venv/warm
 	$(BIN)/python launchers/demo.py --model $(MODEL)
 
-# DeepSpeed's operator and the bytecode are compiled as a part of the installation, not by the first run.
+# The bytecode is compiled as a part of the installation, not by the first run.
 .venv/warm: .venv/installed
 	$(BIN)/python launchers/warm_up.py > /dev/null
 	@touch $@

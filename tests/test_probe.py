@@ -98,7 +98,7 @@ def test_both_backends_tell_the_same(over: Any) -> None:
     for parameter in models[0].temporal.parameters():
         parameter.data.normal_()
     models[1].load_state_dict(models[0].state_dict())
-    batch, readout = batch_of("per_user", 4, (8, 1, 4)), ReadoutSpec(over=over)
+    batch, readout = form_batch("per_user", 4, (8, 1, 4)), ReadoutSpec(over=over)
     close(probe(models[1], models[1], batch, readout), probe(models[0], models[0], batch, readout), atol=1e-5, rtol=1e-5)
 
 

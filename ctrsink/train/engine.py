@@ -27,6 +27,9 @@ from ctrsink.model.groups import set_trainable, trained_as
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed is told where each step ends, so this is a factor of the loss; above 1, or it would not accumulate where it offloads.
 ACCUMULATION = 2
+# DeepSpeed compiles an all-reduce of its own for CPUs, for inference only, under a file lock: a worker killed there would make
+# every later run on the host wait for ever. Where no compiled operator is known it neither compiles nor waits.
+deepspeed.ops.__compatible_ops__ = {}
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING"))
 
 
