@@ -19,6 +19,10 @@ class RunError(Exception):
     """The work itself failed although the input was good (exit code 1)."""
 
 
+class PeerLost(RunError):
+    """Another rank, or the way to it, is gone; the failure itself is told there."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

@@ -91,9 +91,10 @@ def test_share_of_sinks_is_that_of_the_dense_form(
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("over", ["all", "sinks"])
-def test_both_backends_tell_the_same(over: Any) -> None:
+@pytest.mark.parametrize("backend", ["flex", "blocks"])
+def test_all_backends_tell_the_same(backend: str, over: Any) -> None:
     options: dict[str, Any] = {"temporal": True, "window": 3, "fields": {"hidden_size": 64}}
-    models = [tiny_model(tiny_spec(attention=name, **options)) for name in ("sdpa", "flex")]
+    models = [tiny_model(tiny_spec(attention=name, **options)) for name in ("sdpa", backend)]
     torch.manual_seed(3)
     for parameter in models[0].temporal.parameters():
         parameter.data.normal_()

@@ -36,6 +36,9 @@ class BlockPlan(AttentionPlan):
         for layer, bias in enumerate(biases):
             self.temporal[layer] = bias(batch.readout_times, batch.sink_times)
 
+    def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
+        return self.temporal.get(layer)
+
 
 def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> BlockPlan:
     """The plan of a batch, with the rule of `ctrsink.model.rows.visible`."""
@@ -72,7 +75,7 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> BlockPlan
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _later(queries: int, keys: int) -> torch.Tensor:
     """bool [queries, keys], plain causal order, of the last queries among as many keys."""
     return torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
@@ -124,6 +127,8 @@ def _attention(
         raise ValueError("the blocks backend has no dropout of attention weights: set attention_dropout to 0")
     layer = layer_index(module)
     given.followed.add(layer)
+    if given.watch is not None:
+        given.watch(given, layer, query, key, kwargs["scaling"])
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)
     out = BlockProducts.apply(

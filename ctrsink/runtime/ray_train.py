@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import RuntimeSpec
-from ctrsink.errors import InputError, RunError, first_line
+from ctrsink.errors import InputError, PeerLost, RunError, first_line
+from ctrsink.runtime import repeats
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
@@ -67,6 +69,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     connect(spec.runtime.address, _local_cpus(spec))
     spec = _without_working_folder(spec)
     runtime = spec.runtime
+    repeats.forget(spec.run_dir)
     _tell_of_missing(runtime)
     place_s, tries = placing(runtime)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(place_s)
@@ -81,7 +84,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
             "stop_after": stop_after,
             "log_format": os.environ.get(logs.FORMAT_VARIABLE, "text"),
         },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(runtime.collective_timeout_s)),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=math.ceil(runtime.collective_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=runtime.workers if isinstance(runtime.workers, int) else (runtime.workers.min, runtime.workers.max),
             elastic_resize_monitor_interval_s=runtime.resize_every_s,
@@ -101,13 +104,13 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
         ),
     )
     try:
-        with on_sigterm(lambda reason: request_stop(spec.run_dir, reason)):
+        with on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start()):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error) from error
     result = read_result(spec.run_dir)
-    if "diverged" in result:
-        raise RunError(result["diverged"])
+    if "given_up" in result:
+        raise RunError(result["given_up"])
     return result
 
 
@@ -155,19 +158,33 @@ def _worker(config: dict[str, Any]) -> None:
     requests = StopRequests(spec.run_dir) if topology.is_first else None
     surroundings = Surroundings(requests.reason if requests else lambda: None, _preemption, RayGauges(spec.name))
     try:
+        # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
+        if (failure := repeats.given_up(spec.run_dir)) is not None:
+            raise Diverged(failure)
         Trainer(spec, topology, config["vocabulary"], surroundings).run(config["stop_after"])
-    except Diverged as error:
-        # All ranks are here. A failure would make Ray try again, and the same step would fail again.
+    except Diverged as error:  # on every rank
         if topology.is_first:
-            write_result(spec.run_dir, {"diverged": str(error)})
+            write_result(spec.run_dir, {"given_up": str(error)})
+    except (InputError, RunError) as error:
+        repeats.record(spec.run_dir, error)
+        raise
     finally:
         if requests:
             requests.close()
 
 
+def _ask(run_dir: str, reason: str) -> None:
+    try:
+        request_stop(run_dir, reason)
+    except (InputError, RunError, OSError) as error:
+        log.error("the run cannot be asked to save and stop: %s", error)
+
+
 def _preemption() -> str | None:
     info = get_preemption_info()
-    return None if info is None else f"the loss of the nodes of ranks {sorted(info.preempted_ranks)} is announced"
+    if info is None:
+        return None
+    return f"the loss of the nodes {', '.join(info.preempted_node_ids)} (ranks {info.preempted_ranks}) is announced"
 
 
 def _without_working_folder(spec: RunSpec) -> RunSpec:
@@ -191,7 +208,13 @@ def _translate(error: TrainingFailedError) -> InputError | RunError:
     causes = {rank: getattr(f, "cause", None) or getattr(f, "_base_exc", None) or f for rank, f in error.worker_failures.items()}
     # A rank that lost its neighbour says so too: what names the trouble comes first.
     rank, cause = min(
-        causes.items(), key=lambda item: (not isinstance(item[1], InputError), not isinstance(item[1], RunError), item[0])
+        causes.items(),
+        key=lambda item: (
+            isinstance(item[1], PeerLost),
+            not isinstance(item[1], InputError),
+            not isinstance(item[1], RunError),
+            item[0],
+        ),
     )
     if isinstance(cause, InputError):
         return InputError(str(cause))

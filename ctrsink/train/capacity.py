@@ -12,6 +12,7 @@ from ctrsink.model.ctr import CTRModel
 
 SHARE = 0.6  # of the free memory: the backward pass and the allocator need the rest
 GIB = 2**30
+LAYER = 24  # states of a token that a layer holds while it computes, about: projections, attention, the gated MLP
 
 
 def tokens_within(model: CTRModel, forward: Callable[[Batch], torch.Tensor], batch: Batch, memory_gib: float | None) -> int:
@@ -24,10 +25,11 @@ def tokens_within(model: CTRModel, forward: Callable[[Batch], torch.Tensor], bat
     """
     memory = memory_gib * GIB if memory_gib is not None else SHARE * free_bytes(next(model.parameters()).device)
     kept = saved_bytes(lambda: forward(batch), model)
+    width = 4 * batch.tokens * model.head.linear.in_features  # bytes of one state of every token
     if any(getattr(module, "gradient_checkpointing", False) for module in model.backbone.modules()):
-        # Checkpointed layers keep what enters them, out of sight of the hooks.
-        kept += 4 * batch.tokens * model.head.linear.in_features * model.layers
-    return max(1, int(memory * batch.tokens / kept))
+        # Checkpointed layers keep what enters them, out of sight of the hooks; one at a time is computed again.
+        kept += width * (model.layers + LAYER)
+    return max(1, int(memory * batch.tokens / max(kept, LAYER * width)))
 
 
 def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
@@ -37,7 +39,7 @@ def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and not isinstance(tensor, nn.Parameter):
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -50,5 +52,6 @@ def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
 def free_bytes(device: torch.device) -> float:
     """Memory of the device that nobody uses, this worker's share of it on a host of several CPU workers."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

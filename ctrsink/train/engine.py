@@ -5,11 +5,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+import torch.distributed as dist
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
 from deepspeed.utils.tensor_fragment import (
     safe_get_local_optimizer_state,
     safe_set_full_optimizer_state,
@@ -29,7 +31,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ACCUMULATION = 2
 # DeepSpeed compiles an all-reduce of its own for CPUs, for inference only, under a file lock: a worker killed there would make
 # every later run on the host wait for ever. Where no compiled operator is known it neither compiles nor waits.
-deepspeed.ops.__compatible_ops__ = {}
+deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING"))
 
 
@@ -52,14 +54,9 @@ class StepResult:
     loss: float
     """Mean log loss over the impressions of the global batch."""
     grad_norm: float
-    """Of the whole gradient, before clipping."""
+    """Of the whole gradient, before clipping; where it is not finite nothing was changed."""
     signals: tuple[float, ...] = ()
     """Sums over ranks of what each rank handed in."""
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are; where the gradient is not, nothing was changed."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -74,13 +71,16 @@ class Engine:
         self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
         self.trainable = stage.trainable
         set_trainable(model, stage.trainable)
-        groups = parameter_groups(model, stage.trainable, spec.train.weight_decay)
-        self._group_names = [g["name"] for g in groups]
+        trained = parameter_groups(model, stage.trainable, spec.train.weight_decay)
+        self._group_names = [g["name"] for g in trained]
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(groups, lr=1e-8, betas=spec.train.betas, eps=1e-8)
+        optimizer = torch.optim.AdamW(trained, lr=1e-8, betas=spec.train.betas, eps=1e-8)
         # What DeepSpeed wraps Adam in depends on the ZeRO stage and has no common type.
         self.engine: Any
         self.optimizer: Any
+        if topology.world > 1 and groups._WORLD_GROUP is None:
+            # DeepSpeed would make this group itself, with torch's default time-out: half an hour.
+            groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=spec.runtime.collective_timeout_s))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec, self.named), dist_init_required=False
         )
@@ -103,7 +103,7 @@ class Engine:
         Impressions weigh equally whatever micro-batch or rank holds them, so the result does not depend on how a global batch
         is shared out: `impressions` is the number in the global batch. Every rank must bring equally many micro-batches.
 
-        A gradient with a NaN or an infinity changes neither weights nor moments; the result then is not `finite`.
+        A gradient with a NaN or an infinity changes neither weights nor moments; its norm tells.
 
         Args:
             signals: numbers of this rank that travel with the sum of the losses, at no cost.
@@ -144,10 +144,6 @@ class Engine:
                 parameters[name] = value.float().cpu().clone()
                 moments |= {key: moment.cpu().clone() for key, moment in pair.items()}
         return EngineState(parameters, moments, self.steps())
-
-    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The whole values of some trainable parameters; collective as `state`."""
-        return {name: self._full_value(self.named[name]) for name in names}
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""

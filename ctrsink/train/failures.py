@@ -1,27 +1,17 @@
 """Failures of a training step, told with rank, step, stage and shards; one that only echoes another rank's is marked as such."""
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from torch.distributed import DistError
 
 from ctrsink.config.train import TrainSpec
-from ctrsink.errors import InputError, RunError, StorageUnavailable, first_line
+from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable, first_line
 from ctrsink.train.engine import StepResult
 
 SKIPPED_IN_A_ROW = 10
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Timed out waiting",
-    "timed out",
-    "Broken pipe",
-    "process group",
-)
-
-
-class PeerLost(RunError):
-    """Another rank, or the way to it, is gone; the failure itself is told there."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")  # as gloo says it
 
 
 class Diverged(RunError):
@@ -58,12 +48,13 @@ class Finite:
         Raises:
             Diverged: the policy does not let the run go on.
         """
-        if result.finite:
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self._in_a_row = 0
             return None
         found = f"{where()}: the loss is {result.loss:g}, the gradient's norm {result.grad_norm:g}"
         self._in_a_row += 1
-        if not self._skip:
+        # With a finite gradient the step was made all the same, and cannot be left out any more.
+        if not self._skip or math.isfinite(result.grad_norm):
             raise Diverged(f"{found}: lower the learning rates, look at the data, or take train.on_nonfinite=skip")
         if self._in_a_row > SKIPPED_IN_A_ROW:
             raise Diverged(f"{found}, and so were {SKIPPED_IN_A_ROW} steps before: lower the learning rates or look at the data")

@@ -1,5 +1,6 @@
 """The training loop: stages, steps, validation, checkpoints, evaluation; the same on one process and on many Ray workers."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -18,7 +19,7 @@ from ctrsink.data.examples import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
 from ctrsink.dist import Topology, all_max, barrier
-from ctrsink.errors import InputError, RunError
+from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.flops import FlopCount
@@ -86,6 +87,7 @@ class Trainer:
         self.peak_tflops = peak_of(topology.device, spec.runtime.peak_tflops)
         self.probed: Batch | None = None
         self._looked = time.monotonic()
+        self._announced: str | None = None
 
     def run(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end, or for `stop_after` optimiser steps; evaluates once the last stage is done.
@@ -108,8 +110,11 @@ class Trainer:
                 self.controller.advance()
                 stopped = self._run_stage(stop_at)
         except BaseException:
-            with suppress(RunError, InputError):  # what went wrong first is told
+            with suppress(Exception):  # what went wrong first is told
                 self.saver.wait()
+            with suppress(Exception):
+                if self.telemetry is not None:
+                    self.telemetry.close(False)
             raise
         self.saver.wait()
         finished = self.controller.finished and stopped is None
@@ -197,16 +202,18 @@ class Trainer:
         stop, looks = result.signals
         if looks:
             self._looked = time.monotonic()
-        preempted = self.surroundings.preemption() if looks else None
-        if preempted is not None:
-            log.warning("%s: a checkpoint is made", preempted)
+        announced = self.surroundings.preemption() if looks else None
+        preempted = announced not in (None, self._announced)  # the same one is told until the node goes
+        if preempted:
+            self._announced = announced
+            log.warning("%s: a checkpoint is made", announced)
         controller.after_step()
         progress.position = stream.position
         progress.seconds += time.monotonic() - began
         pace.count(step.impressions, step.micro_batches, waited)
         rates = {f"lr/{group}": stage.lr[group] * factor for group in stage.trainable}
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
-        return row, (reason or "another rank was asked to stop") if stop else None, preempted is not None
+        return row, (reason or "another rank was asked to stop") if stop else None, preempted
 
     def _evened(self, step: Step) -> list[Batch]:
         """The step's micro-batches, as many as the rank with most of them has."""
@@ -227,10 +234,13 @@ class Trainer:
             self.progress.parameters |= state.parameters
             self.progress.state = state
             self.engine.destroy()
+            self.engine = None  # or two models would be held at a time
+            gc.collect()
         model = build_model(self.spec.model, self.vocabulary, self.spec.seed, self.spec.train.precision)
         load_parameters(model, self.progress.parameters)
         model.to(self.topology.device).train()
         self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state)
+        self.progress.state = None
         if self.shards is not None:
             load_native(self.engine, self.shards)
             self.shards = None

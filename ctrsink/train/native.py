@@ -14,8 +14,8 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,7 +161,7 @@ def load_native(engine: Engine, shards: Shards) -> None:
         if shards.local is not None:
             universal = shards.local / "universal"
             _convert(shards.local / SHARDS, universal)
-    except DamagedCheckpoint as caught:
+    except (InputError, RunError) as caught:  # damaged, or the storage is away
         error = caught
     except Exception as caught:
         source = f"ZeRO-{checkpoint.native['zero_stage']} on {checkpoint.native['world']} ranks"
@@ -215,7 +215,10 @@ def _write_shards(engine: Engine, uri: str) -> dict[str, dict[str, Any]]:
     """This rank's shards, put at `uri`; returns their entries in the marker."""
     with tempfile.TemporaryDirectory(prefix="ctrsink-shards-") as temporary:
         # Without `latest`, which is not written atomically; what is frozen comes again from the seed or the backbone's folder.
-        engine.engine.save_checkpoint(temporary, tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+        with _late(engine.engine.checkpoint_engine) as failed:
+            engine.engine.save_checkpoint(temporary, tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+        if failed:
+            raise RunError(f"{temporary}: {first_line(failed[0])}; the node's temporary folder must hold this rank's shards")
         folder = Path(temporary) / SHARDS
         for script in folder.glob("*.py"):
             script.unlink()
@@ -224,6 +227,25 @@ def _write_shards(engine: Engine, uri: str) -> dict[str, dict[str, Any]]:
         if paths:
             storage.upload_dir(folder, uri)
     return entries
+
+
+@contextmanager
+def _late(writer: Any) -> Generator[list[Exception], None, None]:
+    """Failures of DeepSpeed's file writer are kept, not raised: every rank must reach the barrier at the end of its save."""
+    failed: list[Exception] = []
+    save = writer.save
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return save(*args, **kwargs)
+        except Exception as error:
+            failed.append(error)
+
+    writer.save = guarded
+    try:
+        yield failed
+    finally:
+        del writer.save  # the class's own is behind it
 
 
 def _fetch(folder: str, checkpoint: Checkpoint, whole: bool, topology: Topology) -> Shards:

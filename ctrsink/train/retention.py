@@ -58,7 +58,9 @@ class Keeper:
 
     def _apply(self, newest: int) -> None:
         found = [step_of(folder) for folder in list_checkpoints(self.run_dir)]
-        whole = [step for step in found if storage.exists(storage.join(folder_of(self.run_dir, step), MARKER))]
+        # Steps behind it are of a history that was given up, because they are damaged: they count for nothing.
+        own = [step for step in found if step <= newest]
+        whole = [step for step in own if storage.exists(storage.join(folder_of(self.run_dir, step), MARKER))]
         self._metrics.pop(newest, None)  # it may have replaced another of its step
         scores = self._scores(whole)
         best = best_of(whole, scores, self.keep)

@@ -87,11 +87,20 @@ class StageController:
         self._state = replace(self._state, step=self._state.step + 1)
 
     def observe(self, metrics: dict[str, float]) -> None:
-        """Take notice of what a validation measured after the last step."""
+        """Take notice of what a validation measured after the last step.
+
+        Raises:
+            InputError: the sample does not have the metric of the stage's plateau.
+        """
         plateau, state = self.stage.plateau, self._state
         if plateau is None:
             return
         value = metrics[plateau.metric]
+        if math.isnan(value):
+            raise InputError(
+                f"stages.{self.stage.name}: plateau: the validation sample has no {plateau.metric}, for example because all its "
+                "labels are equal: take more train.validation.sequences, or logloss"
+            )
         better = state.best is None or improvement(plateau.metric, value, state.best) > plateau.min_delta
         self._state = replace(state, best=value, stale=0) if better else replace(state, stale=state.stale + 1)
 

@@ -5,8 +5,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +47,7 @@ class Telemetry:
         self._board_dir = tempfile.mkdtemp(prefix="ctrsink-tensorboard-") if self._remote else self._board_uri
         self._board = SummaryWriter(self._board_dir, purge_step=step + 1 if step else None)
         self._rows = [row for row in read_metrics(run_dir) if row["step"] <= step] if step else []
+        self._board_failed = False
         self._flushed = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._flush: Future[None] = Future()
@@ -54,9 +56,10 @@ class Telemetry:
     def add(self, row: dict[str, Any]) -> None:
         """Record a row; it has the keys `step` and `stage`. Flushed every five seconds at most, on S3 every minute."""
         self._rows.append(row)
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(key, value, row["step"])
+        with self._board_may_fail():
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, row["step"])
         if self._gauges is not None:
             self._gauges(row)
         if self._mlflow is not None:
@@ -74,7 +77,8 @@ class Telemetry:
         return self._flush
 
     def _write(self, rows: str) -> None:
-        self._board.flush()
+        with self._board_may_fail():
+            self._board.flush()
         try:
             storage.write_bytes(self._path, rows.encode())
             if self._remote:
@@ -82,13 +86,24 @@ class Telemetry:
         except (InputError, RunError, OSError) as error:
             log.warning("metrics are not written, they are tried again with the next ones: %s", error)
 
+    @contextmanager
+    def _board_may_fail(self) -> Generator[None, None, None]:
+        """TensorBoard raises the failure of its own thread again at every later call: it is told of once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._board_failed:
+                log.warning("TensorBoard's files are not written: %s", error)
+            self._board_failed = True
+
     def close(self, finished: bool) -> None:
         """Write everything; `finished`: the run is at its end, nothing will go on with it."""
         self.flush().result()
         self._thread.shutdown()
         if self._mlflow is not None:
             self._mlflow.close(finished)
-        self._board.close()
+        with self._board_may_fail():
+            self._board.close()
         if self._remote:
             shutil.rmtree(self._board_dir, ignore_errors=True)
 

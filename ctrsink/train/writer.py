@@ -10,6 +10,8 @@ from ctrsink.errors import InputError, RunError
 from ctrsink.train.checkpoint import Checkpoint, save_checkpoint
 from ctrsink.train.retention import Keeper
 
+TOLERATED = 2
+"""Failed saves in a row that do not end a run."""
 log = logging.getLogger("ctrsink.train")
 
 
@@ -26,7 +28,7 @@ class CheckpointWriter:
         tolerate: failed saves in a row that do not end the run.
     """
 
-    def __init__(self, run_dir: str, keep: KeepSpec, tolerate: int = 2) -> None:
+    def __init__(self, run_dir: str, keep: KeepSpec, tolerate: int = TOLERATED) -> None:
         self.run_dir, self.tolerate = run_dir, tolerate
         self.seconds: float | None = None
         """How long the last finished save took, what it deleted included; None before the first."""
