@@ -5,6 +5,7 @@ its losses, and the multiset of impressions that it trained on, by its checksum 
 """
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,38 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.training import prepare_once
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
+from ctrsink.data.order import Order
+from ctrsink.data.stream import SequenceSource
 from ctrsink.runtime.process import stay_on_loopback
+from ctrsink.train.audit import Audit, expected
 from ctrsink.train.checkpoint import list_checkpoints
+from ctrsink.train.restore import restore_run
+from ctrsink.train.rundir import request_stop
 from ctrsink.train.telemetry import read_metrics
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one run."""
+
+    run: str
+    finished: bool
+    failures: int
+    exact: bool
+    """Whether it trained on the multiset of impressions that it should have."""
+    wall_s: float
+    goodput: float
+    """Time of the steps that counted over the wall clock, starting Ray and evaluating included."""
+    bitwise: bool | None = None
+    """Whether every loss is that of the run that was left alone; None where there was none."""
+    last_loss_off: float | None = None
+    """Relative distance of the last loss from that run's."""
+
 
 Breaker = Callable[[str, threading.Event], list[float]]
 """Breaks something while a run trains in the folder, until it is told to end; returns when, in seconds since the start."""
 WORKER = "ray::RayTrainWorker"
+log = logging.getLogger("ctrsink")
 
 
 def main() -> int:
@@ -37,9 +64,10 @@ def main() -> int:
     logs.configure()
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1", "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        report = {"machine": machine(), **args.experiment(args, Path(folder).resolve())}
-    print(strict_json.dumps(report) if args.json else text(report))
-    return 0 if all(row["finished"] and row["exact"] for row in report["runs"]) else 1
+        found = machine()
+        rows = args.experiment(args, Path(folder).resolve())
+    print(strict_json.dumps({"machine": found, "runs": [asdict(row) for row in rows]}) if args.json else text(found, rows))
+    return 0 if all(row.finished and row.exact for row in rows) else 1
 
 
 def _arguments() -> argparse.Namespace:
@@ -129,7 +157,7 @@ def kill_once(chance: random.Random, steps: int) -> Breaker:
     return breaker
 
 
-def killed_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def killed_runs(args: argparse.Namespace, folder: Path) -> list[Row]:
     """20 runs, each with one kill; beside the run that was left alone."""
     stay_on_loopback(None)
     chance = random.Random(args.seed)
@@ -139,9 +167,9 @@ def killed_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = []
     for number in range(args.runs):
         spec = spec_of(args, folder, f"killed-{number}", *limits)
-        rows.append(_row(f"kill {number}", spec, train(spec, kill_once(chance, args.steps)), alone, whole))
-        logs.logging.getLogger("ctrsink").info("%s", rows[-1])
-    return {"experiment": "kill", "runs": rows}
+        rows.append(beside(f"kill {number}", spec, train(spec, kill_once(chance, args.steps)), alone, whole))
+        log.info("%s", rows[-1])
+    return rows
 
 
 def _stage(name: str, steps: int, over: str) -> str:
@@ -151,23 +179,22 @@ def _stage(name: str, steps: int, over: str) -> str:
     )
 
 
-def _row(name: str, spec: RunSpec, result: dict[str, Any], alone: RunSpec, whole: dict[str, Any]) -> dict[str, Any]:
+def beside(name: str, spec: RunSpec, result: dict[str, Any], alone: RunSpec, whole: dict[str, Any]) -> Row:
     """A run beside the one that was left alone."""
     a, b = ([row["loss"] for row in read_metrics(run.run_dir)] for run in (alone, spec))
-    last = abs(a[-1] - b[-1]) / abs(a[-1]) if len(a) == len(b) else float("inf")
-    return {
-        "run": name,
-        "finished": result["finished"],
-        "failures": len(result["failures"]),
-        "exact": (result["impressions"], result["checksum"]) == (whole["impressions"], whole["checksum"]),
-        "bitwise": a == b,
-        "last_loss_off": last,
-        "wall_s": result["wall"],
-        "goodput": result["seconds"] / result["wall"],
-    }
+    return Row(
+        run=name,
+        finished=result["finished"],
+        failures=len(result["failures"]),
+        exact=(result["impressions"], result["checksum"]) == (whole["impressions"], whole["checksum"]),
+        wall_s=result["wall"],
+        goodput=result["seconds"] / result["wall"],
+        bitwise=a == b,
+        last_loss_off=abs(a[-1] - b[-1]) / abs(a[-1]) if len(a) == len(b) else float("inf"),
+    )
 
 
-def elastic_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def elastic_run(args: argparse.Namespace, folder: Path) -> list[Row]:
     """A cluster of two nodes with a core each beside the head; one node is killed and comes back."""
     import ray
     from ray.cluster_utils import Cluster
@@ -198,11 +225,11 @@ def elastic_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         nodes.append(cluster.add_node(num_cpus=1, object_store_memory=10**8))
         return [*when, time.monotonic() - began]
 
-    row = _row("2 -> 1 -> 2", spec, train(spec, come_and_go), alone, whole)
+    row = beside("2 -> 1 -> 2", spec, train(spec, come_and_go), alone, whole)
     del keep
     ray.shutdown()
     cluster.shutdown()
-    return {"experiment": "elastic", "runs": [row]}
+    return [row]
 
 
 class _Idle:
@@ -215,10 +242,8 @@ def _on(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-def soaked_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A run of about `minutes`, a worker killed every `every` seconds; then the same steps without failures, in one process."""
-    from ctrsink.train.rundir import request_stop
-
+def soaked_run(args: argparse.Namespace, folder: Path) -> list[Row]:
+    """A run of about `minutes`, a worker killed every `every` seconds; what it trained on is held against the data set."""
     stay_on_loopback(None)
     chance = random.Random(args.seed)
     spec = spec_of(args, folder, "soak", f"stages=[{_stage('all', 10**6, 'all')}]")
@@ -234,36 +259,22 @@ def soaked_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return when
 
     result = train(spec, keep_killing)
-    from ctrsink.train.audit import Audit, expected
-    from ctrsink.train.checkpoint import find_checkpoint
-    from ctrsink.train.restore import restore_run
-
     run = restore_run(spec.run_dir)
-    position = find_checkpoint(spec.run_dir).position
-    from ctrsink.data.order import Order
-    from ctrsink.data.stream import SequenceSource
-
     source = SequenceSource(run.dataset, "train", run.layout)
-    wanted = expected(source, Order(source.per_shard, spec.seed, spec.data.shuffle_shards), 0, position)
-    row = {
-        "run": f"soak {args.minutes:g} min",
-        "finished": result["stopped"] is not None,
-        "failures": len(result["failures"]),
-        "exact": Audit(result["impressions"], int(result["checksum"], 16)) == wanted,
-        "bitwise": None,
-        "last_loss_off": None,
-        "wall_s": result["wall"],
-        "goodput": result["seconds"] / result["wall"],
-    }
-    return {"experiment": "soak", "runs": [row]}
+    order = Order(source.per_shard, spec.seed, spec.data.shuffle_shards)
+    exact = Audit(result["impressions"], int(result["checksum"], 16)) == expected(source, order, 0, run.checkpoint.position)
+    goodput = result["seconds"] / result["wall"]
+    name = f"soak {args.minutes:g} min"
+    return [Row(name, result["stopped"] is not None, len(result["failures"]), exact, result["wall"], goodput)]
 
 
-def text(report: dict[str, Any]) -> str:
+def text(found: dict[str, Any], rows: list[Row]) -> str:
     """The report as Markdown."""
     header = ["run", "ended", "failures", "multiset exact", "losses bitwise", "last loss off by", "wall s", "goodput"]
     keys = ["run", "finished", "failures", "exact", "bitwise", "last_loss_off", "wall_s", "goodput"]
-    rows = [["yes" if row[k] is True else "no" if row[k] is False else row[k] for k in keys] for row in report["runs"]]
-    return f"{machine_line(report['machine'])}\n\n{markdown(header, rows)}"
+    words = {True: "yes", False: "no"}
+    cells = [[words[v] if isinstance(v := getattr(row, key), bool) else v for key in keys] for row in rows]
+    return f"{machine_line(found)}\n\n{markdown(header, cells)}"
 
 
 if __name__ == "__main__":
