@@ -77,6 +77,8 @@ class Telemetry:
         return self._flush
 
     def _write(self, rows: str) -> None:
+        if not rows:  # of a run that never made a step nothing is to be left
+            return
         with self._board_may_fail():
             self._board.flush()
         try:
