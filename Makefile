@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 BIN := .venv/bin
-# --no-compile: most of these files are never imported; the others are compiled when they first are.
+# --no-compile: most of these files are never imported; launchers/warm_up.py compiles the others.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
 .PHONY: help demo test test-slow test-gpu lint format clean
@@ -20,13 +20,8 @@ help:
 	@echo 'make test-slow | test-gpu       the tests that take minutes | need CUDA'
 	@echo 'make lint | format | clean      static checks | rewrite the layout | remove .venv and caches'
 
-demo: .venv/warm
+demo: .venv/installed
 	$(BIN)/python launchers/demo.py --model $(MODEL)
-
-# The bytecode is compiled as a part of the installation, not by the first run.
-.venv/warm: .venv/installed
-	$(BIN)/python launchers/warm_up.py > /dev/null
-	@touch $@
 
 test: lint
 	$(BIN)/pytest -m "not slow and not gpu"
@@ -64,4 +59,5 @@ clean:
 .venv/installed .venv/installed-dev: .venv/created pyproject.toml
 	$(PIP) $(foreach word,$(PIP_TORCH),'$(word)')
 	$(PIP) -e '.[$(EXTRAS)]'
+	$(BIN)/python launchers/warm_up.py > /dev/null
 	@touch .venv/installed $@

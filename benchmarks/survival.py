@@ -231,18 +231,25 @@ def elastic_run(args: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def soaked_run(args: argparse.Namespace, folder: Path) -> list[Row]:
-    """A run of about `minutes`, a worker killed every `every` seconds; what it trained on is held against the data set."""
+    """A run of `minutes` from its first steps on, with a worker killed in the middle of every `every` seconds.
+
+    What it trained on is held against the data set. The goodput counts starting Ray and stopping, too.
+    """
     stay_on_loopback(None)
     chance = random.Random(args.seed)
     spec = spec_of(args, folder, "soak", f"stages=[{_stage('all', 10**6, 'all')}]")
 
     def keep_killing(run_dir: str, ended: threading.Event) -> list[float]:
+        while not steps_of(run_dir) and not ended.wait(0.1):
+            pass
         began, when = time.monotonic(), []
-        while time.monotonic() - began < 60 * args.minutes and not ended.wait(args.every):
+        for number in range(round(60 * args.minutes / args.every)):
+            ended.wait(max(0.0, began + (number + 0.5) * args.every - time.monotonic()))
             found = workers()
             if found:
                 chance.choice(found).kill()
                 when.append(time.monotonic() - began)
+        ended.wait(max(0.0, began + 60 * args.minutes - time.monotonic()))
         request_stop(run_dir, "the soak is over")
         return when
 

@@ -22,6 +22,7 @@ from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
+COLLECT_RARELY = "ctrsink.runtime.process.collect_rarely"
 PLACE_S = 15.0  # placing workers where there is room takes far less
 log = logging.getLogger("ctrsink.train")
 
@@ -35,11 +36,15 @@ def connect(address: str | None, cpus: int) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    environment = {"worker_process_setup_hook": COLLECT_RARELY}
     try:
         if address:
-            ray.init(address=address, log_to_driver=True)
+            ray.init(address=address, log_to_driver=True, runtime_env=environment)
         else:
+            # Nobody takes this machine away piece by piece; each start of the workers would start a watcher, too.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(
+                runtime_env=environment,
                 address="local",  # not a cluster of somebody else's on this machine
                 num_cpus=cpus,
                 include_dashboard=True,

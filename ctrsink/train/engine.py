@@ -1,22 +1,13 @@
 """One DeepSpeed engine: what a stage trains, under any ZeRO stage, with its state readable and writable by parameter name."""
 
-import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
-from deepspeed.utils.tensor_fragment import (
-    safe_get_local_optimizer_state,
-    safe_set_full_optimizer_state,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
 
 from ctrsink.batch import Batch
@@ -25,14 +16,19 @@ from ctrsink.config.stages import Group, ReadoutSpec, StageSpec
 from ctrsink.dist import Topology, all_sum
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.groups import set_trainable, trained_as
+from ctrsink.train.lean_deepspeed import (
+    deepspeed,
+    groups,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed is told where each step ends, so this is a factor of the loss; above 1, or it would not accumulate where it offloads.
 ACCUMULATION = 2
-# DeepSpeed compiles an all-reduce of its own for CPUs, for inference only, under a file lock: a worker killed there would make
-# every later run on the host wait for ever. Where no compiled operator is known it neither compiles nor waits.
-deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
-logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING"))
 
 
 @dataclass

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 
 from ctrsink import storage
 from ctrsink.dist import Topology, all_sum
@@ -41,6 +40,7 @@ from ctrsink.train.checkpoint import (
     write_marker,
 )
 from ctrsink.train.engine import Engine, EngineState
+from ctrsink.train.lean_deepspeed import safe_get_full_fp32_param
 
 log = logging.getLogger("ctrsink.train")
 T = TypeVar("T")
