@@ -141,15 +141,16 @@ def steps_of(run_dir: str) -> int:
 
 
 def kill_once(chance: random.Random, steps: int) -> Breaker:
-    """Kill a random worker in a random one of the first `steps` steps."""
+    """Kill a random worker in a random one of the first `steps` steps, or while it starts."""
 
     def breaker(run_dir: str, ended: threading.Event) -> list[float]:
         began, target = time.monotonic(), chance.randrange(1, steps)
         while steps_of(run_dir) < target - 20 and not ended.wait(0.02):
             pass
+        while not (found := workers()) and not ended.wait(0.02):
+            pass
         ended.wait(chance.random() * 2)
-        found = workers()
-        if ended.is_set() or not found:
+        if ended.is_set():
             return []
         chance.choice(found).kill()
         return [time.monotonic() - began]

@@ -1,6 +1,12 @@
 """A small data set with a taste to learn, and the configuration of a short run on it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ctrsink.config import PrepareSpec
 from ctrsink.config.load import merge
@@ -63,3 +69,17 @@ def run_tree(data: str, run_dir: str, **changes: Any) -> dict[str, Any]:
         "train": {"batch_size": 8, "micro_batch_size": 4, "checkpoint_every": 100, "log_every": 1},
     }
     return merge(tree, changes)
+
+
+def train_process(folder: Path, data: str, **changes: Any) -> subprocess.Popen[str]:
+    """`ctrsink train --json` on a run without end, in a process of its own that is ready to be stopped."""
+    tree = run_tree(data, str(folder / "run"), **changes)
+    tree["stages"][1]["steps"] = 100_000
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "ctrsink", "train", "--config", str(folder / "run.yaml"), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 15" in line:
+            return process
+    raise AssertionError("the run ended before step 15")

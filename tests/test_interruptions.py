@@ -1,10 +1,7 @@
 """What ends a run before its end, or tries to: requests to stop, SIGTERM, gradients that are not finite, failures of a rank."""
 
 import math
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 
 from ctrsink.batch import Batch
 from ctrsink.config import RunSpec, parse_run
@@ -28,11 +24,12 @@ from ctrsink.train.audit import Audit, expected
 from ctrsink.train.checkpoint import find_checkpoint, list_checkpoints
 from ctrsink.train.engine import Engine
 from ctrsink.train.failures import Diverged
+from ctrsink.train.loop import Trainer
 from ctrsink.train.rundir import read_result
 from ctrsink.train.telemetry import read_metrics
 from tests.builders import layout_of, random_batch
 from tests.command_line import call, refused
-from tests.runs import prepared_data, run_tree
+from tests.runs import prepared_data, run_tree, train_process
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +71,6 @@ def test_one_impression_for_another_is_noticed() -> None:
     assert Audit.of([swapped]).impressions == Audit.of([batch]).impressions
     assert Audit.of([swapped]) != Audit.of([batch])
     assert Audit.of([batch, batch]) == Audit.of([batch]) + Audit.of([batch])
-
-
-def train_process(folder: Path, data: str, **changes: Any) -> subprocess.Popen[str]:
-    """`ctrsink train --json` on a run without end, in a process of its own that is ready to be stopped."""
-    tree = run_tree(data, str(folder / "run"), **changes)
-    tree["stages"][1]["steps"] = 100_000
-    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "ctrsink", "train", "--config", str(folder / "run.yaml"), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "step 15" in line:
-            return process
-    raise AssertionError("the run ended before step 15")
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "ctrsink stop"])
@@ -189,6 +172,7 @@ def test_a_loss_that_is_not_finite_is_left_out_by_policy(data: str, tmp_path: Pa
     assert [step for step, loss in enumerate(found) if loss is None or not math.isfinite(loss)] == [4, 5]
     batch = spec.train.batch_size
     left_out = expected_of(spec, 6 * batch).impressions - expected_of(spec, 4 * batch).impressions
+    assert result["skipped"] == left_out
     assert result["impressions"] == expected_of(spec, 20 * batch).impressions - left_out
 
 
@@ -205,6 +189,25 @@ def test_a_failure_in_a_step_names_rank_step_stage_and_shard(data: str, tmp_path
     monkeypatch.setattr(Engine, "forward", broken)
     with pytest.raises(RunError, match=r"rank 0, step 1, stage align, shards/.*: ZeroDivisionError: nothing to divide by"):
         start(spec_of(data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("broken", "where"),
+    [
+        ("_validate", "rank 0, step 1, stage align, validation"),
+        ("_checkpoint", "rank 0, step 5, stage align, checkpoint"),
+        ("_evaluate", "rank 0, step 20, stage all, evaluation"),
+    ],
+)
+def test_a_failure_between_steps_names_rank_step_and_stage(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, where: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("nothing to divide by")
+
+    monkeypatch.setattr(Trainer, broken, fail)
+    with pytest.raises(RunError, match=f"^{where}: ZeroDivisionError: nothing to divide by"):
+        start(spec_of(data, tmp_path / "run", train={"checkpoint_every": 5}))
 
 
 def test_a_shard_that_was_altered_stops_the_run_with_its_name(tmp_path: Path) -> None:

@@ -153,15 +153,15 @@ def _worker(config: dict[str, Any]) -> None:
     context = get_context()
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
     from ctrsink.dist import Topology
-    from ctrsink.runtime.stopping import StopRequests
+    from ctrsink.runtime.presence import Presence
     from ctrsink.train.failures import Diverged
     from ctrsink.train.loop import Trainer
     from ctrsink.train.surroundings import Surroundings
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
-    requests = StopRequests(spec.run_dir) if topology.is_first else None
-    surroundings = Surroundings(requests.reason if requests else lambda: None, _preemption, RayGauges(spec.name))
+    presence = Presence(spec.run_dir) if topology.is_first else None
+    surroundings = Surroundings(presence.stop_reason if presence else lambda: None, _preemption, RayGauges(spec.name))
     try:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
@@ -174,8 +174,8 @@ def _worker(config: dict[str, Any]) -> None:
         repeats.record(spec.run_dir, error)
         raise
     finally:
-        if requests:
-            requests.close()
+        if presence:
+            presence.close()
 
 
 def _ask(run_dir: str, reason: str) -> None:

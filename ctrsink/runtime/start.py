@@ -6,6 +6,7 @@ from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
+from ctrsink.runtime.presence import require_nobody
 from ctrsink.runtime.process import stay_on_loopback
 from ctrsink.train.rundir import claim, identities, release
 
@@ -14,10 +15,12 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
     """Check, claim the run's folder, train, evaluate; see Trainer.run.
 
     Raises:
-        InputError: something about the data, the model or the run's folder is wrong; a new run that has no checkpoint yet leaves
-            nothing behind.
+        InputError: something about the data, the model or the run's folder is wrong, or somebody trains the run already; a new
+            run that has no checkpoint yet leaves nothing behind.
     """
     vocabulary = check(spec)
+    if resume:
+        require_nobody(spec.run_dir)
     new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
     try:
         return _train(spec, vocabulary, stop_after)

@@ -1,44 +1,10 @@
-"""Ways to ask a run to save and stop: a signal to the process that was started, or `ctrsink stop`, a file in the run's folder."""
+"""A signal to the process that was started asks its run to save and stop."""
 
-import logging
 import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
-
-from ctrsink.errors import InputError, RunError
-from ctrsink.train.rundir import stop_request
-
-POLL_S = 5.0
-log = logging.getLogger("ctrsink.train")
-
-
-class StopRequests:
-    """Looks for a request in the run's folder from time to time, in a thread of its own; storage that fails is asked again."""
-
-    def __init__(self, run_dir: str) -> None:
-        self._run_dir = run_dir
-        self._reason: str | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stop-requests", daemon=True)
-        self._thread.start()
-
-    def reason(self) -> str | None:
-        """Why the run is to stop, None as long as nobody asked."""
-        return self._reason
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def _watch(self) -> None:
-        while not self._closed.wait(POLL_S):
-            try:
-                self._reason = stop_request(self._run_dir)
-            except (InputError, RunError, OSError) as error:
-                log.debug("no look at requests to stop: %s", error)
-            if self._reason is not None:
-                return
 
 
 @contextmanager

@@ -25,9 +25,11 @@ class Audit:
     impressions: int = 0
     checksum: int = 0
     """Sum of a hash of each (user, event), modulo 2^64."""
+    skipped: int = 0
+    """Impressions that the run read and did not learn from: their step was not finite (`train.on_nonfinite: skip`)."""
 
     def __add__(self, other: "Audit") -> "Audit":
-        return Audit(self.impressions + other.impressions, (self.checksum + other.checksum) % 2**64)
+        return Audit(self.impressions + other.impressions, (self.checksum + other.checksum) % 2**64, self.skipped + other.skipped)
 
     @classmethod
     def of(cls, batches: list[Batch]) -> "Audit":
@@ -46,11 +48,10 @@ class Audit:
         if topology.world == 1:
             return self
         # As int64 sums wrap around, which is what modulo 2^64 means.
-        words = np.array([self.impressions, self.checksum], np.uint64).astype(np.int64)
+        words = np.array([self.impressions, self.checksum, self.skipped], np.uint64).astype(np.int64)
         tensor = torch.from_numpy(words).to(topology.device)
         dist.all_reduce(tensor)
-        impressions, checksum = tensor.cpu().numpy().astype(np.uint64).tolist()
-        return Audit(impressions, checksum)
+        return Audit(*tensor.cpu().numpy().astype(np.uint64).tolist())
 
 
 def expected(source: SequenceSource, order: Order, start: int, end: int) -> Audit:

@@ -94,8 +94,8 @@ class Trainer:
 
         Returns:
             `steps` of the run so far, whether it is `finished`, why it was `stopped` before (None: it was not asked to),
-            `impressions` trained on and their `checksum` (see Audit), `seconds` of training so far, and `evaluation` by split;
-            also in the run's result.json.
+            `impressions` trained on, their `checksum` and how many were `skipped` (see Audit), `seconds` of training so far, and
+            `evaluation` by split; also in the run's result.json.
 
         Raises:
             RunError: a step failed; the message names rank, step, stage and shards.
@@ -116,9 +116,11 @@ class Trainer:
                 if self.telemetry is not None:
                     self.telemetry.close(False)
             raise
-        self.saver.wait()
+        with located(lambda: f"{self._where(self.controller.step)}, checkpoint"):
+            self.saver.wait()
         finished = self.controller.finished and stopped is None
-        evaluation = self._evaluate() if finished else {}
+        with located(lambda: f"{self._where(self.controller.step)}, evaluation"):
+            evaluation = self._evaluate() if finished else {}
         trained = self._trained()
         result = {
             "steps": self.controller.step,
@@ -126,6 +128,7 @@ class Trainer:
             "stopped": stopped,
             "impressions": trained.impressions,
             "checksum": f"{trained.checksum:016x}",
+            "skipped": trained.skipped,
             "seconds": self.progress.seconds,
             "evaluation": evaluation,
         }
@@ -164,13 +167,15 @@ class Trainer:
             while True:
                 result, stopped, preempted = self._step(engine, stream, steps, stage, pace)
                 last = controller.ended or controller.step == stop_at or stopped is not None
-                metrics = self._validate(engine, stage)
+                with located(lambda: f"{self._where(controller.step)}, validation"):
+                    metrics = self._validate(engine, stage)
                 if metrics or last or controller.step % train.log_every == 0 or controller.step == 1:
                     inside = self._look_inside(engine, stage) if metrics else {}
                     self._report(stage, result | metrics | inside, pace)
                 better = bool(metrics) and train.keep.best is not None
                 if last or controller.ended or preempted or better or controller.step % train.checkpoint_every == 0:
-                    self._checkpoint(engine, metrics)
+                    with located(lambda: f"{self._where(controller.step)}, checkpoint"):
+                        self._checkpoint(engine, metrics)
                 if last or controller.ended:
                     return stopped
 
@@ -182,8 +187,7 @@ class Trainer:
         position = stream.position
 
         def where() -> str:
-            shards = ", ".join(stream.shards_of(position))
-            return f"rank {self.topology.rank}, step {controller.step + 1}, stage {stage.name}, {shards}"
+            return f"{self._where(controller.step + 1)}, {', '.join(stream.shards_of(position))}"
 
         began = time.monotonic()
         with located(where):
@@ -197,6 +201,7 @@ class Trainer:
             result = engine.step(micro_batches, step.impressions, stage, factor, (reason is not None, look))
         if (skipped := self.finite.skips(result, where)) is not None:
             log.warning("%s", skipped)
+            self.audit += Audit(skipped=sum(batch.impressions for batch in step.micro_batches))
         else:
             self.audit += Audit.of(step.micro_batches)
         stop, looks = result.signals
@@ -214,6 +219,9 @@ class Trainer:
         rates = {f"lr/{group}": stage.lr[group] * factor for group in stage.trainable}
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
         return row, (reason or "another rank was asked to stop") if stop else None, preempted
+
+    def _where(self, step: int) -> str:
+        return f"rank {self.topology.rank}, step {step}, stage {self.controller.stage.name}"
 
     def _evened(self, step: Step) -> list[Batch]:
         """The step's micro-batches, as many as the rank with most of them has."""
