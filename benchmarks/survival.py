@@ -56,6 +56,7 @@ class Row:
 Breaker = Callable[[str, threading.Event], list[float]]
 """Breaks something while a run trains in the folder, until it is told to end; returns when, in seconds since the start."""
 WORKER = "ray::RayTrainWorker"
+WORKERS = 2
 log = logging.getLogger("ctrsink")
 
 
@@ -99,7 +100,7 @@ def spec_of(args: argparse.Namespace, folder: Path, name: str, *overrides: str) 
     config = synthetic_log(folder, args.events) if not (folder / "raw").exists() else folder / "run.yaml"
     own = [
         f"run_dir={folder / name}", f"data.uri={folder / 'data'}", "data.examples=per_user", "data.history=10", "data.targets=20",
-        "runtime.kind=ray", "runtime.workers=2", "runtime.max_failures=-1", "runtime.collective_timeout_s=60",
+        "runtime.kind=ray", f"runtime.workers={WORKERS}", "runtime.max_failures=-1", "runtime.collective_timeout_s=60",
         "model.backbone.config.attention_dropout=0.1", "train.batch_size=8", "train.micro_batch_size=4",
         "train.checkpoint_every=20", "train.log_every=1", "evaluate.splits=[valid]", "evaluate.max_sequences=100",
     ]  # fmt: skip
@@ -110,16 +111,16 @@ def spec_of(args: argparse.Namespace, folder: Path, name: str, *overrides: str) 
 
 def train(spec: RunSpec, breaker: Breaker | None = None) -> dict[str, Any]:
     """Train the run while `breaker` breaks things; what it said of itself, when failures were, and how long it all took."""
+    from ctrsink.runtime.ray_train import connect
     from ctrsink.runtime.start import start
 
     ended, began = threading.Event(), time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        breaking = pool.submit(breaker, spec.run_dir, ended) if breaker else None
-        try:
-            result = start(spec)
-        finally:
-            ended.set()
-    return result | {"failures": breaking.result() if breaking else [], "wall": time.monotonic() - began}
+    connect(None, WORKERS + 1)
+    with ThreadPoolExecutor(1) as pool:  # Ray starts nodes from the main thread alone, so the breaker is there
+        training = pool.submit(start, spec)
+        training.add_done_callback(lambda _: ended.set())
+        failures = breaker(spec.run_dir, ended) if breaker else []
+        return training.result() | {"failures": failures, "wall": time.monotonic() - began}
 
 
 def workers() -> list[psutil.Process]:

@@ -1,8 +1,10 @@
 """Real hosts that fail: the main job over two of them, one killed and replaced, one cut off and joined again."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 from benchmarks.host_failure import Job, recover
 from cluster.local.__main__ import main
 from cluster.local.hosts import BUCKET, Hosts
+from cluster.local.ray_node import RAY
 from ctrsink.config import parse_run
 from ctrsink.config.load import merge
 from ctrsink.runtime.start import start
@@ -61,11 +64,14 @@ def hosts(data: str, repository: Path) -> Iterator[Hosts]:
             started.down()
 
 
-def submitted(hosts: Hosts, folder: Path, name: str) -> Job:
-    tree = run_tree(f"s3://{BUCKET}/data", f"s3://{BUCKET}/{name}", **merge(SHAPE, ON_HOSTS))
+def submitted(hosts: Hosts, folder: Path, name: str, **changes: Any) -> Job:
+    tree = run_tree(f"s3://{BUCKET}/data", f"s3://{BUCKET}/{name}", **merge(merge(SHAPE, ON_HOSTS), changes))
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir=.", "--"]
-    return Job(hosts, [*ray, "python", "-m", "ctrsink", "train", "--config", "run.yaml"], folder)
+    return Job(
+        hosts,
+        [*RAY, "job", "submit", "--working-dir=.", "--", "python", "-m", "ctrsink", "train", "--config", "run.yaml"],
+        folder,
+    )
 
 
 def require_same_losses(hosts: Hosts, name: str, alone: list[float]) -> None:
@@ -92,6 +98,28 @@ def test_run_goes_on_after_a_host_failed(hosts: Hosts, tmp_path: Path, alone: li
     assert recovery.resumed_at > 1
     assert recovery.resumed_at % 4 == 1, "it went on with the step behind a checkpoint"
     require_same_losses(hosts, failure, alone)
+
+
+def test_announced_loss_of_a_host_is_no_failure(hosts: Hosts, data: str, tmp_path: Path) -> None:
+    """Not one failure is allowed, checkpoints are far apart, and the host really goes; the last one left does the rest."""
+    stages = run_tree(data, "")["stages"]
+    stages[1]["steps"] = 92
+    reference = str(tmp_path / "reference")
+    start(parse_run(run_tree(data, reference, **merge(SHAPE, {"stages": stages})), "test"))
+    runtime = {"workers": {"min": 1, "max": 2}, "max_failures": 0, "max_preemptions": 3, "resize_every_s": 600}
+    job = submitted(hosts, tmp_path, "announced", runtime=runtime, train={"checkpoint_every": 1000}, stages=stages)
+    job.wait(lambda: max(job.steps(), default=0) >= 10, 240)
+    host = max(host for host in hosts.addresses() if host.startswith("host") and hosts.network.alive(host))
+    hosts.announce(host, 15)
+    job.wait(lambda: any("is announced: a checkpoint is made" in line for line in job.lines), 60)
+    time.sleep(2)  # as a cloud would: some time after it was announced
+    hosts.kill(host)
+    output = job.result(300)
+    continued = re.findall(r"continuing from the checkpoint of step (\d+) with (\d) workers", output)
+    assert continued, output
+    assert 10 <= int(continued[-1][0]) < 100
+    assert continued[-1][1] == "1"
+    require_same_losses(hosts, "announced", [row["loss"] for row in read_metrics(reference)])
 
 
 def test_command_line_runs_a_program_inside_and_ends_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,25 @@ class Hosts:
         """End all processes of the host at once, after its link was cut."""
         self.network.kill(self._known(host))
 
+    def announce(self, host: str, seconds: int) -> None:
+        """Tell Ray that the host will be taken away in so many seconds, as a cloud does with a spot instance; it is not.
+
+        Raises:
+            RunError: Ray does not know the host, or refuses.
+        """
+        address = self._address(self._known(host))
+        node = next((node for node, place in self.ray_nodes().items() if place == address), None)
+        if node is None:
+            raise RunError(f"{host} is no living node of the cluster")
+        why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={host} is taken away"]
+        command = [*ray_node.RAY, "drain-node", f"--address={GCS}", f"--node-id={node}", *why]
+        with self.inside("head"):
+            done = subprocess.run(
+                [*command, f"--deadline-remaining-seconds={seconds}"], env=self.environment(), capture_output=True, text=True
+            )
+        if done.returncode != 0:
+            raise RunError(f"{host} cannot be announced to go: {(done.stdout + done.stderr).strip()[-1000:]}")
+
     @contextlib.contextmanager
     def inside(self, host: str) -> Iterator[None]:
         """What this thread connects to or starts meanwhile is on the host."""

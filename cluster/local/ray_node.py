@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
+"""The `ray` of this Python."""
+
 
 def command(address: str, cpus: int, *flags: str) -> list[str]:
     """`ray start --block` of a node at `address`.
@@ -15,7 +18,7 @@ def command(address: str, cpus: int, *flags: str) -> list[str]:
     Give it a `--temp-dir` of its own with a short path: that of a Unix socket has about 100 bytes at most, and Ray adds 60.
     """
     return [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+        *(*RAY, "start", "--block", "--disable-usage-stats"),
         *(f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0", *flags),
     ]
 
