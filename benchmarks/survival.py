@@ -1,7 +1,8 @@
 """What a run survives, and at what price: workers killed at random, workers that come and go, failures one after another.
 
-Every failure is real: `kill -9` of a worker's process, or of a whole Ray node. Each run is compared with one that was left alone:
-its losses, and the multiset of impressions that it trained on, by its checksum (see ctrsink.train.audit).
+Every failure is real: `kill -9` of a worker's process, or of a whole Ray node. What a run says that it trained on (see
+ctrsink.train.audit) is held against the data set; its losses against those of a run that was left alone, where there is one. That
+weights are what they should be shows in the losses alone.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +46,14 @@ class Row:
     finished: bool
     failures: int
     exact: bool
-    """Whether it trained on the multiset of impressions that it should have."""
+    """Whether it trained on the multiset of impressions that the data set's order gives."""
     wall_s: float
     goodput: float
-    """Time of the steps that counted over the wall clock, starting Ray and evaluating included."""
+    """Time of the steps that counted over the wall clock, which holds all of the start but that of Ray, and the evaluation."""
+    worlds: list[int]
+    """Workers, from group to group."""
     bitwise: bool | None = None
-    """Whether every loss is that of the run that was left alone; None where there was none."""
+    """Whether every loss is that of the run that was left alone; None where that is not to be expected, or there was none."""
     last_loss_off: float | None = None
     """Relative distance of the last loss from that run's."""
 
@@ -61,7 +66,7 @@ log = logging.getLogger("ctrsink")
 
 
 def main() -> int:
-    """Run the benchmark; returns the exit code: 1 where a run did not end or was not exact."""
+    """Run the benchmark; returns the exit code: 1 where a run did not end, nothing failed, or anything differed that must not."""
     args = _arguments()
     logs.configure()
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1", "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -69,7 +74,7 @@ def main() -> int:
         found = machine()
         rows = args.experiment(args, Path(folder).resolve())
     print(strict_json.dumps({"machine": found, "runs": [asdict(row) for row in rows]}) if args.json else text(found, rows))
-    return 0 if all(row.finished and row.exact for row in rows) else 1
+    return 0 if all(row.finished and row.exact and row.failures and row.bitwise is not False for row in rows) else 1
 
 
 def _arguments() -> argparse.Namespace:
@@ -119,13 +124,28 @@ def train(spec: RunSpec, breaker: Breaker | None = None) -> dict[str, Any]:
     with ThreadPoolExecutor(1) as pool:  # Ray starts nodes from the main thread alone, so the breaker is there
         training = pool.submit(start, spec)
         training.add_done_callback(lambda _: ended.set())
-        failures = breaker(spec.run_dir, ended) if breaker else []
+        try:
+            failures = breaker(spec.run_dir, ended) if breaker else []
+        except BaseException:
+            request_stop(spec.run_dir, "the experiment failed")
+            raise
         return training.result() | {"failures": failures, "wall": time.monotonic() - began}
 
 
 def workers() -> list[psutil.Process]:
     """The processes that train now, below this one."""
     return [p for p in psutil.Process().children(recursive=True) if p.is_running() and WORKER in " ".join(_command(p))]
+
+
+def kill_one(chance: random.Random, ended: threading.Event) -> bool:
+    """Kill a random one of the workers, once there are some; returns whether one was."""
+    while not ended.is_set():
+        if found := workers():
+            with suppress(psutil.NoSuchProcess):
+                chance.choice(found).kill()
+                return True
+        ended.wait(0.02)
+    return False
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -148,13 +168,10 @@ def kill_once(chance: random.Random, steps: int) -> Breaker:
         began, target = time.monotonic(), chance.randrange(1, steps)
         while steps_of(run_dir) < target - 20 and not ended.wait(0.02):
             pass
-        while not (found := workers()) and not ended.wait(0.02):
+        while not workers() and not ended.wait(0.02):
             pass
         ended.wait(chance.random() * 2)
-        if ended.is_set():
-            return []
-        chance.choice(found).kill()
-        return [time.monotonic() - began]
+        return [time.monotonic() - began] if kill_one(chance, ended) else []
 
     return breaker
 
@@ -165,11 +182,12 @@ def killed_runs(args: argparse.Namespace, folder: Path) -> list[Row]:
     chance = random.Random(args.seed)
     limits = [f"stages=[{_stage('align', args.steps // 3, 'sinks')},{_stage('all', args.steps - args.steps // 3, 'all')}]"]
     alone = spec_of(args, folder, "alone", *limits)
-    whole = train(alone)
+    train(alone)
     rows = []
     for number in range(args.runs):
         spec = spec_of(args, folder, f"killed-{number}", *limits)
-        rows.append(beside(f"kill {number}", spec, train(spec, kill_once(chance, args.steps)), alone, whole))
+        row = row_of(f"kill {number}", spec, train(spec, kill_once(chance, args.steps)))
+        rows.append(beside(row, spec, alone, True))
         log.info("%s", rows[-1])
     return rows
 
@@ -181,19 +199,29 @@ def _stage(name: str, steps: int, over: str, rate: float = 0.003) -> str:
     )
 
 
-def beside(name: str, spec: RunSpec, result: dict[str, Any], alone: RunSpec, whole: dict[str, Any]) -> Row:
-    """A run beside the one that was left alone."""
-    a, b = ([row["loss"] for row in read_metrics(run.run_dir)] for run in (alone, spec))
+def row_of(name: str, spec: RunSpec, result: dict[str, Any]) -> Row:
+    """What became of a run that has ended."""
+    run = restore_run(spec.run_dir)
+    source = SequenceSource(run.dataset, "train", run.layout)
+    order = Order(source.per_shard, spec.seed, spec.data.shuffle_shards)
+    # A resumed run drops the rows behind its checkpoint: what is left is one row per step.
+    worlds = [sum(key.startswith("memory_gib/rank") for key in row) for row in read_metrics(spec.run_dir)]
     return Row(
         run=name,
-        finished=result["finished"],
+        finished=result["finished"] or result["stopped"] is not None,
         failures=len(result["failures"]),
-        exact=(result["impressions"], result["checksum"]) == (whole["impressions"], whole["checksum"]),
+        exact=Audit(result["impressions"], int(result["checksum"], 16)) == expected(source, order, 0, run.checkpoint.position),
         wall_s=result["wall"],
         goodput=result["seconds"] / result["wall"],
-        bitwise=a == b,
-        last_loss_off=abs(a[-1] - b[-1]) / abs(a[-1]) if len(a) == len(b) else float("inf"),
+        worlds=[world for world, _ in groupby(worlds)],
     )
+
+
+def beside(row: Row, spec: RunSpec, alone: RunSpec, bitwise: bool) -> Row:
+    """The row of a run, its losses beside those of the run that was left alone."""
+    a, b = ([row["loss"] for row in read_metrics(run.run_dir)] for run in (alone, spec))
+    off = abs(a[-1] - b[-1]) / abs(a[-1]) if len(a) == len(b) else float("inf")
+    return replace(row, bitwise=a == b if bitwise else None, last_loss_off=off)
 
 
 def elastic_run(args: argparse.Namespace, folder: Path) -> list[Row]:
@@ -208,7 +236,7 @@ def elastic_run(args: argparse.Namespace, folder: Path) -> list[Row]:
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
     ray.init(address=cluster.address)
     alone = spec_of(args, folder, "alone", *stages, "model.backbone.config.attention_dropout=0")
-    whole = train(alone)
+    train(alone)
     spec = spec_of(
         args, folder, "elastic", *stages, "model.backbone.config.attention_dropout=0",
         "runtime.workers={min: 1, max: 2}", "runtime.resize_every_s=5",
@@ -224,9 +252,10 @@ def elastic_run(args: argparse.Namespace, folder: Path) -> list[Row]:
         while steps_of(run_dir) < gone + args.steps // 4 and not ended.wait(0.1):
             pass
         nodes.append(cluster.add_node(wait=False, num_cpus=1, object_store_memory=10**8))
-        return [*when, time.monotonic() - began]
+        return when
 
-    row = beside("2 -> 1 -> 2", spec, train(spec, come_and_go), alone, whole)
+    # One worker and two add up in other orders, so that the last bits differ.
+    row = beside(row_of("2 -> 1 -> 2", spec, train(spec, come_and_go)), spec, alone, False)
     ray.shutdown()
     cluster.shutdown()
     return [row]
@@ -247,31 +276,27 @@ def soaked_run(args: argparse.Namespace, folder: Path) -> list[Row]:
         began, when = time.monotonic(), []
         for number in range(round(60 * args.minutes / args.every)):
             ended.wait(max(0.0, began + (number + 0.5) * args.every - time.monotonic()))
-            found = workers()
-            if found:
-                chance.choice(found).kill()
+            if kill_one(chance, ended):
                 when.append(time.monotonic() - began)
         ended.wait(max(0.0, began + 60 * args.minutes - time.monotonic()))
         request_stop(run_dir, "the soak is over")
         return when
 
-    result = train(spec, keep_killing)
-    run = restore_run(spec.run_dir)
-    source = SequenceSource(run.dataset, "train", run.layout)
-    order = Order(source.per_shard, spec.seed, spec.data.shuffle_shards)
-    exact = Audit(result["impressions"], int(result["checksum"], 16)) == expected(source, order, 0, run.checkpoint.position)
-    goodput = result["seconds"] / result["wall"]
-    name = f"soak {args.minutes:g} min"
-    return [Row(name, result["stopped"] is not None, len(result["failures"]), exact, result["wall"], goodput)]
+    return [row_of(f"soak {args.minutes:g} min", spec, train(spec, keep_killing))]
 
 
 def text(found: dict[str, Any], rows: list[Row]) -> str:
     """The report as Markdown."""
-    header = ["run", "ended", "failures", "multiset exact", "losses bitwise", "last loss off by", "wall s", "goodput"]
-    keys = ["run", "finished", "failures", "exact", "bitwise", "last_loss_off", "wall_s", "goodput"]
-    words = {True: "yes", False: "no"}
-    cells = [[words[v] if isinstance(v := getattr(row, key), bool) else v for key in keys] for row in rows]
+    header = ["run", "ended", "failures", "multiset exact", "workers", "losses bitwise", "last loss off by", "wall s", "goodput"]
+    keys = ["run", "finished", "failures", "exact", "worlds", "bitwise", "last_loss_off", "wall_s", "goodput"]
+    cells = [[_cell(getattr(row, key)) for key in keys] for row in rows]
     return f"{machine_line(found)}\n\n{markdown(header, cells)}"
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class RunError(Exception):
 
 
 class PeerLost(RunError):
-    """Another rank, or the way to it, is gone; the failure itself is told there."""
+    """Another rank, or the way to it, is gone or has failed; the failure itself is told there."""
 
 
 def first_line(error: BaseException) -> str:

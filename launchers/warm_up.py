@@ -5,10 +5,10 @@ thousand modules again, which doubles the time that it takes to start. So the by
 """
 
 import compileall
-import importlib.util
+import importlib
 import os
-import py_compile
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,11 +21,11 @@ def main() -> None:
     """Import what a run imports, and compile all of it that is not."""
     for name in MODULES:
         importlib.import_module(name)
-    files = [Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()]
-    for source in files:
-        is_source = source.suffix == ".py" and source.is_file()  # torch.ops names a file that is none
-        if is_source and not Path(importlib.util.cache_from_source(str(source))).exists():
-            py_compile.compile(str(source))
+    with suppress(ImportError):
+        importlib.import_module("mlflow")
+    for source in [Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()]:
+        if source.suffix == ".py" and source.is_file():  # torch.ops names a file that is none
+            compileall.compile_file(source, quiet=2)  # nothing where there is bytecode of its present time stamp
     ray = Path(sys.modules["ray"].__path__[0])
     for folder in RAY_PROCESSES:
         compileall.compile_dir(ray / folder, quiet=2)

@@ -41,11 +41,17 @@ def away(proxy: FaultyProxy, run_dir: str, seconds: float) -> Iterator[list[floa
         thread.join()
 
 
-def test_a_run_goes_on_while_its_storage_is_away(proxy: FaultyProxy, tmp_path: Path) -> None:
-    """Shorter than a request is repeated: the last checkpoint and every row are there, and the losses are the same."""
-    data, run_dir = prepared_data(str(tmp_path / "data")), f"s3://{BUCKET}/outages/goes-on"
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("seconds", [5.0, pytest.param(120.0, marks=pytest.mark.slow)])
+def test_a_run_goes_on_while_its_storage_is_away(
+    proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Not longer than a request is repeated: the last checkpoint and every row are there, and the losses are the same."""
+    if seconds > 5:
+        monkeypatch.delenv("CTRSINK_STORAGE_DEADLINE_S")
+    data, run_dir = prepared_data(str(tmp_path / "data")), f"s3://{BUCKET}/outages/goes-on-{seconds:g}"
     spec = parse_run(run_tree(data, run_dir, train={"checkpoint_every": 4}), "test")
-    with away(proxy, run_dir, 5.0) as when:
+    with away(proxy, run_dir, seconds) as when:
         result = start(spec)
     assert result["finished"]
     assert len(when) == 2

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 
 from ctrsink.errors import InputError
 from ctrsink.runtime import presence
-from ctrsink.runtime.presence import Presence, require_nobody
-from ctrsink.train.rundir import PRESENCE_NAME, request_stop
+from ctrsink.runtime.presence import held
+from ctrsink.train.rundir import PRESENCE_NAME
 from tests.command_line import call, refused
 from tests.runs import prepared_data, train_process
 
@@ -19,46 +20,64 @@ from tests.runs import prepared_data, train_process
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presence, "PERIOD_S", 0.1)
+    monkeypatch.setattr(presence, "SETTLE_S", 0.5)
 
 
 @pytest.mark.usefixtures("quick")
-def test_somebody_is_there_until_he_leaves(tmp_path: Path) -> None:
-    one = Presence(str(tmp_path))
-    while not (tmp_path / PRESENCE_NAME).exists():
-        time.sleep(0.01)
-    with pytest.raises(
-        InputError, match=rf"is being trained by process {os.getpid()} on host .*: end that with `ctrsink stop --run"
-    ):
-        require_nobody(str(tmp_path))
-    one.close()
-    require_nobody(str(tmp_path))
+def test_a_run_is_held_by_one_until_he_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = rf"is being trained by process {os.getpid()} on host .*: end that with `ctrsink stop --run {tmp_path}`"
+    with held(str(tmp_path)):
+        monkeypatch.setattr(presence, "PATIENCE", 300)  # a slow disk is no death
+        with pytest.raises(InputError, match=said), held(str(tmp_path)):
+            pass
+        assert (tmp_path / PRESENCE_NAME).exists(), "he who was refused takes nothing away"
     assert list(tmp_path.iterdir()) == []
+    with held(str(tmp_path)):
+        pass
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("word", [json.dumps({"host": "h", "process": 1, "beat": 7}), "half of a wor", "[]"])
-def test_the_word_of_somebody_who_died_holds_nobody_up_for_long(tmp_path: Path, word: str) -> None:
-    (tmp_path / PRESENCE_NAME).write_text(word)
-    require_nobody(str(tmp_path))
+@pytest.mark.parametrize("sign", [json.dumps({"host": "h", "process": 1, "token": "x", "beat": 7}), "half of a sig", "[]"])
+def test_one_who_died_holds_nobody_up_for_long(tmp_path: Path, sign: str) -> None:
+    (tmp_path / PRESENCE_NAME).write_text(sign)
+    with held(str(tmp_path)):
+        assert json.loads((tmp_path / PRESENCE_NAME).read_text())["process"] == os.getpid()
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_request_to_stop_is_seen(tmp_path: Path) -> None:
-    one = Presence(str(tmp_path))
-    assert one.stop_reason() is None
-    request_stop(str(tmp_path), "enough")
-    until = time.monotonic() + 10
-    while one.stop_reason() is None and time.monotonic() < until:
+def test_of_many_that_wait_for_the_same_death_one_goes_on(tmp_path: Path) -> None:
+    (tmp_path / PRESENCE_NAME).write_text(json.dumps({"host": "h", "process": 1, "token": "x", "beat": 7}))
+    going, refusals, all_said = [], [], threading.Event()
+
+    def take(number: int) -> None:
+        try:
+            with held(str(tmp_path)):
+                going.append(number)
+                all_said.wait(20)
+        except InputError as error:
+            refusals.append(str(error))
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 20
+    while len(going) + len(refusals) < 5 and time.monotonic() < until:
         time.sleep(0.01)
-    one.close()
-    assert one.stop_reason() == "enough"
+    all_said.set()
+    for thread in threads:
+        thread.join()
+    assert len(going) == 1
+    assert len(refusals) == 4
 
 
-def test_a_run_is_resumed_by_nobody_while_it_trains_and_by_anybody_after_it_was_killed(tmp_path: Path) -> None:
+def test_a_run_is_resumed_by_nobody_while_it_trains_and_by_anybody_after_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = prepared_data(str(tmp_path / "set"))
     process = train_process(tmp_path, data)
     again = ["train", "--config", tmp_path / "run.yaml", "--resume"]
     refused(call(*again), f"is being trained by process {process.pid} on host")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
+    monkeypatch.setattr(presence, "PERIOD_S", 0.1)
     assert call(*again, "--stop-after", 1).code == 0

@@ -27,5 +27,6 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
 def test_workers_go_and_come_back(tmp_path: Path) -> None:
     (row,) = elastic_run(argparse.Namespace(events=5000, seed=0, steps=600, rate=0.0001), tmp_path)
     exact(row)
+    assert row.worlds == [2, 1, 2]
     assert row.last_loss_off is not None
     assert row.last_loss_off < 1e-5

@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         one = verbs.add_parser(verb, parents=[common], help=text)
         one.add_argument("host")
         one.set_defaults(command=lambda args, act=act: act(Hosts.of(args.name), args.host) or 0)
-    announce = verbs.add_parser("announce", parents=[common], help="tell Ray that a host will be taken away; then kill it")
+    announce = verbs.add_parser(
+        "announce", parents=[common], help="tell Ray that a host will be taken away; kill it yourself afterwards"
+    )
     announce.add_argument("host")
     announce.add_argument("--seconds", type=int, default=60, help="until then (default: %(default)s)")
     announce.set_defaults(command=lambda args: Hosts.of(args.name).announce(args.host, args.seconds) or 0)

@@ -139,14 +139,22 @@ class Hosts:
             RunError: Ray does not know the host, or refuses.
         """
         address = self._address(self._known(host))
-        node = next((node for node, place in self.ray_nodes().items() if place == address), None)
+        try:
+            nodes = self.ray_nodes()
+        except OSError as error:
+            raise RunError(f"the head does not answer: {error}") from None
+        node = next((node for node, place in nodes.items() if place == address), None)
         if node is None:
             raise RunError(f"{host} is no living node of the cluster")
         why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={host} is taken away"]
         command = [*ray_node.RAY, "drain-node", f"--address={GCS}", f"--node-id={node}", *why]
         with self.inside("head"):
             done = subprocess.run(
-                [*command, f"--deadline-remaining-seconds={seconds}"], env=self.environment(), capture_output=True, text=True
+                [*command, f"--deadline-remaining-seconds={seconds}"],
+                env=self.environment(),
+                capture_output=True,
+                text=True,
+                timeout=60,
             )
         if done.returncode != 0:
             raise RunError(f"{host} cannot be announced to go: {(done.stdout + done.stderr).strip()[-1000:]}")

@@ -5,9 +5,8 @@ from typing import Any
 
 from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
-from ctrsink.runtime.presence import Presence
 from ctrsink.runtime.process import prepare_process
-from ctrsink.runtime.stopping import on_sigterm
+from ctrsink.runtime.stopping import StopRequests, on_sigterm
 
 
 def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
@@ -23,10 +22,10 @@ def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     asked: list[str] = []
-    presence = Presence(spec.run_dir)
-    surroundings = Surroundings(stop=lambda: asked[0] if asked else presence.stop_reason())
+    requests = StopRequests(spec.run_dir)
+    surroundings = Surroundings(stop=lambda: asked[0] if asked else requests.reason())
     try:
         with on_sigterm(asked.append):
             return Trainer(spec, Topology(device=device), vocabulary, surroundings).run(stop_after)
     finally:
-        presence.close()
+        requests.close()

@@ -1,83 +1,89 @@
-"""A run's folder while somebody trains there: the first rank says so from time to time, and looks for requests to stop."""
+"""A run's folder is held by the process that started it, so that no two train one run: they would write over each other."""
 
 import json
 import logging
 import os
+import secrets
 import socket
-import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from ctrsink import storage
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.rundir import PRESENCE_NAME, stop_request
+from ctrsink.runtime.every import Every
+from ctrsink.train.rundir import PRESENCE_NAME
 
 PERIOD_S = 5.0
 PATIENCE = 3
-"""Periods without a word after which nobody trains there any more."""
+"""Periods without a sign of life after which the holder counts as dead."""
+SETTLE_S = 1.0
 log = logging.getLogger("ctrsink.train")
 
 
-class Presence:
-    """Of the first rank, in a thread of its own; storage that fails is asked again."""
+@contextmanager
+def held(run_dir: str) -> Generator[None, None, None]:
+    """Hold the run's folder meanwhile, by a file with a sign of life in it, a new one every PERIOD_S.
 
-    def __init__(self, run_dir: str) -> None:
-        self._run_dir, self._beats = run_dir, 0
-        self._reason: str | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="presence", daemon=True)
-        self._thread.start()
-
-    def stop_reason(self) -> str | None:
-        """Why somebody wants the run saved and stopped, None as long as nobody asked."""
-        return self._reason
-
-    def close(self) -> None:
-        """Take the word back; storage that does not answer is not waited for."""
-        self._closed.set()
-        self._thread.join(PERIOD_S)
-
-    def _watch(self) -> None:
-        path = storage.join(self._run_dir, PRESENCE_NAME)
-        while True:
-            try:
-                who = {"host": socket.gethostname(), "process": os.getpid(), "beat": self._beats}
-                storage.write_bytes(path, json.dumps(who).encode())
-                self._beats += 1
-                self._reason = self._reason or stop_request(self._run_dir)
-            except (InputError, RunError, OSError) as error:
-                log.debug("the run's folder does not answer: %s", error)
-            if self._closed.wait(PERIOD_S):
-                break
-        with suppress(InputError, RunError, OSError):
-            storage.delete(path)
-
-
-def require_nobody(run_dir: str) -> None:
-    """Wait, where a process has left its word behind, whether it still lives: two that train one run would write over each other.
+    No clock of another host is compared: a holder is alive if its file changes while one looks. The process that starts a run
+    holds it, not the workers: they die with it, and may be started again while it lives.
 
     Raises:
-        InputError: it does.
+        InputError: another process holds it, and lives.
     """
-    found = _word(run_dir)
-    if found is None:
-        return
-    who = f"process {found['process']} on host {found['host']}"
-    log.info("%s has trained %s: waiting %g s for a sign of life", who, run_dir, PATIENCE * PERIOD_S)
-    until = time.monotonic() + PATIENCE * PERIOD_S
-    while time.monotonic() < until:
-        time.sleep(PERIOD_S / 5)
-        if (now := _word(run_dir)) is None:
-            return
-        if now != found:
-            raise InputError(
-                f"{run_dir} is being trained by {who}: end that with `ctrsink stop --run {run_dir}` before you resume it"
-            )
+    path = storage.join(run_dir, PRESENCE_NAME)
+    sign = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8), "beat": 0}
+    _take(run_dir, path, sign)
 
+    def beat() -> None:
+        sign["beat"] += 1
+        storage.write_bytes(path, json.dumps(sign).encode())
 
-def _word(run_dir: str) -> dict[str, object] | None:
+    beating = Every(PERIOD_S, beat, "presence")
     try:
-        found = json.loads(storage.read_bytes(storage.join(run_dir, PRESENCE_NAME)))
+        yield
+    finally:
+        if beating.close():
+            with suppress(InputError, RunError, OSError):
+                if (_sign_of_life(path) or {}).get("token") == sign["token"]:
+                    storage.delete(path)
+
+
+def _take(run_dir: str, path: str, sign: dict[str, Any]) -> None:
+    content = json.dumps(sign).encode()
+    if storage.create(path, content):
+        return
+    _until_dead(run_dir, path)
+    storage.write_bytes(path, content)
+    time.sleep(SETTLE_S)  # of several that waited for the same death the last to write goes on
+    if (found := _sign_of_life(path)) != sign:
+        raise InputError(_held_by(run_dir, found))
+
+
+def _until_dead(run_dir: str, path: str) -> None:
+    """Return when the holder has gone, or has given no sign of life for long enough."""
+    found = _sign_of_life(path)
+    if found is not None:
+        who = f"process {found['process']} on host {found['host']}"
+        log.info("%s held %s last: waiting %g s for a sign of life", who, run_dir, PATIENCE * PERIOD_S)
+    until = time.monotonic() + PATIENCE * PERIOD_S
+    while found is not None and time.monotonic() < until:
+        time.sleep(PERIOD_S / 5)
+        now = _sign_of_life(path)
+        if now is not None and now != found:
+            raise InputError(_held_by(run_dir, now))
+        found = now
+
+
+def _held_by(run_dir: str, found: dict[str, Any] | None) -> str:
+    who = f"process {found['process']} on host {found['host']}" if found else "another process"
+    return f"{run_dir} is being trained by {who}: end that with `ctrsink stop --run {run_dir}` before you resume the run"
+
+
+def _sign_of_life(path: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(storage.read_bytes(path))
         return found if isinstance(found, dict) and {"host", "process"} <= found.keys() else None
     except (FileNotFoundError, ValueError):
         return None

@@ -8,10 +8,12 @@ from ctrsink import logs
 
 
 def prepare_process(device: str, threads: int, rank: int = 0) -> None:
-    """Accelerator, threads and logging of this process; call it before DeepSpeed is imported.
+    """Accelerator, threads, logging and garbage collection of this process; call it before DeepSpeed is imported.
 
-    Threads are cores / workers of the host: with more, OpenMP's spinning makes training many times slower.
+    Threads are cores / workers of the host: with more, OpenMP's spinning makes training many times slower. Imports make millions
+    of objects and free none, so looking every 700 new ones for garbage costs a tenth of the start, and of every restart.
     """
+    gc.set_threshold(10_000)
     os.environ["DS_ACCELERATOR"] = device
     os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -19,14 +21,6 @@ def prepare_process(device: str, threads: int, rank: int = 0) -> None:
 
     torch.set_num_threads(threads)
     logs.configure(logging.INFO if rank == 0 else logging.WARNING, rank)
-
-
-def collect_rarely() -> None:
-    """Let Python's garbage collector look every 10,000 new objects, not every 700: imports make millions, and free none.
-
-    Takes a tenth off the start of every process, and so off every restart after a failure.
-    """
-    gc.set_threshold(10_000)
 
 
 def stay_on_loopback(address: str | None) -> None:

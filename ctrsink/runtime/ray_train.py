@@ -22,7 +22,6 @@ from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
-COLLECT_RARELY = "ctrsink.runtime.process.collect_rarely"
 PLACE_S = 15.0  # placing workers where there is room takes far less
 log = logging.getLogger("ctrsink.train")
 
@@ -36,15 +35,11 @@ def connect(address: str | None, cpus: int) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    environment = {"worker_process_setup_hook": COLLECT_RARELY}
     try:
         if address:
-            ray.init(address=address, log_to_driver=True, runtime_env=environment)
+            ray.init(address=address, log_to_driver=True)
         else:
-            # Nobody takes this machine away piece by piece; each start of the workers would start a watcher, too.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(
-                runtime_env=environment,
                 address="local",  # not a cluster of somebody else's on this machine
                 num_cpus=cpus,
                 include_dashboard=True,
@@ -72,6 +67,8 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
             f"run_dir {spec.run_dir} is relative, which means nothing on a cluster: use s3://, or an absolute shared folder"
         )
     connect(spec.runtime.address, _local_cpus(spec))
+    # No part of this machine alone is taken away; a watcher for that would start anew with each start of the workers.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1" if len(ray.nodes()) > 1 or elsewhere else "0"
     spec = _without_working_folder(spec)
     runtime = spec.runtime
     repeats.forget(spec.run_dir)
@@ -153,15 +150,15 @@ def _worker(config: dict[str, Any]) -> None:
     context = get_context()
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
     from ctrsink.dist import Topology
-    from ctrsink.runtime.presence import Presence
+    from ctrsink.runtime.stopping import StopRequests
     from ctrsink.train.failures import Diverged
     from ctrsink.train.loop import Trainer
     from ctrsink.train.surroundings import Surroundings
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
-    presence = Presence(spec.run_dir) if topology.is_first else None
-    surroundings = Surroundings(presence.stop_reason if presence else lambda: None, _preemption, RayGauges(spec.name))
+    requests = StopRequests(spec.run_dir) if topology.is_first else None
+    surroundings = Surroundings(requests.reason if requests else lambda: None, _preemption, RayGauges(spec.name))
     try:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
@@ -171,11 +168,11 @@ def _worker(config: dict[str, Any]) -> None:
         if topology.is_first:
             write_result(spec.run_dir, {"given_up": str(error)})
     except (InputError, RunError) as error:
-        repeats.record(spec.run_dir, error)
+        repeats.record(spec.run_dir, topology.rank, error)
         raise
     finally:
-        if presence:
-            presence.close()
+        if requests:
+            requests.close()
 
 
 def _ask(run_dir: str, reason: str) -> None:

@@ -1,12 +1,13 @@
 """Start a run where its configuration says."""
 
+from contextlib import ExitStack
 from typing import Any
 
 from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
-from ctrsink.runtime.presence import require_nobody
+from ctrsink.runtime.presence import held
 from ctrsink.runtime.process import stay_on_loopback
 from ctrsink.train.rundir import claim, identities, release
 
@@ -18,12 +19,15 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
         InputError: something about the data, the model or the run's folder is wrong, or somebody trains the run already; a new
             run that has no checkpoint yet leaves nothing behind.
     """
-    vocabulary = check(spec)
-    if resume:
-        require_nobody(spec.run_dir)
-    new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
+    vocabulary, new = check(spec), False
     try:
-        return _train(spec, vocabulary, stop_after)
+        with ExitStack() as folder:
+            if resume:  # before anything in the folder of a run that may be alive is changed
+                folder.enter_context(held(spec.run_dir))
+            new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
+            if not resume:
+                folder.enter_context(held(spec.run_dir))
+            return _train(spec, vocabulary, stop_after)
     except InputError:
         if new:
             release(spec.run_dir)

@@ -1,10 +1,34 @@
-"""A signal to the process that was started asks its run to save and stop."""
+"""Ways to ask a run to save and stop: a signal to the process that was started, or `ctrsink stop`, a file in the run's folder."""
 
 import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
+
+from ctrsink.runtime.every import Every
+from ctrsink.train.rundir import stop_request
+
+POLL_S = 5.0
+
+
+class StopRequests:
+    """Looks for a request in the run's folder from time to time."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._reason: str | None = None
+        self._looking = Every(POLL_S, self._look, "stop-requests")
+
+    def reason(self) -> str | None:
+        """Why the run is to stop, None as long as nobody asked."""
+        return self._reason
+
+    def close(self) -> None:
+        self._looking.close()
+
+    def _look(self) -> None:
+        self._reason = self._reason or stop_request(self._run_dir)
 
 
 @contextmanager

@@ -130,12 +130,18 @@ class Engine:
         """Norm of the gradient under ZeRO 0, where DeepSpeed does not keep it."""
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]))
 
-    def state(self, wanted: bool = True) -> EngineState:
-        """Collective: every rank must call it, and gets the whole state on the CPU; an empty one where it is not `wanted`."""
+    def state(self, wanted: bool = True, kept: tuple[Group, ...] | None = None) -> EngineState:
+        """Collective: every rank must call it, and gets the whole state on the CPU; an empty one where it is not `wanted`.
+
+        Args:
+            wanted: of interest on this rank.
+            kept: groups whose moments are (None: all); those of a whole backbone take twice its memory on every rank.
+        """
         parameters, moments = {}, {}
         for name, parameter in self.named.items():
             value = self._full_value(parameter)
-            pair = {f"{name}/{key}": self._full_moment(parameter, key) for key in MOMENTS}
+            keys = MOMENTS if kept is None or trained_as(name, kept) else ()
+            pair = {f"{name}/{key}": self._full_moment(parameter, key) for key in keys}
             if wanted:
                 parameters[name] = value.float().cpu().clone()
                 moments |= {key: moment.cpu().clone() for key, moment in pair.items()}

@@ -104,11 +104,12 @@ class Trainer:
         stop_at = None if stop_after is None else self.controller.step + stop_after
         if self.topology.is_first:
             self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
-        stopped = None
         try:
-            while stopped is None and not self.controller.finished and self.controller.step != stop_at:
-                self.controller.advance()
-                stopped = self._run_stage(stop_at)
+            stopped = self._run_stages(stop_at)
+            finished = self.controller.finished and stopped is None
+            with located(lambda: f"{self._where()}, evaluation"):
+                evaluation = self._evaluate() if finished else {}
+            trained = self._trained()
         except BaseException:
             with suppress(Exception):  # what went wrong first is told
                 self.saver.wait()
@@ -116,12 +117,6 @@ class Trainer:
                 if self.telemetry is not None:
                     self.telemetry.close(False)
             raise
-        with located(lambda: f"{self._where(self.controller.step)}, checkpoint"):
-            self.saver.wait()
-        finished = self.controller.finished and stopped is None
-        with located(lambda: f"{self._where(self.controller.step)}, evaluation"):
-            evaluation = self._evaluate() if finished else {}
-        trained = self._trained()
         result = {
             "steps": self.controller.step,
             "finished": finished,
@@ -157,24 +152,36 @@ class Trainer:
             checkpoint.seconds,
         )
 
+    def _run_stages(self, stop_at: int | None) -> str | None:
+        """Train to the end or to step `stop_at`, and see the last checkpoint saved; returns why the run was asked to stop."""
+        stopped = None
+        while stopped is None and not self.controller.finished and self.controller.step != stop_at:
+            self.controller.advance()
+            stopped = self._run_stage(stop_at)
+        with located(lambda: f"{self._where()}, checkpoint"):
+            self.saver.wait()
+        return stopped
+
     def _run_stage(self, stop_at: int | None) -> str | None:
         """Train until the stage has ended or step `stop_at` is reached; returns why the run was asked to stop, if it was."""
         stage, controller, train = self.controller.stage, self.controller, self.spec.train
-        engine = self._engine_for(stage)
-        stream = self._stream_for(stage, engine)
+        with located(lambda: f"{self._where()}, start of the stage"):
+            engine = self._engine_for(stage)
+            stream = self._stream_for(stage, engine)
         pace = Pace(FlopCount.of(engine.model), stage.readout.through_sinks)
         with closing(iter(stream)) as steps:
             while True:
                 result, stopped, preempted = self._step(engine, stream, steps, stage, pace)
                 last = controller.ended or controller.step == stop_at or stopped is not None
-                with located(lambda: f"{self._where(controller.step)}, validation"):
+                with located(lambda: f"{self._where()}, validation"):
                     metrics = self._validate(engine, stage)
                 if metrics or last or controller.step % train.log_every == 0 or controller.step == 1:
-                    inside = self._look_inside(engine, stage) if metrics else {}
-                    self._report(stage, result | metrics | inside, pace)
+                    with located(lambda: f"{self._where()}, report"):
+                        inside = self._look_inside(engine, stage) if metrics else {}
+                        self._report(stage, result | metrics | inside, pace)
                 better = bool(metrics) and train.keep.best is not None
                 if last or controller.ended or preempted or better or controller.step % train.checkpoint_every == 0:
-                    with located(lambda: f"{self._where(controller.step)}, checkpoint"):
+                    with located(lambda: f"{self._where()}, checkpoint"):
                         self._checkpoint(engine, metrics)
                 if last or controller.ended:
                     return stopped
@@ -187,7 +194,7 @@ class Trainer:
         position = stream.position
 
         def where() -> str:
-            return f"{self._where(controller.step + 1)}, {', '.join(stream.shards_of(position))}"
+            return f"{self._where(1)}, {', '.join(stream.shards_of(position))}"
 
         began = time.monotonic()
         with located(where):
@@ -220,8 +227,8 @@ class Trainer:
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
         return row, (reason or "another rank was asked to stop") if stop else None, preempted
 
-    def _where(self, step: int) -> str:
-        return f"rank {self.topology.rank}, step {step}, stage {self.controller.stage.name}"
+    def _where(self, ahead: int = 0) -> str:
+        return f"rank {self.topology.rank}, step {self.controller.step + ahead}, stage {self.controller.stage.name}"
 
     def _evened(self, step: Step) -> list[Batch]:
         """The step's micro-batches, as many as the rank with most of them has."""
@@ -238,7 +245,7 @@ class Trainer:
         if self.engine is not None and self.engine.trainable == stage.trainable:
             return self.engine
         if self.engine is not None:
-            state = self.engine.state()
+            state = self.engine.state(kept=stage.trainable)
             self.progress.parameters |= state.parameters
             self.progress.state = state
             self.engine.destroy()

@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from ctrsink import storage
 from ctrsink.dist import Topology, all_sum
-from ctrsink.errors import InputError, RunError, first_line
+from ctrsink.errors import InputError, PeerLost, RunError, first_line
 from ctrsink.train.checkpoint import (
     PARAMETERS,
     SHARDS,
@@ -60,7 +60,7 @@ class Shards:
     temporary: tempfile.TemporaryDirectory[str]
 
 
-def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint) -> str:
+def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint, before: Callable[[], object] = lambda: None) -> str:
     """Collective: every rank must call it; it returns the folder when the checkpoint is whole.
 
     Each rank writes its shards to the node's temporary folder, uploads them, and tells the first one their sizes and hashes; that
@@ -70,6 +70,7 @@ def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint) -> str:
         engine: under ZeRO 1 to 3.
         checkpoint: its parameters are those that the engine does not train, of interest on the first rank only; its moments are
             not looked at.
+        before: called first; what it raises on one rank is told on all of them.
 
     Raises:
         RunError, InputError: some rank could not write its part; then all raise, and there is no checkpoint.
@@ -78,6 +79,7 @@ def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint) -> str:
     parameters = _trained(engine)
     entries, error = {}, None
     try:
+        before()
         entries = _write_shards(engine, storage.join(folder, SHARDS))
         if topology.is_first:
             native = {"world": topology.world, "zero_stage": engine.zero_stage}
@@ -316,10 +318,10 @@ def _gather(value: T, topology: Topology) -> list[T]:
 
 
 def _agree(error: Exception | None, what: str, topology: Topology) -> None:
-    """Collective: raise this rank's error, or tell of the first other rank that has one."""
+    """Collective: raise this rank's error, or PeerLost that tells of the first other rank that has one."""
     reasons = _gather(first_line(error) if error else None, topology)
     if error is not None:
         raise error
     for rank, reason in enumerate(reasons):
         if reason is not None:
-            raise RunError(f"rank {rank} {what}: {reason}")
+            raise PeerLost(f"rank {rank} {what}: {reason}")

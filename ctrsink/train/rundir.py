@@ -18,8 +18,8 @@ METRICS_NAME = "metrics.jsonl"
 BOARD_NAME = "tensorboard"
 MLFLOW_NAME = "mlflow.run"  # id of the run in MLflow
 RAY_NAME = "ray"  # what Ray Train writes of its own
-FAILURE_NAME = "failure.json"  # the last failure of a worker, and how often it came back
-PRESENCE_NAME = "training"  # who trains the run at this moment, see ctrsink.runtime.presence
+FAILURES_NAME = "failures"  # the last failure of each rank, and how often it came back
+PRESENCE_NAME = "held-by.json"  # who trains the run at this moment, see ctrsink.runtime.presence
 STOP_NAME = "stop-requested"  # by `ctrsink stop` or a signal; holds the reason
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
 _FREE = (
@@ -77,7 +77,7 @@ def release(run_dir: str) -> None:
     """Take back the claim of a run that bad input ended before its first step; one that has trained can be continued."""
     if storage.exists(storage.join(run_dir, METRICS_NAME)) or list_checkpoints(run_dir):
         return
-    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURE_NAME, PRESENCE_NAME):
+    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME):
         storage.delete(storage.join(run_dir, name))
     if not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
         storage.delete(run_dir)

@@ -53,12 +53,14 @@ class Saver:
         self._blocked = time.monotonic() - began
 
     def _save_native(self, engine: Engine, checkpoint: Checkpoint, metrics: "Future[None] | None") -> None:
-        if metrics is not None:
-            metrics.result()
-        if self._writer is not None:
-            self._writer.wait()  # one hand at a time in the folder
+        def before() -> None:
+            if metrics is not None:
+                metrics.result()
+            if self._writer is not None:
+                self._writer.wait()  # one hand at a time in the folder
+
         try:
-            save_native(engine, self._spec.run_dir, checkpoint)
+            save_native(engine, self._spec.run_dir, checkpoint, before)
             self._failures = 0
         except (InputError, RunError) as error:  # on every rank alike
             self._failures += 1

@@ -99,7 +99,11 @@ class CheckpointWriter:
             self._keeper.apply(checkpoint.step)
             self.seconds = time.monotonic() - started
             log.info("checkpoint %s", folder)
+        except (RunError, InputError) as error:
+            # Raised by a later call, which is at another step.
+            self._error = type(error)(f"the checkpoint of step {checkpoint.step} was not saved: {error}")
+            self._failures += 1
+            if self._failures <= self.tolerate:
+                log.warning("training goes on: %s", self._error)
         except BaseException as error:
             self._error, self._failures = error, self._failures + 1
-            if isinstance(error, (RunError, InputError)) and self._failures <= self.tolerate:
-                log.warning("the checkpoint of step %d was not saved, training goes on: %s", checkpoint.step, error)

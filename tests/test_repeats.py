@@ -1,0 +1,35 @@
+"""A failure that comes back in every attempt ends the run, however many ranks it is of."""
+
+from pathlib import Path
+
+import pytest
+
+from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable
+from ctrsink.runtime.repeats import TIMES, forget, given_up, record
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_the_third_attempt_that_fails_alike_is_the_last(tmp_path: Path, world: int) -> None:
+    for attempt in range(1, TIMES + 1):
+        assert given_up(str(tmp_path)) is None
+        for rank in range(world):
+            record(str(tmp_path), rank, RunError(f"rank {rank}, step 7, stage all: out of memory"))
+        told = given_up(str(tmp_path))
+        assert (told is not None) == (attempt == TIMES)
+    assert told == f"rank 0, step 7, stage all: out of memory ({TIMES} times)"
+    forget(str(tmp_path))
+    assert given_up(str(tmp_path)) is None
+
+
+def test_what_passes_or_moves_on_is_not_counted(tmp_path: Path) -> None:
+    for step in range(5):
+        record(str(tmp_path), 0, InputError(f"rank 0, step {step}: damaged"))
+        record(str(tmp_path), 1, PeerLost("rank 1, step 7: the other one is gone"))
+        record(str(tmp_path), 2, StorageUnavailable("s3://bucket does not answer"))
+    assert given_up(str(tmp_path)) is None
+
+
+def test_a_failure_that_cannot_be_counted_hides_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "failures").write_text("a file where the folder should be")
+    record(str(tmp_path), 0, RunError("first"))
+    assert "the failure is not counted" in caplog.text
