@@ -94,8 +94,8 @@ def recover(hosts: Hosts, job: Job, failure: str, host: str, at: int, timeout: f
         RunError: one of these took longer than `timeout` seconds, or the job ended.
     """
     job.wait(lambda: at <= max(job.steps(), default=0), timeout)
-    failed_after, old = job.steps()[-1], _nodes(hosts)
-    began = time.monotonic()
+    old = _nodes(hosts)
+    began, failed_after = time.monotonic(), job.steps()[-1]
     hosts.kill(host) if failure == "kill" else hosts.cut(host)
     gone = {node for node, address in old.items() if address == hosts.addresses()[host]}
     job.wait(lambda: not gone & _nodes(hosts).keys(), timeout)

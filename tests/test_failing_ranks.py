@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from ctrsink.config.train import RuntimeSpec, WorkersSpec
-from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable
-from ctrsink.runtime import repeats
 from ctrsink.runtime.ray_train import placing
 from ctrsink.train.checkpoint import find_checkpoint
 from tests.runs import prepared_data
@@ -46,17 +44,3 @@ def test_elastic_workers_are_placed_again_soon_and_a_fixed_number_waits() -> Non
     assert placing(elastic) == (15, 40)
     assert placing(elastic.model_copy(update={"max_failures": -1})) == (15, -1)
     assert placing(elastic.model_copy(update={"start_timeout_s": 5.0})) == (5, 1)
-
-
-def test_a_failure_that_comes_back_word_for_word_ends_the_run(tmp_path: Path) -> None:
-    run = str(tmp_path)
-    for error in (RunError("step 3"), RunError("step 3"), PeerLost("step 3"), StorageUnavailable("away")):
-        repeats.record(run, error)
-        assert repeats.given_up(run) is None
-    repeats.record(run, InputError("step 4"))  # it got further
-    for _ in range(2):
-        assert repeats.given_up(run) is None
-        repeats.record(run, InputError("step 4"))
-    assert repeats.given_up(run) == "step 4 (3 times)"
-    repeats.forget(run)
-    assert repeats.given_up(run) is None

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def announced_and_saved(lines: list[str]) -> bool:
 def test_announced_loss_of_a_host_is_no_failure(hosts: Hosts, data: str, tmp_path: Path) -> None:
     """Not one failure is allowed, checkpoints are far apart, and the host really goes; the last one left does the rest."""
     stages = run_tree(data, "")["stages"]
-    stages[1]["steps"] = 192
+    stages[1]["steps"] = 242
     reference = str(tmp_path / "reference")
     start(parse_run(run_tree(data, reference, **merge(SHAPE, {"stages": stages})), "test"))
     runtime = {"workers": {"min": 1, "max": 2}, "max_failures": 0, "max_preemptions": 3, "resize_every_s": 600}
@@ -116,12 +117,14 @@ def test_announced_loss_of_a_host_is_no_failure(hosts: Hosts, data: str, tmp_pat
     job.wait(lambda: max(job.steps(), default=0) >= 10, 240)
     host = max(host for host in hosts.addresses() if host.startswith("host") and hosts.network.alive(host))
     hosts.announce(host, 15)
+    deadline = time.monotonic() + 16
     job.wait(lambda: announced_and_saved(job.lines), 60)
+    time.sleep(max(0.0, deadline - time.monotonic()))  # for Ray a host that goes before its time has failed
     hosts.kill(host)
     output = job.result(300)
     continued = re.findall(r"continuing from the checkpoint of step (\d+) with (\d) workers", output)
     assert continued, output
-    assert 10 <= int(continued[-1][0]) < 200
+    assert 10 <= int(continued[-1][0]) < 250
     assert continued[-1][1] == "1"
     require_same_losses(hosts, "announced", [row["loss"] for row in read_metrics(reference)])
 

@@ -25,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_run_is_held_by_one_until_he_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = rf"is being trained by process {os.getpid()} on host .*: end that with `ctrsink stop --run {tmp_path}`"
+    said = rf"is being trained by process {os.getpid()} on host .*: end that with `ctrsink stop --run {tmp_path}`, and resume"
     with held(str(tmp_path)):
         monkeypatch.setattr(presence, "PATIENCE", 300)  # a slow disk is no death
         with pytest.raises(InputError, match=said), held(str(tmp_path)):
@@ -68,6 +68,22 @@ def test_of_many_that_wait_for_the_same_death_one_goes_on(tmp_path: Path) -> Non
         thread.join()
     assert len(going) == 1
     assert len(refusals) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_who_was_taken_for_dead_and_lives_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = json.dumps({"host": "elsewhere", "process": 1, "token": "x", "beat": 7})
+
+    def train() -> None:
+        with held(str(tmp_path)):
+            for _ in range(400):  # a beat that is under way writes over it once
+                (tmp_path / PRESENCE_NAME).write_text(other)
+                time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert "was taken over by process 1 on host elsewhere" in caplog.text
+    assert (tmp_path / PRESENCE_NAME).exists(), "it is the other's now"
 
 
 def test_a_run_is_resumed_by_nobody_while_it_trains_and_by_anybody_after_it_was_killed(

@@ -29,6 +29,25 @@ def test_what_passes_or_moves_on_is_not_counted(tmp_path: Path) -> None:
     assert given_up(str(tmp_path)) is None
 
 
+def test_what_passes_between_does_not_begin_the_count_anew_and_another_failure_does(tmp_path: Path) -> None:
+    for error in (RunError("step 3"), RunError("step 3"), PeerLost("step 3"), InputError("step 4"), InputError("step 4")):
+        record(str(tmp_path), 0, error)
+        assert given_up(str(tmp_path)) is None
+    record(str(tmp_path), 0, StorageUnavailable("away"))
+    record(str(tmp_path), 0, InputError("step 4"))
+    assert given_up(str(tmp_path)) == "step 4 (3 times)"
+
+
+def test_a_run_that_has_come_further_since_is_not_given_up(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        record(str(tmp_path), 0, RunError("the disk is full"))
+        assert given_up(str(tmp_path)) is None
+    for _ in range(TIMES - 1):
+        record(str(tmp_path), 0, RunError("the disk is full"))
+    assert given_up(str(tmp_path)) == f"the disk is full ({TIMES} times)"
+
+
 def test_a_failure_that_cannot_be_counted_hides_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "failures").write_text("a file where the folder should be")
     record(str(tmp_path), 0, RunError("first"))

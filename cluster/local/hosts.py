@@ -148,14 +148,12 @@ class Hosts:
             raise RunError(f"{host} is no living node of the cluster")
         why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={host} is taken away"]
         command = [*ray_node.RAY, "drain-node", f"--address={GCS}", f"--node-id={node}", *why]
-        with self.inside("head"):
-            done = subprocess.run(
-                [*command, f"--deadline-remaining-seconds={seconds}"],
-                env=self.environment(),
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
+        command.append(f"--deadline-remaining-seconds={seconds}")
+        try:
+            with self.inside("head"):
+                done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise RunError(f"{host} cannot be announced to go: the head does not answer") from None
         if done.returncode != 0:
             raise RunError(f"{host} cannot be announced to go: {(done.stdout + done.stderr).strip()[-1000:]}")
 

@@ -4,13 +4,13 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ctrsink.errors import InputError, RunError
+from ctrsink.errors import first_line
 
 log = logging.getLogger("ctrsink.train")
 
 
 class Every:
-    """Calls `act` at once and then every `seconds`, until it is closed; what the storage refuses is tried again the next time.
+    """Calls `act` at once and then every `seconds`, until it is closed; what fails is warned about once and tried again.
 
     Args:
         seconds: between two calls.
@@ -31,9 +31,13 @@ class Every:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        failing = False
         while not self._closed.is_set():
             try:
                 self._act()
-            except (InputError, RunError, OSError) as error:
-                log.debug("%s: %s", self._name, error)
+                failing = False
+            except Exception as error:  # whatever it is, the next call may succeed, and nobody else would make it
+                if not failing:
+                    log.warning("%s: %s: %s; it is tried again", self._name, type(error).__name__, first_line(error))
+                failing = True
             self._closed.wait(self._seconds)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Generator
@@ -16,8 +17,8 @@ from ctrsink.runtime.every import Every
 from ctrsink.train.rundir import PRESENCE_NAME
 
 PERIOD_S = 5.0
-PATIENCE = 3
-"""Periods without a sign of life after which the holder counts as dead."""
+PATIENCE = 4
+"""Periods without a sign of life after which the holder counts as dead: a retry of the storage may take two of them."""
 SETTLE_S = 1.0
 log = logging.getLogger("ctrsink.train")
 
@@ -27,7 +28,8 @@ def held(run_dir: str) -> Generator[None, None, None]:
     """Hold the run's folder meanwhile, by a file with a sign of life in it, a new one every PERIOD_S.
 
     No clock of another host is compared: a holder is alive if its file changes while one looks. The process that starts a run
-    holds it, not the workers: they die with it, and may be started again while it lives.
+    holds it, not its workers, which may be started again while it lives. One that was taken for dead and was not (it was
+    suspended, or cut off) finds the file another's, and interrupts itself as Ctrl-C would.
 
     Raises:
         InputError: another process holds it, and lives.
@@ -35,8 +37,17 @@ def held(run_dir: str) -> Generator[None, None, None]:
     path = storage.join(run_dir, PRESENCE_NAME)
     sign = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8), "beat": 0}
     _take(run_dir, path, sign)
+    lost = False
 
     def beat() -> None:
+        nonlocal lost
+        found = _sign_of_life(path)
+        if found is not None and found.get("token") != sign["token"]:
+            if not lost:
+                log.error("%s was taken over by %s, which took this process for dead: it ends", run_dir, _name(found))
+                os.kill(os.getpid(), signal.SIGINT)
+            lost = True
+            return
         sign["beat"] += 1
         storage.write_bytes(path, json.dumps(sign).encode())
 
@@ -44,7 +55,7 @@ def held(run_dir: str) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        if beating.close():
+        if beating.close() and not lost:
             with suppress(InputError, RunError, OSError):
                 if (_sign_of_life(path) or {}).get("token") == sign["token"]:
                     storage.delete(path)
@@ -52,38 +63,61 @@ def held(run_dir: str) -> Generator[None, None, None]:
 
 def _take(run_dir: str, path: str, sign: dict[str, Any]) -> None:
     content = json.dumps(sign).encode()
-    if storage.create(path, content):
+    while not storage.create(path, content):
+        last = _until_dead(run_dir, path)
+        if last is None or storage.read_bytes(path) != last:
+            continue  # gone, or somebody was faster: once more from the beginning
+        storage.write_bytes(path, content)
+        time.sleep(SETTLE_S)  # of several that waited for the same death the last to write goes on
+        if (found := _sign_of_life(path)) != sign:
+            raise InputError(_held_by(run_dir, found))
         return
-    _until_dead(run_dir, path)
-    storage.write_bytes(path, content)
-    time.sleep(SETTLE_S)  # of several that waited for the same death the last to write goes on
-    if (found := _sign_of_life(path)) != sign:
-        raise InputError(_held_by(run_dir, found))
 
 
-def _until_dead(run_dir: str, path: str) -> None:
-    """Return when the holder has gone, or has given no sign of life for long enough."""
-    found = _sign_of_life(path)
-    if found is not None:
-        who = f"process {found['process']} on host {found['host']}"
-        log.info("%s held %s last: waiting %g s for a sign of life", who, run_dir, PATIENCE * PERIOD_S)
+def _until_dead(run_dir: str, path: str) -> bytes | None:
+    """Wait until the holder has given no sign of life for long enough; returns its last one, None where it has gone."""
+    last = _content(path)
+    if last is not None:
+        log.info("%s held %s last: waiting %g s for a sign of life", _name(_parsed(last)), run_dir, PATIENCE * PERIOD_S)
     until = time.monotonic() + PATIENCE * PERIOD_S
-    while found is not None and time.monotonic() < until:
+    while last is not None and time.monotonic() < until:
         time.sleep(PERIOD_S / 5)
-        now = _sign_of_life(path)
-        if now is not None and now != found:
-            raise InputError(_held_by(run_dir, now))
-        found = now
+        asked = time.monotonic()
+        now = _content(path)
+        if now is not None and now != last:
+            raise InputError(_held_by(run_dir, _parsed(now)))
+        if time.monotonic() - asked > PERIOD_S:  # the storage was away, and so for the holder
+            until = time.monotonic() + PATIENCE * PERIOD_S
+        last = now
+    return last
 
 
 def _held_by(run_dir: str, found: dict[str, Any] | None) -> str:
-    who = f"process {found['process']} on host {found['host']}" if found else "another process"
-    return f"{run_dir} is being trained by {who}: end that with `ctrsink stop --run {run_dir}` before you resume the run"
+    return (
+        f"{run_dir} is being trained by {_name(found)}: end that with `ctrsink stop --run {run_dir}`, and resume the run when it "
+        "has ended"
+    )
+
+
+def _name(found: dict[str, Any] | None) -> str:
+    return f"process {found['process']} on host {found['host']}" if found else "another process"
 
 
 def _sign_of_life(path: str) -> dict[str, Any] | None:
+    content = _content(path)
+    return None if content is None else _parsed(content)
+
+
+def _content(path: str) -> bytes | None:
     try:
-        found = json.loads(storage.read_bytes(path))
-        return found if isinstance(found, dict) and {"host", "process"} <= found.keys() else None
-    except (FileNotFoundError, ValueError):
+        return storage.read_bytes(path)
+    except FileNotFoundError:
         return None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError):
+        found = json.loads(content)
+        if isinstance(found, dict) and {"host", "process"} <= found.keys():
+            return found
+    return None

@@ -5,6 +5,8 @@ import math
 import os
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 PLACE_S = 15.0  # placing workers where there is room takes far less
 log = logging.getLogger("ctrsink.train")
 
@@ -67,8 +70,6 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
             f"run_dir {spec.run_dir} is relative, which means nothing on a cluster: use s3://, or an absolute shared folder"
         )
     connect(spec.runtime.address, _local_cpus(spec))
-    # No part of this machine alone is taken away; a watcher for that would start anew with each start of the workers.
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1" if len(ray.nodes()) > 1 or elsewhere else "0"
     spec = _without_working_folder(spec)
     runtime = spec.runtime
     repeats.forget(spec.run_dir)
@@ -106,7 +107,8 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
         ),
     )
     try:
-        with on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start()):
+        asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
+        with asking, _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error) from error
@@ -114,6 +116,19 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     if "given_up" in result:
         raise RunError(result["given_up"])
     return result
+
+
+@contextmanager
+def _watched(several: bool) -> Generator[None, None, None]:
+    """No part of one machine alone is taken away: a watcher for that would only start anew with each start of the workers."""
+    if several or WATCHER in os.environ:
+        yield
+        return
+    os.environ[WATCHER] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[WATCHER]
 
 
 def placing(runtime: RuntimeSpec) -> tuple[float, int]:

@@ -2,9 +2,12 @@
 
 import json
 import logging
+from contextlib import suppress
+from typing import Any
 
 from ctrsink import storage
 from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable
+from ctrsink.train.checkpoint import list_checkpoints
 from ctrsink.train.rundir import FAILURES_NAME
 
 TIMES = 3
@@ -14,26 +17,28 @@ log = logging.getLogger("ctrsink.train")
 def record(run_dir: str, rank: int, error: InputError | RunError) -> None:
     """Count a failure of this rank; what only passes (a peer or the storage that is away) does not count.
 
-    Each rank has a file of its own: where all fail at once, none of them writes over another's count.
+    Each rank has a file of its own: where all fail at once, none of them writes over another's count. A run that has made another
+    checkpoint since has come further, and the count begins anew.
     """
     if isinstance(error, PeerLost | StorageUnavailable):
         return
     path = storage.join(run_dir, FAILURES_NAME, f"rank-{rank}.json")
     try:
-        times, message = _read(path)
-        times = times + 1 if message == str(error) else 1
-        storage.write_bytes(path, json.dumps({"times": times, "message": str(error)}).encode())
+        failure = {"message": str(error), "behind": (list_checkpoints(run_dir) or [None])[0]}
+        before = _read(path)
+        times = before["times"] + 1 if before.items() >= failure.items() else 1
+        storage.write_bytes(path, json.dumps(failure | {"times": times}).encode())
     except (InputError, RunError, OSError) as unwritten:  # what went wrong first is told
         log.warning("the failure is not counted: %s", unwritten)
 
 
 def given_up(run_dir: str) -> str | None:
-    """The failure that has come back so often that the run ends; messages name the step, so they were of the same one."""
+    """The failure that has come back so often that the run ends."""
     folder = storage.join(run_dir, FAILURES_NAME)
     for name in storage.list_files(folder):
-        times, message = _read(storage.join(folder, name))
-        if times >= TIMES:
-            return f"{message} ({times} times)"
+        failure = _read(storage.join(folder, name))
+        if failure["times"] >= TIMES:
+            return f"{failure['message']} ({failure['times']} times)"
     return None
 
 
@@ -42,9 +47,9 @@ def forget(run_dir: str) -> None:
     storage.delete(storage.join(run_dir, FAILURES_NAME))
 
 
-def _read(path: str) -> tuple[int, str]:
-    try:
+def _read(path: str) -> dict[str, Any]:
+    with suppress(FileNotFoundError, ValueError):
         found = json.loads(storage.read_bytes(path))
-        return int(found["times"]), str(found["message"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return 0, ""
+        if isinstance(found, dict) and found.keys() == {"times", "message", "behind"}:
+            return found
+    return {"times": 0}

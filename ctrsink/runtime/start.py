@@ -1,6 +1,5 @@
 """Start a run where its configuration says."""
 
-from contextlib import ExitStack
 from typing import Any
 
 from ctrsink.config import RunSpec
@@ -9,7 +8,7 @@ from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.presence import held
 from ctrsink.runtime.process import stay_on_loopback
-from ctrsink.train.rundir import claim, identities, release
+from ctrsink.train.rundir import claim, identities, release, require_new
 
 
 def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) -> dict[str, Any]:
@@ -19,19 +18,17 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
         InputError: something about the data, the model or the run's folder is wrong, or somebody trains the run already; a new
             run that has no checkpoint yet leaves nothing behind.
     """
-    vocabulary, new = check(spec), False
-    try:
-        with ExitStack() as folder:
-            if resume:  # before anything in the folder of a run that may be alive is changed
-                folder.enter_context(held(spec.run_dir))
-            new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
-            if not resume:
-                folder.enter_context(held(spec.run_dir))
+    vocabulary = check(spec)
+    if not resume:
+        require_new(spec.run_dir)
+    with held(spec.run_dir):
+        new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
+        try:
             return _train(spec, vocabulary, stop_after)
-    except InputError:
-        if new:
-            release(spec.run_dir)
-        raise
+        except InputError:
+            if new:
+                release(spec.run_dir)
+            raise
 
 
 def _train(spec: RunSpec, vocabulary: int, stop_after: int | None) -> dict[str, Any]:

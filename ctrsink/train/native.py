@@ -76,10 +76,14 @@ def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint, before: Ca
         RunError, InputError: some rank could not write its part; then all raise, and there is no checkpoint.
     """
     topology, folder = engine.topology, folder_of(run_dir, checkpoint.step)
-    parameters = _trained(engine)
     entries, error = {}, None
     try:
         before()
+    except Exception as caught:
+        error = caught
+    _agree(error, "could not begin to save", topology)  # DeepSpeed waits for all ranks where it saves
+    parameters = _trained(engine)
+    try:
         entries = _write_shards(engine, storage.join(folder, SHARDS))
         if topology.is_first:
             native = {"world": topology.world, "zero_stage": engine.zero_stage}

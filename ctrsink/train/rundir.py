@@ -50,7 +50,7 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
     new = storage.create(path, dump_run(spec).encode())
     if not new:
         if not resume:
-            raise InputError(f"{spec.run_dir} already holds a run: give --resume to continue it, or choose another run_dir")
+            raise InputError(_taken(spec.run_dir))
         difference = first_difference(read_run(spec.run_dir), spec)
         if difference is not None:
             raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
@@ -63,6 +63,16 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
     storage.delete(storage.join(spec.run_dir, STOP_NAME))
     storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
     return new
+
+
+def require_new(run_dir: str) -> None:
+    """Raise InputError where the folder holds a run already."""
+    if storage.exists(storage.join(run_dir, CONFIG_NAME)):
+        raise InputError(_taken(run_dir))
+
+
+def _taken(run_dir: str) -> str:
+    return f"{run_dir} already holds a run: give --resume to continue it, or choose another run_dir"
 
 
 def _claimed_data(run_dir: str) -> str | None:
@@ -79,7 +89,7 @@ def release(run_dir: str) -> None:
         return
     for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME):
         storage.delete(storage.join(run_dir, name))
-    if not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
+    if set(storage.list_files(run_dir)) <= {PRESENCE_NAME} and not storage.list_dirs(run_dir):
         storage.delete(run_dir)
 
 

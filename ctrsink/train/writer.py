@@ -102,6 +102,7 @@ class CheckpointWriter:
         except (RunError, InputError) as error:
             # Raised by a later call, which is at another step.
             self._error = type(error)(f"the checkpoint of step {checkpoint.step} was not saved: {error}")
+            self._error.__cause__ = error
             self._failures += 1
             if self._failures <= self.tolerate:
                 log.warning("training goes on: %s", self._error)
