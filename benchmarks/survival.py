@@ -49,7 +49,7 @@ class Row:
     """Whether it trained on the multiset of impressions that the data set's order gives."""
     wall_s: float
     goodput: float
-    """Time of the steps that counted over the wall clock, which holds all of the start but that of Ray, and the evaluation."""
+    """Time of the steps that counted over the wall clock, evaluation and start included; that of Ray in the first run alone."""
     worlds: list[int]
     """Workers, from group to group."""
     bitwise: bool | None = None

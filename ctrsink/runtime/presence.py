@@ -65,7 +65,7 @@ def _take(run_dir: str, path: str, sign: dict[str, Any]) -> None:
     content = json.dumps(sign).encode()
     while not storage.create(path, content):
         last = _until_dead(run_dir, path)
-        if last is None or storage.read_bytes(path) != last:
+        if last is None or _content(path) != last:
             continue  # gone, or somebody was faster: once more from the beginning
         storage.write_bytes(path, content)
         time.sleep(SETTLE_S)  # of several that waited for the same death the last to write goes on

@@ -4,7 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -107,7 +107,7 @@ class Trainer:
         try:
             stopped = self._run_stages(stop_at)
             finished = self.controller.finished and stopped is None
-            with located(lambda: f"{self._where()}, evaluation"):
+            with self._during("evaluation"):
                 evaluation = self._evaluate() if finished else {}
             trained = self._trained()
         except BaseException:
@@ -158,14 +158,14 @@ class Trainer:
         while stopped is None and not self.controller.finished and self.controller.step != stop_at:
             self.controller.advance()
             stopped = self._run_stage(stop_at)
-        with located(lambda: f"{self._where()}, checkpoint"):
+        with self._during("checkpoint"):
             self.saver.wait()
         return stopped
 
     def _run_stage(self, stop_at: int | None) -> str | None:
         """Train until the stage has ended or step `stop_at` is reached; returns why the run was asked to stop, if it was."""
         stage, controller, train = self.controller.stage, self.controller, self.spec.train
-        with located(lambda: f"{self._where()}, start of the stage"):
+        with self._during("start of the stage"):
             engine = self._engine_for(stage)
             stream = self._stream_for(stage, engine)
         pace = Pace(FlopCount.of(engine.model), stage.readout.through_sinks)
@@ -173,15 +173,15 @@ class Trainer:
             while True:
                 result, stopped, preempted = self._step(engine, stream, steps, stage, pace)
                 last = controller.ended or controller.step == stop_at or stopped is not None
-                with located(lambda: f"{self._where()}, validation"):
+                with self._during("validation"):
                     metrics = self._validate(engine, stage)
                 if metrics or last or controller.step % train.log_every == 0 or controller.step == 1:
-                    with located(lambda: f"{self._where()}, report"):
+                    with self._during("report"):
                         inside = self._look_inside(engine, stage) if metrics else {}
                         self._report(stage, result | metrics | inside, pace)
                 better = bool(metrics) and train.keep.best is not None
                 if last or controller.ended or preempted or better or controller.step % train.checkpoint_every == 0:
-                    with located(lambda: f"{self._where()}, checkpoint"):
+                    with self._during("checkpoint"):
                         self._checkpoint(engine, metrics)
                 if last or controller.ended:
                     return stopped
@@ -229,6 +229,10 @@ class Trainer:
 
     def _where(self, ahead: int = 0) -> str:
         return f"rank {self.topology.rank}, step {self.controller.step + ahead}, stage {self.controller.stage.name}"
+
+    def _during(self, what: str) -> AbstractContextManager[None]:
+        """Failures between two steps are told with what was done."""
+        return located(lambda: f"{self._where()}, {what}")
 
     def _evened(self, step: Step) -> list[Batch]:
         """The step's micro-batches, as many as the rank with most of them has."""
