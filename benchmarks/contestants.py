@@ -15,9 +15,8 @@ from benchmarks.impressions import Samples, to_batch
 from benchmarks.optional import huggingface, mosaic
 from ctrsink import storage
 from ctrsink.batch import Batch
-from ctrsink.config.data import Signal
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource, TrainStream
 
 OURS = "ctrsink"
@@ -33,7 +32,7 @@ class Task:
     """Loader processes beside this one."""
     batch_size: int
     history: int
-    signals: tuple[Signal, ...]
+    signals: tuple[str, ...]
     total: int
     """Impressions of an epoch."""
     data: str

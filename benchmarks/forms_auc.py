@@ -20,7 +20,7 @@ from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.stream import Step
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
@@ -139,7 +139,7 @@ def _take(trainee: Trainee, step: Step, rate: float) -> None:
 
 def tested(args: argparse.Namespace, spec: RunSpec, trainee: Trainee) -> dict[str, float]:
     """Metrics on the sample: the same impressions for every form, as sequences of one target."""
-    layout = Layout.of(spec.data, spec.model.sinks)
+    layout = Layout.of(spec.data, spec.model, trainee.dataset.manifest)
     most = layout.history + layout.targets - 1
     alone = replace(layout, examples="per_target", history=most, targets=1)
     model = trainee.model.eval()

@@ -21,7 +21,7 @@ from ctrsink import strict_json
 from ctrsink.config.data import TextSpec, TokenizerSpec
 from ctrsink.config.model import BiasSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.tokenize import make_tokenizer
 from ctrsink.model.hf import CTRSinkConfig, CTRSinkModel
 from ctrsink.serve import Scorer

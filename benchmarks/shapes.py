@@ -8,7 +8,9 @@ from ctrsink.batch import Batch
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
 from ctrsink.config.stages import Group
 from ctrsink.data.collate import collate
-from ctrsink.data.examples import Chronology, Layout, Ragged, build_sequence
+from ctrsink.data.examples import Chronology, build_sequence
+from ctrsink.data.layout import Layout
+from ctrsink.features.ragged import Ragged
 
 VOCABULARY = 1024  # embeddings take no matrix product, so a small one costs what a large one does
 TRAINED: tuple[Group, ...] = ("head", "lora", "sink", "bias")

@@ -17,7 +17,7 @@ from ctrsink.batch import Batch
 from ctrsink.config import RunSpec, load_run
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import MANIFEST_NAME
 from ctrsink.data.prepare.build import prepare
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
@@ -107,7 +107,7 @@ def prepare_once(spec: RunSpec) -> str:
 def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
     """The steps of the run as training reads them."""
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
-    source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model.sinks))
+    source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model, dataset.manifest))
     train = spec.train
     accumulation, tokens = spec.accumulation(spec.stages[-1], world), train.micro_batch_tokens
     assert tokens != "auto"

@@ -34,7 +34,9 @@ class Batch:
     sink_valid: torch.Tensor
     """bool [B, K]."""
     signals: torch.Tensor
-    """int64 [B, K, S]; bucket of each of the S signals."""
+    """int64 [B, K, S]; bucket or category of each of the S signals."""
+    sink_numbers: torch.Tensor
+    """float32 [B, K, F]; z-scores, 0 where unknown or not valid."""
     sink_times: torch.Tensor
     """int64 [B, K]; seconds since 1970 of each sink's behaviour, 0 where not valid."""
     readout_positions: torch.Tensor
@@ -43,10 +45,16 @@ class Batch:
     """bool [B, T]."""
     readout_times: torch.Tensor
     """int64 [B, T]; seconds since 1970 of each target, 0 where not valid."""
+    target_signals: torch.Tensor
+    """int64 [B, T, C]; category of each of the C signals that targets are told."""
+    target_numbers: torch.Tensor
+    """float32 [B, T, G]; z-scores, 0 where unknown or not valid."""
     labels: torch.Tensor
     """float32 [B, T]; 0 where not valid."""
     targets: torch.Tensor
     """int64 [B, T, 2]; row of the user in the data set's index and number of the event in the chronology; -1 where not valid."""
+    similarity: torch.Tensor
+    """float32 [B, T, K]; of the items of target and sink, 0 where unknown or later; [B, T, 0] where the model reads none."""
 
     @property
     def tokens(self) -> int:

@@ -10,11 +10,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ctrsink.batch import Batch
-from ctrsink.config.data import ColumnSpec, PrepareSpec, Signal, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
+from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
 from ctrsink.data.collate import collate
-from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
+from ctrsink.data.examples import Chronology, build_sequence
+from ctrsink.data.layout import Layout
 from ctrsink.data.prepare.build import prepare
+from ctrsink.data.sequences import Sequence
+from ctrsink.features.ragged import Ragged
 from ctrsink.model.build import build_model
 from ctrsink.model.ctr import CTRModel
 
@@ -59,7 +62,7 @@ def random_batch(seed: int, layout: Layout, events: tuple[int, ...]) -> Batch:
 
 
 def layout_of(
-    examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[Signal, ...] = ("previous_gap",)
+    examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[str, ...] = ("previous_gap",)
 ) -> Layout:
     return Layout(examples, history, targets if examples == "per_user" else 1, signals, 10)
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ctrsink.batch import FEEDBACK, PREFIX, SINK, TEXT, Batch
-from ctrsink.config.data import Signal
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model import attention
@@ -320,7 +319,7 @@ def test_no_layer_computes_on_padding(readout: ReadoutSpec) -> None:
 
 
 @pytest.mark.parametrize("signals", [("previous_gap",), ("previous_gap", "random")])
-def test_gradients_reach_every_part(signals: tuple[Signal, ...], readout: ReadoutSpec) -> None:
+def test_gradients_reach_every_part(signals: tuple[str, ...], readout: ReadoutSpec) -> None:
     spec = tiny_spec(layers=3, bias=BiasSpec(layers=0.67))
     assert spec.sinks is not None
     model = tiny_model(spec.model_copy(update={"sinks": spec.sinks.model_copy(update={"signals": signals})}))

@@ -21,10 +21,10 @@ from benchmarks.optional import installed
 from benchmarks.report import markdown
 from benchmarks.shapes import VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.stream_figures import text
-from ctrsink.config.data import DataSpec, Signal
+from ctrsink.config.data import DataSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource
 from ctrsink.model.build import build_model
 from ctrsink.model.groups import set_trainable
@@ -208,7 +208,7 @@ def test_tiny_model_trains_with_one_and_two_workers(tmp_path: Path, repository: 
 
 
 @pytest.mark.parametrize("signals", [(), ("previous_gap", "recency_rank")])
-def test_samples_become_the_same_batch_as_ours(tmp_path: Path, signals: tuple[Signal, ...]) -> None:
+def test_samples_become_the_same_batch_as_ours(tmp_path: Path, signals: tuple[str, ...]) -> None:
     dataset = Dataset(make_dataset(tmp_path))
     source = SequenceSource(dataset, "train", Layout("per_target", 5, 1, signals, 10))
     total, start = sum(source.per_shard), 0

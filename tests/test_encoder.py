@@ -17,7 +17,7 @@ from ctrsink.config import EvaluateSpec
 from ctrsink.config.data import EncoderSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.encoder import Encoder
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.prepare import vectors
 from ctrsink.data.prepare.build import append, prepare

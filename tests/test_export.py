@@ -14,7 +14,7 @@ from transformers import AutoModel
 import ctrsink.serve  # makes the model type known
 from ctrsink import storage
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
@@ -168,5 +168,5 @@ def test_run_and_export_on_s3(data: Prepared, tmp_path: Path, s3_server: object)
         export_run(spec.run_dir, to)
     scorer = ctrsink.serve.Scorer.load(to)
     dataset = Dataset(data.uri)
-    assert Layout.of(spec.data, spec.model.sinks) == scorer.layout
+    assert Layout.of(spec.data, spec.model, dataset.manifest) == scorer.layout
     assert len(scorer.score(ctrsink.serve.request_of(dataset, 0, 3, [0, 1, 2]))) == 3

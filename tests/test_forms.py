@@ -14,22 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink.batch import Batch
-from ctrsink.config.data import ColumnSpec, PrepareSpec, Signal, SourceSpec, SplitSpec, TokenizerSpec
+from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TokenizerSpec
 from ctrsink.config.model import BiasSpec, ModelSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Chronology, Cuts, Events, Layout, Ragged, build_sequence, build_sequences, split_requests
+from ctrsink.data.examples import Chronology, build_sequence, build_sequences
+from ctrsink.data.layout import Layout
 from ctrsink.data.prepare.build import prepare
 from ctrsink.data.stream import SequenceSource, TrainStream
+from ctrsink.data.windows import Cuts, Events, split_requests
 from ctrsink.dist import Topology
 from ctrsink.evaluate.evaluator import predict
+from ctrsink.features.ragged import Ragged
 from ctrsink.model.build import build_model
 from ctrsink.model.ctr import CTRModel
 from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, make_log, tiny_spec
 
-SIGNALS: tuple[Signal, ...] = ("time_gap", "recency_rank", "previous_gap")
+SIGNALS: tuple[str, ...] = ("time_gap", "recency_rank", "previous_gap")
 READOUTS = [ReadoutSpec(over=over, form=form) for over in ("all", "sinks") for form in ("attend", "pool")]
 close = torch.testing.assert_close
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ctrsink.batch import Batch
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.dist import Topology
@@ -47,7 +47,8 @@ def losses(run_dir: Path) -> list[float]:
 
 def expected_of(spec: RunSpec, position: int) -> Audit:
     """What the data set says that a run must have trained on when its stream stands at `position`."""
-    source = SequenceSource(Dataset(spec.data.uri, 8), "train", Layout.of(spec.data, spec.model.sinks))
+    dataset = Dataset(spec.data.uri, 8)
+    source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model, dataset.manifest))
     return expected(source, Order(source.per_shard, spec.seed, spec.data.shuffle_shards), 0, position)
 
 

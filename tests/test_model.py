@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ctrsink.model.sinks import SinkEmbedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel, decoder_layers
 from ctrsink.model.groups import group_of, set_trainable, trained_as
 from ctrsink.model.readout import read
-from ctrsink.model.sinks import SinkEmbedding
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL = ReadoutSpec()

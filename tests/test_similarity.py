@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.config import parse_run
-from ctrsink.config.data import Signal
 from ctrsink.data.examples import Chronology, Layout, build_sequence
 from ctrsink.data.signals import signal_ids
 from ctrsink.data.similarity import cosines, most_similar, similarity_bucket
@@ -68,7 +67,7 @@ def test_buckets_are_linear_and_leave_zero_to_the_unknown(cosine: list[float], b
 def cases(draw: st.DrawFn) -> tuple[Chronology, int, Layout, np.ndarray]:
     chronology = draw(chronologies())
     target = draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
-    signals: tuple[Signal, ...] = draw(st.sampled_from([(), ("similarity",), ("previous_gap", "similarity", "recency_rank")]))
+    signals: tuple[str, ...] = draw(st.sampled_from([(), ("similarity",), ("previous_gap", "similarity", "recency_rank")]))
     history = draw(st.integers(1, 6))
     layout = Layout("per_target", history, 1, signals, draw(st.sampled_from([2, 10])), draw(st.none() | st.integers(1, history)))
     return chronology, target, layout, draw(tables(ITEMS))
@@ -93,7 +92,7 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
     for name in ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions", "labels"):
         assert getattr(built, name).tolist() == getattr(expected, name).tolist()
     assert built.targets.tolist() == [target]
-    others: tuple[Signal, ...] = tuple(signal for signal in layout.signals if signal != "similarity")
+    others: tuple[str, ...] = tuple(signal for signal in layout.signals if signal != "similarity")
     for column, signal in enumerate(layout.signals):
         if signal == "similarity":
             wanted = [plain_bucket(cosine[i], layout.buckets) for i in chosen]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ctrsink.batch import FEEDBACK, SINK, Batch
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import SPLITS, FileEntry, read_file
 from ctrsink.data.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
 from ctrsink.errors import InputError

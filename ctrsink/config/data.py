@@ -6,9 +6,6 @@ from pydantic import Field, model_validator
 
 from ctrsink.config.base import Section
 
-Signal = Literal["recency_rank", "time_gap", "previous_gap", "similarity", "random", "none"]
-TARGET_DEPENDENT_SIGNALS: frozenset[str] = frozenset({"recency_rank", "time_gap", "similarity"})
-
 
 class ColumnSpec(Section):
     """Names of the columns of the user's own event log; only `user`, `item` and `timestamp` must exist."""
@@ -105,6 +102,37 @@ class SplitSpec(Section):
         return self
 
 
+class FieldSpec(Section):
+    """A column of the item table whose values items share: genre, brand, category."""
+
+    column: str
+    """Its name."""
+    separator: str | None = Field(default=None, min_length=1)
+    """What stands between several values of one item; null: the cell is one value."""
+
+
+class StatisticsSpec(Section):
+    """How items were received before each event, counted by period, so that no event knows its own."""
+
+    period: Literal["hour", "day", "week"] = "day"
+    """An event knows of an item what was known at the end of the last full period before it."""
+    strength: float = Field(default=5.0, gt=0)
+    """An item's mean is drawn to that of all items by so many imagined outcomes."""
+    fields: tuple[FieldSpec, ...] = ()
+    """Columns of the item table for the signal `field_res`."""
+
+
+class NeighboursSpec(Section):
+    """The item-item table for the signal `affinity` and for `model.similarity: neighbours`, of the training range."""
+
+    partners: int = Field(default=200, ge=1)
+    """Partners kept of an item: those with the most users in common."""
+    user_events: int = Field(default=1000, ge=1)
+    """A user's latest events of the training range that are counted."""
+    shrink: float = Field(default=20.0, gt=0)
+    """Imagined common users without agreement."""
+
+
 class PrepareSpec(Section):
     """From the raw log to tokenised shards: what `ctrsink data prepare` does."""
 
@@ -113,6 +141,9 @@ class PrepareSpec(Section):
     tokenizer: TokenizerSpec
     encoder: EncoderSpec | None = None
     """null: items have no vectors."""
+    statistics: StatisticsSpec = StatisticsSpec()
+    neighbours: NeighboursSpec | None = None
+    """null: items have no neighbours."""
     positive_from: float = 4.0
     """Label rule: 1 where feedback is at least this."""
     request_is_second: bool = False
@@ -153,6 +184,11 @@ class DataSpec(Section):
     retrieve: int | None = Field(default=None, ge=1)
     """`per_target`: of these behaviours only as many as are most similar to the target, by the vectors of `prepare.encoder`, in
     their order in time (the retrieval of CTR-Sink, arXiv 2508.03668). null: all."""
+    text_history: int | None = Field(default=None, ge=0)
+    """Of the behaviours before a sequence's first target only this many latest ones have a text; an older one is its sink alone,
+    a single position, so that histories of hundreds of behaviours are cheap. null: all have one. Needs sinks."""
+    utc_offset_hours: float = Field(default=0.0, ge=-14, le=14)
+    """Added to UTC where a signal tells the hour or the weekday."""
     targets: int = Field(default=32, ge=1)
     """`per_user`: impressions trained in one sequence. `per_request`: impressions that are dealt out together, however many
     requests they are (train.micro_batch_tokens bounds the memory); a longer request is divided."""

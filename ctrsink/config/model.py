@@ -5,7 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ctrsink.config.base import Section
-from ctrsink.config.data import Signal
+from ctrsink.config.signals import SignalName
+from ctrsink.features.registry import SIGNALS
 
 
 class BackboneSpec(Section):
@@ -30,10 +31,10 @@ class BackboneSpec(Section):
 class SinkSpec(Section):
     """Sink tokens after each behaviour (CTR-Sink, arXiv 2508.03668)."""
 
-    signals: tuple[Signal, ...] = ("previous_gap",)
-    """Signals whose embeddings are summed."""
+    signals: tuple[SignalName, ...] = ("feedback", "deviation", "item_mean", "item_count")
+    """What a sink tells of its behaviour: the sum of an embedding of each bucket or category and a map of the numbers."""
     buckets: int = Field(default=100, ge=2)
-    """Rows of each signal's embedding table."""
+    """Rows of the embedding table of each bucket or category."""
     embedding_size: int = Field(default=256, ge=1)
     """Width of the tables, before the map to the width of the backbone."""
 
@@ -42,7 +43,59 @@ class SinkSpec(Section):
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or len(set(value)) != len(value):
             raise ValueError("name at least one signal, each once; for constant sinks use [none]")
-        return value
+        return _of_side(value, "behaviour")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Signals with an embedding table."""
+        return tuple(name for name in self.signals if SIGNALS[name].kind != "number")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Signals that are z-scores."""
+        return tuple(name for name in self.signals if SIGNALS[name].kind == "number")
+
+    @model_validator(mode="after")
+    def _clock_fits(self) -> "SinkSpec":
+        if "hour" in self.signals and self.buckets < 24:
+            raise ValueError(f"hour has 24 values, more than buckets {self.buckets}")
+        return self
+
+
+class TargetSpec(Section):
+    """What a target is told beside its text: a vector at its last token, and its numbers once more at the head."""
+
+    signals: tuple[SignalName, ...] = ("item_mean", "item_count", "affinity")
+    """Numbers, and categories such as `hour`; see docs/signals.md."""
+    embedding_size: int = Field(default=64, ge=1)
+    """Width of the tables of categories."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the head's inner activations that is dropped in training."""
+
+    @field_validator("signals")
+    @classmethod
+    def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name at least one signal, each once; for none set model.target to null")
+        return _of_side(value, "target")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Signals with an embedding table."""
+        return tuple(name for name in self.signals if SIGNALS[name].kind != "number")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Signals that are z-scores."""
+        return tuple(name for name in self.signals if SIGNALS[name].kind == "number")
+
+
+def _of_side(names: tuple[str, ...], side: Literal["behaviour", "target"]) -> tuple[str, ...]:
+    for name in names:
+        if side not in SIGNALS[name].sides:
+            allowed = ", ".join(known for known, signal in SIGNALS.items() if side in signal.sides)
+            raise ValueError(f"{name} cannot be told of a {side}; allowed: {allowed}")
+    return names
 
 
 class BiasSpec(Section):
@@ -88,6 +141,11 @@ class ModelSpec(Section):
     """null is the plain language model (LM-CTR)."""
     bias: BiasSpec | None = BiasSpec()
     """null: none, as it must be where `sinks` is null."""
+    target: TargetSpec | None = None
+    """null: a target is its text alone."""
+    similarity: Literal["neighbours", "vectors"] | None = None
+    """A learned bias from targets to the sinks of similar items, per head. `neighbours`: by what users thought of both
+    (`prepare.neighbours`). `vectors`: by their texts (`prepare.encoder`). null: none."""
     temporal: bool = False
     """A learned bias from targets to sinks by gap, hour of day and weekday, per head (SparseCTR, arXiv 2601.17836). What a
     `per_user` sequence cannot say by signals, because its targets share them."""
@@ -113,4 +171,6 @@ class ModelSpec(Section):
             raise ValueError("bias acts between sinks: set bias to null where sinks is null")
         if self.temporal and self.sinks is None:
             raise ValueError("temporal acts from targets to sinks: set it to false where sinks is null")
+        if self.similarity is not None and self.sinks is None:
+            raise ValueError("similarity acts from targets to sinks: set it to null where sinks is null")
         return self

@@ -3,10 +3,11 @@
 from pydantic import Field, model_validator
 
 from ctrsink.config.base import Section
-from ctrsink.config.data import TARGET_DEPENDENT_SIGNALS, DataSpec, PrepareSpec
+from ctrsink.config.data import DataSpec, PrepareSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.config.train import EvaluateSpec, RuntimeSpec, TrainSpec
+from ctrsink.features.registry import SIGNALS
 
 
 class RunSpec(Section):
@@ -62,6 +63,8 @@ class RunSpec(Section):
             )
 
     def _check_signals(self) -> None:
+        if self.data.text_history is not None and self.model.sinks is None:
+            raise ValueError("data.text_history: behaviours without a text are their sinks alone, but model.sinks is null")
         if self.model.sinks is None or self.data.examples == "per_target":
             return
         if self.data.examples == "per_request":
@@ -72,10 +75,10 @@ class RunSpec(Section):
                 )
             return
         for signal in self.model.sinks.signals:
-            if signal in TARGET_DEPENDENT_SIGNALS:
+            if SIGNALS[signal].depends_on_target:
                 raise ValueError(
                     f"model.sinks.signals: {signal} depends on the target, which per_user sequences share a history of; "
-                    "use previous_gap, random or none, or data.examples per_target"
+                    "use previous_gap, feedback or another that does not, or data.examples per_target"
                 )
 
     def _check_bias(self) -> None:
@@ -90,10 +93,14 @@ class RunSpec(Section):
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stages: two stages have the same name")
-        owners = {"sink": self.model.sinks, "bias": self.model.bias or self.model.temporal or None, "lora": self.model.lora}
+        owners = {
+            "sink": self.model.sinks,
+            "bias": self.model.bias or self.model.temporal or self.model.similarity,
+            "lora": self.model.lora,
+        }
         for stage in self.stages:
             for group in stage.trainable:
-                if group in owners and owners[group] is None:
+                if group in owners and not owners[group]:
                     key = "sinks" if group == "sink" else group
                     raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because model.{key} is null")
             if stage.readout.over == "sinks" and self.model.sinks is None:

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from ctrsink.batch import Batch
-from ctrsink.data.examples import Sequence, Sequences, ranges
+from ctrsink.data.sequences import Sequence, Sequences
+from ctrsink.features.ragged import ranges
 
 MULTIPLE = 8  # lengths are rounded up to this: fewer distinct shapes, aligned kernels
 
@@ -36,7 +37,7 @@ def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, coun
         for column, out in zip(long, padded, strict=True):
             out[row, : b - a] = column[a:b]
     # At least one slot where there are sinks at all: every rank runs every module, whatever its batch holds.
-    sinks = _Slots(sequences.sinks, rows, min(1, columns.signals.shape[1]))
+    sinks = _Slots(sequences.sinks, rows, min(1, columns.signals.shape[1] + columns.sink_numbers.shape[1]))
     readouts = _Slots(sequences.targets, rows, 1)
     owners = np.full((*readouts.valid.shape, 2), -1)
     owners[..., 0][readouts.valid] = users.repeat(readouts.lengths)
@@ -46,12 +47,16 @@ def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, coun
         sinks.fill(columns.sink_positions, length - 1),
         sinks.valid,
         sinks.fill(columns.signals, 0),
+        sinks.fill(columns.sink_numbers, 0),
         sinks.fill(columns.sink_times, 0),
         readouts.fill(columns.readout_positions, length - 1),
         readouts.valid if counted is None else readouts.valid & counted[:, None],
         readouts.fill(columns.readout_times, 0),
+        readouts.fill(columns.target_signals, 0),
+        readouts.fill(columns.target_numbers, 0),
         readouts.fill(columns.labels.astype(np.float32), 0),
         owners,
+        _pairs(sequences, rows, readouts, sinks),
     ]
     return Batch(*map(torch.from_numpy, arrays))
 
@@ -69,3 +74,13 @@ class _Slots:
         out = np.full((*self.valid.shape, *column.shape[1:]), value, column.dtype)
         out[self.valid] = column[self._chosen]
         return out
+
+
+def _pairs(sequences: Sequences, rows: np.ndarray, readouts: _Slots, sinks: _Slots) -> np.ndarray:
+    """The similarity of targets and sinks, float32 [B, T, K], or [B, T, 0]."""
+    values, bounds = sequences.columns.similarity, sequences.pairs
+    out = np.zeros((*readouts.valid.shape, sinks.valid.shape[1] if len(values) else 0), np.float32)
+    if len(values):
+        for number, (row, targets, count) in enumerate(zip(rows.tolist(), readouts.lengths, sinks.lengths, strict=True)):
+            out[number, :targets, :count] = values[bounds[row] : bounds[row + 1]].reshape(targets, count)
+    return out

@@ -4,7 +4,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,34 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrsink import storage
-from ctrsink.data.arrow import unpack
 from ctrsink.data.cache import Cache
-from ctrsink.data.examples import Chronology, Events, Ragged
+from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, VECTOR, FileEntry, Manifest, read_file, read_manifest
 from ctrsink.data.reading import begin
-from ctrsink.data.requests import known_events
+from ctrsink.data.shard import COLUMNS, Knowing, Shard, read_neighbours, to_shard
 from ctrsink.errors import InputError
+from ctrsink.features.neighbours import Neighbours
+from ctrsink.features.ragged import Ragged
 
 READERS = 4  # shards of a remote data set that are fetched at a time; a disk is fast enough for one, which takes less memory
-COLUMNS = ["user", "item", "timestamp", "feedback_id", "label", "request"]
-
-
-@dataclass(frozen=True)
-class Shard(Events):
-    """A shard in memory, [N] events of all its users one after another; `texts` are rows of its own token table."""
-
-    offsets: np.ndarray
-    """int64 [users + 1]; rows of each user."""
-    items: np.ndarray
-    """Rows of the item table, [N]."""
-    impressions: np.ndarray
-    """Rows with a label, ascending."""
-    users: np.ndarray
-    """Ids, strings of numpy."""
-
-    def chronology(self, row: int) -> Chronology:
-        a, b = self.offsets[row], self.offsets[row + 1]
-        return Chronology(self.texts[a:b], self.feedbacks[a:b], self.timestamps[a:b], self.labels[a:b], self.known[a:b])
 
 
 class Dataset:
@@ -58,7 +39,9 @@ class Dataset:
     def __init__(self, uri: str, keep_shards: int = 16, cache: Cache | None = None) -> None:
         self.uri = uri
         self.manifest: Manifest = read_manifest(uri)
-        self.keep_shards, self._cache, self._with_vectors = keep_shards, cache, False
+        self.keep_shards, self._cache = keep_shards, cache
+        self._layout: Layout | None = None
+        self._neighbours: Neighbours | None = None
         self._start()
         table = pq.read_table(pa.BufferReader(self._read(self.manifest.index)))
         self.index: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
@@ -78,20 +61,38 @@ class Dataset:
         vars(self).update(state)
         self._start()
 
-    def use_vectors(self) -> None:
-        """From now on shards are read with the vectors of their items.
+    def use(self, layout: Layout) -> None:
+        """From now on shards are read with what sequences of this layout tell of their events.
+
+        Raises:
+            InputError: the data set lacks something for it.
+        """
+        if layout == self._layout:
+            return
+        manifest = self.manifest
+        if layout.needs_vectors and manifest.encoder is None:
+            raise InputError(
+                f"the data set {self.uri} has no item vectors, which the signal similarity, data.retrieve and model.similarity: "
+                "vectors need: prepare it again with prepare.encoder"
+            )
+        if "neighbours" in layout.needs and self._neighbours is None:
+            self._neighbours = self.read_neighbours()
+        self._layout = layout
+        self._start()
+
+    def read_neighbours(self) -> Neighbours:
+        """The table of items' neighbours.
 
         Raises:
             InputError: the data set has none.
         """
-        if self.manifest.encoder is None:
+        entry = self.manifest.neighbours
+        if entry is None:
             raise InputError(
-                f"the data set {self.uri} has no item vectors, which the signal similarity and data.retrieve need: "
-                "prepare it again with prepare.encoder"
+                f"the data set {self.uri} has no table of neighbours, which the signal affinity and model.similarity: neighbours "
+                "need: prepare it again with prepare.neighbours"
             )
-        if not self._with_vectors:
-            self._with_vectors = True
-            self._start()
+        return read_neighbours(self._read(entry.file), entry.variance, entry.shrink)
 
     def events(self, split: str, user: int) -> tuple[int, int]:
         """Range [lo, hi) of the user's events that lie in the split."""
@@ -132,37 +133,21 @@ class Dataset:
         return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)
 
     def _load(self, number: int) -> Shard:
+        events, tokens = self.tables(number)
+        knowing = Knowing.of(self.manifest, self.manifest.shards[number], self._neighbours)
+        return to_shard(events, tokens, self._layout, knowing)
+
+    def tables(self, number: int) -> tuple[pa.Table, pa.Table]:
+        """A shard's events, COLUMNS of them, and its sidecar, with vectors where the layout in use needs them."""
         entry = self.manifest.shards[number]
-        wanted = [*TOKENS_SCHEMA.names, *([VECTOR] if self._with_vectors else [])]
+        vectors = self._layout is not None and self._layout.needs_vectors
+        wanted = [*TOKENS_SCHEMA.names, *([VECTOR] if vectors else [])]
         events, tokens = (
             pq.read_table(pa.BufferReader(self._read(file)), columns=columns, use_threads=False)
             for file, columns in ((entry.events_file, COLUMNS), (entry.tokens_file, wanted))
         )
-        return _to_arrays(events, tokens)
+        return events, tokens
 
     def read_items(self) -> pa.Table:
         """The item table: `id`, text fields, and `text`."""
         return pq.read_table(pa.BufferReader(self._read(self.manifest.items)))
-
-
-def _to_arrays(events: pa.Table, tokens: pa.Table) -> Shard:
-    def flat(name: str) -> pa.Array:
-        return events[name].combine_chunks().flatten()
-
-    lists = tokens["tokens"].combine_chunks()
-    lengths = np.diff(events["item"].combine_chunks().offsets.to_numpy())
-    items = flat("item").to_numpy()
-    labels = flat("label").fill_null(-1).to_numpy()
-    return Shard(
-        texts=np.searchsorted(tokens["item"].to_numpy(), items).astype(np.int32),
-        feedbacks=flat("feedback_id").to_numpy(),
-        timestamps=flat("timestamp").to_numpy(),
-        labels=labels,
-        known=known_events(flat("request"), lengths),
-        tokens=Ragged(lists.flatten().to_numpy(), np.append(0, np.cumsum(np.diff(lists.offsets.to_numpy())))),
-        offsets=np.append(0, np.cumsum(lengths)),
-        items=items,
-        impressions=np.flatnonzero(labels >= 0).astype(np.int32),
-        vectors=unpack(tokens[VECTOR]) if VECTOR in tokens.column_names else None,
-        users=np.array(events["user"].to_pylist(), np.dtypes.StringDType()),
-    )

@@ -8,11 +8,11 @@ from pydantic import ValidationError
 
 from ctrsink import storage
 from ctrsink.config.base import Section
-from ctrsink.config.data import TextSpec
+from ctrsink.config.data import FieldSpec, TextSpec
 from ctrsink.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = "ctrsink-dataset/2"
+FORMAT = "ctrsink-dataset/3"
 WORK = "_work"  # beside the manifest, until it is written: what a preparation keeps to go on if it is interrupted
 _READS = 3  # before a file is called damaged: it may have been damaged on its way
 
@@ -29,10 +29,15 @@ SHARD_SCHEMA = pa.schema(
         ("feedback_id", pa.list_(pa.int16())),  # row of Manifest.feedback_tokens
         ("label", pa.list_(pa.int8())),  # 0, 1, or null where the event is no impression
         ("request", pa.list_(pa.string())),
+        (
+            "item_mean",
+            pa.list_(pa.float32()),
+        ),  # of the item's outcomes as of the last full period before, null where none was known
+        ("item_count", pa.list_(pa.int32())),  # outcomes that the mean is of
     ]
 )
 # The token sidecar of a shard: just the items that the shard mentions, by item.
-TOKENS_SCHEMA = pa.schema([("item", pa.int32()), ("tokens", pa.list_(pa.int32()))])
+TOKENS_SCHEMA = pa.schema([("item", pa.int32()), ("tokens", pa.list_(pa.int32())), ("fields", pa.list_(pa.int64()))])
 VECTOR = "vector"
 # One row per chronology, in shard order: enough to know every sequence of an epoch without opening a shard.
 # Events and impressions (events with a label) are counted per split; a user's splits follow each other in time. Before them lie
@@ -62,6 +67,40 @@ class EncoderEntry(Section):
     """Numbers of a vector."""
     vectors: FileEntry
     """Parquet with the `vector` of every item, in the order of the item table; shards carry those they mention."""
+
+
+class StatisticsEntry(Section):
+    """How items were received, by period, up to the end of the log; see PrepareSpec.statistics."""
+
+    period_s: int
+    strength: float
+    outcome: Literal["feedback", "label"]
+    """What is averaged."""
+    fields: tuple[FieldSpec, ...]
+    last_period: int
+    """That of the newest event; the file keeps it apart, because what is appended may lie in it too."""
+    file: FileEntry
+    """Parquet, see `ctrsink.data.prepare.statistics`: what `append` goes on from and exported models carry."""
+
+
+class NeighboursEntry(Section):
+    """The item-item table, see `ctrsink.features.neighbours`; that of the first part, which later ones only read."""
+
+    file: FileEntry
+    """Parquet with a row per item: `partners`, `products` and `common`, lists."""
+    variance: float
+    shrink: float
+    until: int
+    """Events before this time were counted, in seconds since 1970."""
+    user_events: int
+    """Of each user the latest so many of them."""
+
+
+class Scale(Section):
+    """A number over the events of the training range."""
+
+    mean: float
+    deviation: float
 
 
 class ShardEntry(Section):
@@ -111,7 +150,7 @@ class PartEntry(Section):
 class Manifest(Section):
     """Everything a reader must know of a data set before it opens a shard."""
 
-    format: Literal["ctrsink-dataset/2"]
+    format: Literal["ctrsink-dataset/3"]
     parts: tuple[PartEntry, ...]
     shards: tuple[ShardEntry, ...]
     """Part after part."""
@@ -121,8 +160,14 @@ class Manifest(Section):
     tokenizer: tuple[FileEntry, ...]
     tokenizer_fingerprint: str
     encoder: EncoderEntry | None = None
+    statistics: StatisticsEntry
+    neighbours: NeighboursEntry | None = None
+    numbers: dict[str, Scale]
+    """The signals that are numbers, those that this data set has what they need for."""
     text: TextSpec
     positive_from: float
+    labelled: bool
+    """Labels are a column of the log; else they follow from the feedback and `positive_from`."""
     prefix_tokens: tuple[int, ...]
     feedback_texts: tuple[str, ...]
     """What follows a behaviour's item text (feedback, then separator), by `feedback_id`."""
@@ -138,7 +183,8 @@ class Manifest(Section):
     def common_files(self) -> tuple[FileEntry, ...]:
         """Those that belong to no shard."""
         encoder = () if self.encoder is None else (*self.encoder.files, self.encoder.vectors)
-        return (self.index, self.items, *self.tokenizer, *encoder)
+        neighbours = () if self.neighbours is None else (self.neighbours.file,)
+        return (self.index, self.items, *self.tokenizer, *encoder, self.statistics.file, *neighbours)
 
     @property
     def split_times(self) -> SplitTimes:
@@ -177,7 +223,9 @@ class Manifest(Section):
     @property
     def identities(self) -> tuple[str, ...]:
         """The identity that the data set had when it ended with each of its parts: appending adds one and keeps the others."""
-        fixed = self.model_dump_json(include={"tokenizer_fingerprint", "text", "positive_from", "prefix_tokens"})
+        fixed = self.model_dump_json(
+            include={"tokenizer_fingerprint", "text", "positive_from", "prefix_tokens", "neighbours", "numbers"}
+        )
         found: list[str] = []
         for number, part in enumerate(self.parts):
             shards = [shard.model_dump_json() for shard in self.shards if shard.part == number]

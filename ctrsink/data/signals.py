@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from ctrsink.config.data import Signal
 from ctrsink.data.order import mix64
 from ctrsink.data.similarity import similarity_bucket
 
@@ -14,7 +13,7 @@ def log_bucket(seconds: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def signal_ids(
-    signals: tuple[Signal, ...],
+    signals: tuple[str, ...],
     timestamps: np.ndarray,
     buckets: int,
     lengths: np.ndarray | None = None,
@@ -36,7 +35,7 @@ def signal_ids(
     return np.stack([_bucket(signal, timestamps, buckets, lengths, cosines) for signal in signals], axis=1)
 
 
-def _bucket(signal: Signal, timestamps: np.ndarray, buckets: int, lengths: np.ndarray, cosines: np.ndarray | None) -> np.ndarray:
+def _bucket(signal: str, timestamps: np.ndarray, buckets: int, lengths: np.ndarray, cosines: np.ndarray | None) -> np.ndarray:
     ends = np.cumsum(lengths)
     match signal:
         case "recency_rank":
@@ -54,3 +53,5 @@ def _bucket(signal: Signal, timestamps: np.ndarray, buckets: int, lengths: np.nd
             return (mix64(timestamps) % np.uint64(buckets)).astype(np.int64)
         case "none":
             return np.zeros(len(timestamps), np.int64)
+        case _:
+            raise ValueError(f"{signal} is no signal of buckets")

@@ -14,10 +14,14 @@ from ctrsink.data.ahead import in_processes, read_ahead
 from ctrsink.data.budget import fill
 from ctrsink.data.collate import collate_rows
 from ctrsink.data.dataset import Dataset, Shard
-from ctrsink.data.examples import Cuts, Layout, Ragged, Sequences, build_sequences, ranges, split_requests
+from ctrsink.data.examples import build_sequences
+from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import SPLITS
 from ctrsink.data.order import Order, deal
+from ctrsink.data.sequences import Sequences
+from ctrsink.data.windows import Cuts, split_requests
 from ctrsink.errors import InputError
+from ctrsink.features.ragged import Ragged, ranges
 
 BUILT_AT_ONCE = 512  # sequences of a rank, about
 WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
@@ -36,8 +40,7 @@ class SequenceSource:
     def __init__(self, dataset: Dataset, split: str, layout: Layout, newest: bool = False) -> None:
         self.dataset, self.split, self.layout = dataset, split, layout
         self._impressions = dataset.index[f"{split}_impressions"]
-        if layout.needs_vectors:
-            dataset.use_vectors()
+        dataset.use(layout)
         newest = newest and len(dataset.manifest.parts) > 1
         if newest:
             older = sum(shard.part < len(dataset.manifest.parts) - 1 for shard in dataset.manifest.shards)

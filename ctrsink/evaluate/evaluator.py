@@ -15,7 +15,7 @@ from ctrsink import storage, strict_json
 from ctrsink.batch import Batch
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource, evaluation_batches
 from ctrsink.dist import Topology, gather_rows
 from ctrsink.evaluate.metrics import all_metrics

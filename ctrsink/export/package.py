@@ -14,6 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from ctrsink import storage
 from ctrsink.data.encoder import write_files
+from ctrsink.data.knowledge import FILE as KNOWLEDGE_NAME
+from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.manifest import read_file
 from ctrsink.errors import InputError
 from ctrsink.export.card import CARD_NAME, model_card
@@ -44,7 +46,9 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
         raise InputError(f"{to} is not empty: choose a new folder for the exported model")
     run = restore_run(run_dir, checkpoint)
     merged = merge_lora(run.model)
-    config = _config(run, DTYPES[dtype])
+    knowledge = _knowledge(run)
+    plain, items = knowledge.dump() if knowledge else (None, b"")
+    config = _config(run, DTYPES[dtype], plain)
     weights = _weights(run, config, DTYPES[dtype])
     with _published(to) as folder:
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -52,6 +56,8 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
             (folder / Path(entry.path).name).write_bytes(read_file(run.dataset.uri, entry))
         for entry in run.dataset.manifest.encoder.files if config.encoder and run.dataset.manifest.encoder else ():
             write_files(folder, {entry.path: read_file(run.dataset.uri, entry)})
+        if knowledge:
+            (folder / KNOWLEDGE_NAME).write_bytes(items)
         (folder / CARD_NAME).write_text(model_card(run, dtype), "utf-8")
         config.to_json_file(folder / CONFIG_NAME, use_diff=True)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -66,7 +72,14 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
     }
 
 
-def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
+def _knowledge(run: TrainedRun) -> Knowledge | None:
+    """What the model's signals need of items; None: nothing."""
+    if not run.layout.events_of_signals:
+        return None
+    return Knowledge.of(run.dataset, "neighbours" in run.layout.needs)
+
+
+def _config(run: TrainedRun, dtype: torch.dtype, knowledge: dict[str, Any] | None) -> CTRSinkConfig:
     spec, manifest = run.spec.model, run.dataset.manifest
     backbone: Any = run.model.backbone
     fields: dict[str, Any] = backbone.config.to_dict()
@@ -84,6 +97,8 @@ def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
         backbone=fields | {"dtype": name},
         sinks=spec.sinks.model_dump(mode="json") if spec.sinks else None,
         bias=spec.bias.model_dump(mode="json") if spec.bias else None,
+        target=spec.target.model_dump(mode="json") if spec.target else None,
+        similarity=spec.similarity,
         temporal=spec.temporal,
         window=spec.window,
         readout=run.readout.model_dump(mode="json"),
@@ -91,6 +106,8 @@ def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
         text=manifest.text.model_dump(mode="json"),
         prefix_tokens=list(manifest.prefix_tokens),
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
+        feedback_texts=list(manifest.feedback_texts) if "feedback" in run.layout.signals else None,
+        knowledge=knowledge,
         encoder=manifest.encoder.model_dump(include={"max_tokens", "fingerprint"})
         if manifest.encoder and run.layout.needs_vectors
         else None,

@@ -1,7 +1,7 @@
 """Attention with sinks: plain causal attention for all rows, then the few rows that differ once more, in their place.
 
-An inter-sink bias changes the rows of sinks only, a temporal bias those of readouts, and only targets see less than all before
-them. So a dense [L, L] bias is never made: the price is the share of those rows of one attention.
+An inter-sink bias changes the rows of sinks only, a temporal or similarity bias those of readouts, and only targets see less
+than all before them. So a dense [L, L] bias is never made: the price is the share of those rows of one attention.
 """
 
 from collections.abc import Callable
@@ -37,15 +37,19 @@ class AttentionPlan:
     window: int | None
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     """Inter-sink bias [B, K, K] by layer, from the layer's hook to its attention."""
-    temporal: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Bias [B, H, R, K] by layer, of the rows of targets at the sinks."""
+    at_readouts: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Bias [B, H, R, K] by layer, of the rows of targets at the sinks: temporal, by similarity, or their sum."""
     followed: set[int] = field(default_factory=set)
     """Layers whose attention has computed by this plan."""
     watch: "Watch | None" = None
 
     def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
-        """The temporal bias of the readouts at the sinks, [B, H, T, K]; None: the layer has none."""
-        return self.temporal.get(layer)
+        """The bias of the readouts at the sinks, [B, H, T, K]; None: the layer has none."""
+        return self.at_readouts.get(layer)
+
+    def add_readout_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
+        """Give the readouts their bias at the sinks, `biases[i]`, [B, H, T, K], in layer i."""
+        self.at_readouts.update(enumerate(biases))
 
 
 Watch = Callable[[AttentionPlan, int, torch.Tensor, torch.Tensor, float], None]
@@ -58,30 +62,30 @@ class SdpaPlan(AttentionPlan):
 
     sinks: Rows
     targets: Rows | None
-    """Rows of targets that see less than all before them or have a temporal bias; None: there are none."""
+    """Rows of targets that see less than all before them or have a bias of their own; None: there are none."""
     base: torch.Tensor | None
     """bool [B, 1, L, L], what all rows see; None: everything up to themselves, the fastest kernel."""
 
-    def add_temporal(self, biases: nn.ModuleList, batch: Batch) -> None:
-        """Give the readouts among the rows of targets their temporal bias, `biases[i]` in layer i."""
+    def add_readout_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
+        """As in AttentionPlan; the bias of a readout goes to its row among those of targets, the others get 0."""
         assert self.targets is not None  # by `plan`
-        match = self.targets.positions[:, :, None] == batch.readout_positions[:, None, :]
-        match &= batch.readout_valid[:, None, :]
-        asked = torch.where(match, batch.readout_times[:, None, :], 0).amax(-1)
+        match = (self.targets.positions[:, :, None] == batch.readout_positions[:, None, :]) & batch.readout_valid[:, None, :]
+        slot = match.to(torch.uint8).argmax(-1)[:, None, :, None]
+        mine = match.any(-1)[:, None, :, None]
         for layer, bias in enumerate(biases):
-            self.temporal[layer] = bias(asked, batch.sink_times) * match.any(-1)[:, None, :, None]
+            self.at_readouts[layer] = bias.gather(2, slot.expand(-1, bias.shape[1], -1, bias.shape[3])) * mine
 
     def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
-        """As in AttentionPlan; here the temporal bias is that of the rows of targets, which the readouts are among."""
-        if self.targets is None or layer not in self.temporal:
+        """As in AttentionPlan; here the bias is that of the rows of targets, which the readouts are among."""
+        if self.targets is None or layer not in self.at_readouts:
             return None
         slots = (self.targets.positions[:, None, :] == batch.readout_positions[:, :, None]).to(torch.uint8).argmax(-1)
-        table = self.temporal[layer]
+        table = self.at_readouts[layer]
         return table.gather(2, slots[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
 
 
-def plan(batch: Batch, sinks_only: bool, window: int | None = None, temporal: bool = False) -> SdpaPlan:
-    """The plan of a batch; `temporal`: the rows of readouts get a bias of their own."""
+def plan(batch: Batch, sinks_only: bool, window: int | None = None, readouts: bool = False) -> SdpaPlan:
+    """The plan of a batch; `readouts`: their rows get a bias of their own."""
     packing = Packing.of(batch)
     base = windowed(batch, window)
     return SdpaPlan(
@@ -89,7 +93,7 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None, temporal: bo
         sinks=sink_rows(batch, window),
         sink_valid=batch.sink_valid,
         packed_sinks=packing.find(batch.sink_positions),
-        targets=target_rows(batch, sinks_only, window, temporal),
+        targets=target_rows(batch, sinks_only, window, readouts),
         base=None if base is None else base[:, None],
         window=window,
     )
@@ -157,8 +161,8 @@ def _special(given: SdpaPlan, layer: int, length: int, dtype: torch.dtype) -> tu
     if (table := given.tables.pop(layer, None)) is not None:
         parts.append((given.sinks.positions, _masked(given, given.sinks, table[:, None], length, dtype)))
     if given.targets is not None:
-        temporal = given.temporal.get(layer)
-        parts.append((given.targets.positions, _masked(given, given.targets, temporal, length, dtype)))
+        at_sinks = given.at_readouts.get(layer)
+        parts.append((given.targets.positions, _masked(given, given.targets, at_sinks, length, dtype)))
     if not parts:
         return None
     heads = max(mask.shape[1] for _, mask in parts)

@@ -49,33 +49,33 @@ class BlockProducts(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         table: torch.Tensor | None,
-        temporal: torch.Tensor | None,
+        at_readouts: torch.Tensor | None,
         scale: float,
         blocks: Sequence[Block],
     ) -> torch.Tensor:
-        """Query [H, N, d], key and value [G, N, d], inter-sink bias [B, K, K], temporal bias [B, H, T, K] -> [N, H, d]."""
+        """Query [H, N, d], key and value [G, N, d], inter-sink bias [B, K, K], bias of readouts [B, H, T, K] -> [N, H, d]."""
         (heads, length, width), groups = query.shape, len(key)
         out = value.new_empty(length, heads, value.shape[2])
         for block in blocks:
-            weights = _weights(block, query, key, table, temporal, scale)
+            weights = _weights(block, query, key, table, at_readouts, scale)
             seen = torch.bmm(weights, _take(value, block.keys))
             out[block.rows] = seen.view(heads, -1, value.shape[2]).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, table, temporal)
+        ctx.save_for_backward(query, key, value, table, at_readouts)
         ctx.scale, ctx.blocks, ctx.shape = scale, blocks, (heads, groups, width)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, table, temporal = ctx.saved_tensors
+        query, key, value, table, at_readouts = ctx.saved_tensors
         of_out, (heads, groups, width), scale = gradients[0].to(value.dtype), ctx.shape, ctx.scale
         of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         # Keys and values add up over blocks, the biases over heads: in fp32 at least.
         wide = torch.promote_types(value.dtype, torch.float32)
         of_key, of_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         of_table = torch.zeros_like(table, dtype=wide) if ctx.needs_input_grad[3] else None
-        of_temporal = torch.zeros_like(temporal, dtype=wide) if ctx.needs_input_grad[4] else None
+        of_at_readouts = torch.zeros_like(at_readouts, dtype=wide) if ctx.needs_input_grad[4] else None
         for block in ctx.blocks:
-            weights = _weights(block, query, key, table, temporal, scale)
+            weights = _weights(block, query, key, table, at_readouts, scale)
             asked = _grouped(query[:, block.rows], groups)
             above = _grouped(of_out[block.rows].transpose(0, 1), groups)
             _give(of_value, block.keys, torch.bmm(weights.transpose(1, 2), above))
@@ -88,14 +88,19 @@ class BlockProducts(torch.autograd.Function):
             if of_table is not None and len(block.sinks.numbers):
                 pairs = by_head[:, block.sinks.places[:, None], shown]
                 of_table[block.sequence, block.sinks.numbers[:, None], sees] = pairs.to(wide).sum(0)
-            if of_temporal is not None and len(block.readouts.numbers):
+            if of_at_readouts is not None and len(block.readouts.numbers):
                 pairs = by_head[:, block.readouts.places[:, None], shown]
-                of_temporal[block.sequence, :, block.readouts.numbers[:, None], sees] = pairs.to(wide)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_table, of_temporal, None, None
+                of_at_readouts[block.sequence, :, block.readouts.numbers[:, None], sees] = pairs.to(wide)
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_table, of_at_readouts, None, None
 
 
 def _weights(
-    block: Block, query: torch.Tensor, key: torch.Tensor, table: torch.Tensor | None, temporal: torch.Tensor | None, scale: float
+    block: Block,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    table: torch.Tensor | None,
+    at_readouts: torch.Tensor | None,
+    scale: float,
 ) -> torch.Tensor:
     """softmax(q k^T * scale + biases) of a block, [G, H / G * Q, M]."""
     heads, groups = len(query), len(key)
@@ -104,10 +109,10 @@ def _weights(
     if table is not None and len(block.sinks.numbers):
         mask[block.sinks.places[:, None], shown] = table[block.sequence, block.sinks.numbers[:, None], sees].to(mask.dtype)
     mask.masked_fill_(block.hidden, float("-inf"))
-    if temporal is not None and len(block.readouts.numbers):
+    if at_readouts is not None and len(block.readouts.numbers):
         mask = mask.repeat(heads, 1, 1)
         rows = block.readouts.places[:, None]
-        mask[:, rows, shown] += temporal[block.sequence, :, block.readouts.numbers[:, None], sees].to(mask.dtype)
+        mask[:, rows, shown] += at_readouts[block.sequence, :, block.readouts.numbers[:, None], sees].to(mask.dtype)
         mask = mask.view(groups, -1, mask.shape[2])
     else:
         mask = mask.repeat(heads // groups, 1)

@@ -31,14 +31,6 @@ class BlockPlan(AttentionPlan):
 
     blocks: Sequence[Block]
 
-    def add_temporal(self, biases: nn.ModuleList, batch: Batch) -> None:
-        """Give the readouts their temporal bias, `biases[i]` in layer i."""
-        for layer, bias in enumerate(biases):
-            self.temporal[layer] = bias(batch.readout_times, batch.sink_times)
-
-    def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
-        return self.temporal.get(layer)
-
 
 def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> BlockPlan:
     """The plan of a batch, with the rule of `ctrsink.model.rows.visible`."""
@@ -132,7 +124,7 @@ def _attention(
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)
     out = BlockProducts.apply(
-        query, key, value[0], given.tables.pop(layer, None), given.temporal.get(layer), kwargs["scaling"], given.blocks
+        query, key, value[0], given.tables.pop(layer, None), given.at_readouts.get(layer), kwargs["scaling"], given.blocks
     )
     return out[None], None
 

@@ -12,25 +12,15 @@ from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.model import attention, blocks, flex
 from ctrsink.model.bias import InterSinkBias
+from ctrsink.model.head import ClickHead, JointHead
 from ctrsink.model.readout import read
-from ctrsink.model.sinks import SinkEmbedding
+from ctrsink.model.signals import SignalEmbedding, token_scale
+from ctrsink.model.similarity import SimilarityBias
 from ctrsink.model.temporal import TemporalBias
 
+HOURS = 24  # most values of a category that targets are told
 BACKENDS = {"sdpa": attention.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
-
-
-class ClickHead(nn.Module):
-    """Layer norm and a linear map to one logit."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, 1)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] -> [B, T]."""
-        return self.linear(self.norm(states)).squeeze(-1)
 
 
 class CTRModel(nn.Module):
@@ -49,10 +39,17 @@ class CTRModel(nn.Module):
         self.mixed_precision = False
         """Matrix products in bfloat16 whatever the weights are held in."""
         self.head = ClickHead(hidden)
-        self.sinks = None
+        self.sinks = self.target = None
         self.biases = nn.ModuleList()
+        scale = token_scale(backbone)
         if spec.sinks is not None:
-            self.sinks = SinkEmbedding(len(spec.sinks.signals), spec.sinks.buckets, spec.sinks.embedding_size, hidden)
+            of = spec.sinks
+            self.sinks = SignalEmbedding(len(of.categories), of.buckets, of.embedding_size, len(of.numbers), hidden, scale)
+        if spec.target is not None:
+            of = spec.target
+            self.target = SignalEmbedding(len(of.categories), HOURS, of.embedding_size, len(of.numbers), hidden, scale)
+            if of.numbers:
+                self.head = JointHead(hidden, len(of.numbers), of.dropout)
         if spec.bias is not None:
             layers = decoder_layers(backbone)
             count = max(1, round(len(layers) * spec.bias.layers))
@@ -61,6 +58,9 @@ class CTRModel(nn.Module):
         self.temporal = nn.ModuleList()
         if spec.temporal:
             self.temporal.extend(TemporalBias(heads) for _ in decoder_layers(backbone))
+        self.similarity = nn.ModuleList()
+        if spec.similarity is not None:
+            self.similarity.extend(SimilarityBias(heads) for _ in decoder_layers(backbone))
         self.layers = len(decoder_layers(backbone))
         self.window = spec.window
         self.attention = spec.attention
@@ -68,12 +68,28 @@ class CTRModel(nn.Module):
         """Told of every layer's attention while it is set."""
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Input vectors [B, L, D]: token embeddings, and sink embeddings at the sinks."""
+        """Input vectors [B, L, D]: token embeddings, sinks, and at a target's last token what it is told beside."""
         tokens = self.backbone.get_input_embeddings()(batch.input_ids)  # pyright: ignore[reportCallIssue]
-        if self.sinks is None:
-            return tokens
-        index = batch.sink_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
-        return tokens.scatter(1, index, self.sinks(batch.signals).to(tokens.dtype))
+        if self.sinks is not None:
+            index = batch.sink_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
+            tokens = tokens.scatter(1, index, self.sinks(batch.signals, batch.sink_numbers).to(tokens.dtype))
+        if self.target is not None:
+            index = batch.readout_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
+            told = self.target(batch.target_signals, batch.target_numbers) * batch.readout_valid[:, :, None]
+            tokens = tokens.scatter_add(1, index, told.to(tokens.dtype))
+        return tokens
+
+    def _readout_biases(self, batch: Batch) -> list[torch.Tensor]:
+        """What each layer adds to the logits of targets at sinks, [B, H, T, K]; none where the model has nothing to add."""
+        found = [bias(batch.readout_times, batch.sink_times) for bias in self.temporal]
+        # Without a single sink in what was built together no similarity was either.
+        known = (
+            batch.similarity
+            if batch.similarity.shape[2]
+            else batch.similarity.new_zeros(*batch.labels.shape, batch.sink_valid.shape[1])
+        )
+        similar = [bias(known) for bias in self.similarity]
+        return [sum(pair) for pair in zip(found, similar, strict=True)] if found and similar else found or similar  # pyright: ignore[reportReturnType]
 
     def hidden_states(self, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
         """States after the final norm, [B, L, D].
@@ -87,10 +103,10 @@ class CTRModel(nn.Module):
         elif self.attention == "blocks":
             plan = blocks.plan(batch, sinks_only, self.window)
         else:
-            plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal))
+            plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal or self.similarity))
         plan.watch = self.watch
-        if self.temporal:
-            plan.add_temporal(self.temporal, batch)
+        if biases := self._readout_biases(batch):
+            plan.add_readout_biases(biases, batch)
         out = self.backbone(
             inputs_embeds=plan.packing.pack(self.embed(batch))[None],
             attention_mask=None,
@@ -112,7 +128,7 @@ class CTRModel(nn.Module):
             states = read(self.hidden_states(batch, readout), batch, readout)
         # Under autocast the head's matrix product would round logits to bfloat16's three digits, and make ties of them.
         with torch.autocast(states.device.type, enabled=False):
-            logits = self.head(states.float())
+            logits = self.head(states.float(), batch.target_numbers)
         losses = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         return (losses * batch.readout_valid).sum(), logits
 

@@ -34,14 +34,9 @@ class FlexPlan(AttentionPlan):
     sink_row: torch.Tensor
     """int32 [N]; where the row of a sink begins in the flattened tables [B, K, K], counted from 1; -1: no sink."""
     readout_row: torch.Tensor
-    """int32 [N]; where the row of a readout begins in one head's temporal bias [B, T, K], counted from 1; -1: no readout."""
+    """int32 [N]; where the row of a readout begins in one head's bias of readouts [B, T, K], counted from 1; -1: no readout."""
     sinks: Pairs
     readouts: Pairs
-
-    def add_temporal(self, biases: nn.ModuleList, batch: Batch) -> None:
-        """Give the readouts their temporal bias, `biases[i]` in layer i."""
-        for layer, bias in enumerate(biases):
-            self.temporal[layer] = bias(batch.readout_times, batch.sink_times)
 
 
 def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> FlexPlan:
@@ -97,14 +92,14 @@ def _attention(
         given.watch(given, layer, query, key, kwargs["scaling"])
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    table, temporal = given.tables.pop(layer, None), given.temporal.get(layer)
+    table, at_readouts = given.tables.pop(layer, None), given.at_readouts.get(layer)
     kernel: Callable[..., Any] = _compiled if query.is_cuda else flex_attention
     scale = kwargs["scaling"]
     out, aux = kernel(
         query,
         key,
         value,
-        score_mod=_score_mod(given, table, temporal),
+        score_mod=_score_mod(given, table, at_readouts),
         block_mask=given.blocks,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -112,12 +107,12 @@ def _attention(
     )
     if table is not None:
         out = with_table_gradient(out, table[:, None], query, key, value, aux.lse, given.sinks, scale)
-    if temporal is not None:
-        out = with_table_gradient(out, temporal, query, key, value, aux.lse, given.readouts, scale)
+    if at_readouts is not None:
+        out = with_table_gradient(out, at_readouts, query, key, value, aux.lse, given.readouts, scale)
     return out.transpose(1, 2), None
 
 
-def _score_mod(given: FlexPlan, table: torch.Tensor | None, temporal: torch.Tensor | None) -> _ScoreMod | None:
+def _score_mod(given: FlexPlan, table: torch.Tensor | None, at_readouts: torch.Tensor | None) -> _ScoreMod | None:
     """Adds the entry of each pair of tokens; the 0 that pairs without one read is put before the entries.
 
     The kernel gets values without gradient: its own would be an atomic addition per score, nearly all to that 0.
@@ -125,22 +120,22 @@ def _score_mod(given: FlexPlan, table: torch.Tensor | None, temporal: torch.Tens
     slot, sink_row, readout_row = given.slot, given.sink_row, given.readout_row
     of_sinks = None if table is None else nn.functional.pad(table.detach().flatten(), (1, 0))
     # A row per head: a number of heads in the closure would be one more thing to compile for.
-    of_readouts = None if temporal is None else nn.functional.pad(temporal.detach().transpose(0, 1).flatten(1), (1, 0))
+    of_readouts = None if at_readouts is None else nn.functional.pad(at_readouts.detach().transpose(0, 1).flatten(1), (1, 0))
 
     def add_table(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         assert of_sinks is not None
         return score + of_sinks[torch.where((sink_row[q] >= 0) & (slot[k] >= 0), sink_row[q] + slot[k], 0)]
 
-    def add_temporal(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def add_readout(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         assert of_readouts is not None
         return score + of_readouts[h, torch.where((readout_row[q] >= 0) & (slot[k] >= 0), readout_row[q] + slot[k], 0)]
 
     def add_both(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return add_temporal(add_table(score, b, h, q, k), b, h, q, k)
+        return add_readout(add_table(score, b, h, q, k), b, h, q, k)
 
     if of_sinks is not None and of_readouts is not None:
         return add_both
-    return add_table if of_sinks is not None else add_temporal if of_readouts is not None else None
+    return add_table if of_sinks is not None else add_readout if of_readouts is not None else None
 
 
 AttentionInterface.register(BACKEND, _attention)

@@ -6,7 +6,14 @@ from torch import nn
 
 from ctrsink.config.stages import Group
 
-_PREFIXES: dict[str, Group] = {"sinks": "sink", "biases": "bias", "temporal": "bias", "head": "head"}
+_PREFIXES: dict[str, Group] = {
+    "sinks": "sink",
+    "biases": "bias",
+    "temporal": "bias",
+    "similarity": "bias",
+    "target": "head",
+    "head": "head",
+}
 
 
 def group_of(name: str) -> Group:

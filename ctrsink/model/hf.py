@@ -30,6 +30,9 @@ class CTRSinkConfig(PretrainedConfig):
     """SinkSpec, null for the plain language model."""
     bias: dict[str, Any] | None = None
     """BiasSpec."""
+    target: dict[str, Any] | None = None
+    """TargetSpec."""
+    similarity: str | None = None
     temporal: bool = False
     window: int | None = None
     readout: dict[str, Any] | None = None
@@ -41,12 +44,16 @@ class CTRSinkConfig(PretrainedConfig):
     prefix_tokens: list[int] | None = None
     """Tokens at the start of every sequence."""
     tokenizer_fingerprint: str | None = None
+    feedback_texts: list[str] | None = None
+    """What each value of the signal `feedback` was rendered as, in the order of its numbers."""
+    knowledge: dict[str, Any] | None = None
+    """What is needed of items, see `ctrsink.data.knowledge`; None where no signal is of items."""
     encoder: dict[str, Any] | None = None
     """`max_tokens` and `fingerprint` of the text encoder in the folder `encoder`, where sequences depend on items' vectors."""
 
     def model_spec(self) -> ModelSpec:
         """The ModelSpec of the merged model: no LoRA, a backbone from its configuration."""
-        parts = {name: getattr(self, name) for name in ("sinks", "bias", "temporal", "window")}
+        parts = {name: getattr(self, name) for name in ("sinks", "target", "bias", "similarity", "temporal", "window")}
         return ModelSpec.model_validate({"backbone": BackboneSpec(config=self.backbone), **parts})
 
 
@@ -58,7 +65,7 @@ class CTRSinkModel(PreTrainedModel):
     base_model_prefix = "ctr"
     _supports_sdpa = True
     # The backbone alone is stored in bfloat16: the rest is small, and was trained in fp32.
-    _keep_in_fp32_modules_strict = ["ctr.head", "ctr.sinks", "ctr.biases", "ctr.temporal"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["ctr.head", "ctr.sinks", "ctr.target", "ctr.biases", "ctr.temporal", "ctr.similarity"]  # noqa: RUF012
 
     def __init__(self, config: CTRSinkConfig) -> None:
         super().__init__(config)

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ctrsink import storage
 from ctrsink.data.encoder import FOLDER, Encoder, folder_fingerprint
+from ctrsink.data.knowledge import FILE, Knowledge
 from ctrsink.data.tokenize import fingerprint
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, first_line
 from ctrsink.model.hf import FORMAT, CTRSinkConfig, CTRSinkModel
 
 
-def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedTokenizerBase, Encoder | None]:
-    """The model in the folder `uri`, local or s3://, in evaluation mode, its tokenizer, and the encoder of items if it needs one.
+@dataclass(frozen=True)
+class Loaded:
+    """All that scoring needs."""
+
+    model: CTRSinkModel
+    """In evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder | None
+    """That of items' texts, where sequences depend on their vectors."""
+    knowledge: Knowledge | None
+    """What is known of items, where signals depend on it."""
+
+
+def load_model(uri: str, device: str = "cpu") -> Loaded:
+    """The model in the folder `uri`, local or s3://.
 
     Raises:
         InputError: `uri` holds no exported model, one of another format, or one that is damaged.
@@ -33,13 +48,23 @@ def load_model(uri: str, device: str = "cpu") -> tuple[CTRSinkModel, PreTrainedT
             raise InputError(f"the model {uri} is damaged ({reason}): export it again") from None
         model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
         encoder = _encoder(uri, folder, model.config.encoder, device)
+        knowledge = _knowledge(uri, folder, model.config.knowledge)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
             name = sorted(map(str, found[kind]))[0]
             raise InputError(f"the weights of the model {uri} do not fit its configuration ({kind} {name}): export it again")
     if fingerprint(tokenizer) != model.config.tokenizer_fingerprint:
         raise InputError(f"the tokenizer in {uri} is not the one the model was trained with: export it again")
-    return model.to(device).eval(), tokenizer, encoder
+    return Loaded(model.to(device).eval(), tokenizer, encoder, knowledge)
+
+
+def _knowledge(uri: str, folder: Path, plain: dict[str, Any] | None) -> Knowledge | None:
+    if plain is None:
+        return None
+    try:
+        return Knowledge.load(plain, (folder / FILE).read_bytes())
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{uri}/{FILE} is missing or damaged ({first_line(error)}): export the model again") from None
 
 
 def _encoder(uri: str, folder: Path, entry: dict[str, Any] | None, device: str) -> Encoder | None:

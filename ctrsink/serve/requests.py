@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from string import Formatter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,8 @@ class Behaviour(Section):
     item: Item
     """Fields of the item, at least those that the model's template names."""
     feedback: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    label: Literal[0, 1] | None = None
+    """Whether it was a click, for models of a log with a label column; elsewhere it follows from the feedback."""
     timestamp: Timestamp
     """Seconds since 1970."""
 
@@ -73,12 +75,13 @@ def template_fields(template: str) -> list[str]:
 
 def item_table(items: Sequence[Item], fields: Sequence[str]) -> pa.Table:
     """The items' `fields` as text, as preparation holds them: empty for null, the entries of a list joined by spaces."""
-    columns = {field: pa.array([_text(item[field]) for item in items], pa.string()) for field in fields}
+    columns = {field: pa.array([text_of(item[field]) for item in items], pa.string()) for field in fields}
     # A template without a field still renders every item: the table's length must not come from its columns.
     return pa.table({"": pa.nulls(len(items)), **columns})
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A value of a request as text, as preparation holds it."""
     if value is None:
         return ""
     if isinstance(value, list):
@@ -94,7 +97,7 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     """
     shard, row = dataset.locate(user)
     entry = dataset.manifest.shards[int(dataset.index["shard"][user])].events_file
-    names = ["item", "timestamp", "feedback"]
+    names = ["item", "timestamp", "feedback", "label", "item_mean", "item_count"]
     table = pq.read_table(io.BytesIO(read_file(dataset.uri, entry)), columns=names)
     log: dict[str, list[Any]] = {name: table.column(name)[row].as_py() for name in names}
     if not 0 <= event < len(log["item"]):
@@ -102,17 +105,28 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     chosen = [log["item"][event]] if candidates is None else list(candidates)
     known = int(shard.known[shard.offsets[row] + event])
     items = _items(dataset, [*log["item"][:known], *chosen])
+    for number, item in enumerate(items):
+        # Where the user met a candidate: how it was received until then. The model's own table is that of the end of the log.
+        place = number if number < known else _met(log["item"], chosen[number - known], event)
+        if place is not None:
+            item |= {"item_mean": log["item_mean"][place], "item_count": log["item_count"][place]}
     history = [
-        {"item": item, "feedback": feedback, "timestamp": timestamp}
-        for item, feedback, timestamp in zip(items, log["feedback"][:known], log["timestamp"][:known], strict=False)
+        {"item": items[place]} | {name: log[name][place] for name in ("feedback", "label", "timestamp")} for place in range(known)
     ]
     return {"history": history, "candidates": items[known:], "timestamp": log["timestamp"][event]}
 
 
+def _met(items: list[int], item: int, event: int) -> int | None:
+    """The user's event with this item from `event` on, else an earlier one; None: there is none."""
+    places = [place for place, met in enumerate(items) if met == item]
+    return next((place for place in places if place >= event), places[-1] if places else None)
+
+
 def _items(dataset: Dataset, rows: list[int]) -> list[Item]:
-    """Fields of the items in these rows, just those that the data set's template uses."""
+    """Ids and fields of the items in these rows, just the fields that the data set's template and signals use."""
     table = dataset.read_items()
+    names = [*template_fields(dataset.manifest.text.item), *(field.column for field in dataset.manifest.statistics.fields)]
     # The log's column `item` is kept as `id`.
-    columns = {name: "id" if name == "item" else name for name in template_fields(dataset.manifest.text.item)}
+    columns = {"id": "id"} | {name: "id" if name == "item" else name for name in names}
     values = {name: table.column(column).take(pa.array(rows, pa.int64())).to_pylist() for name, column in columns.items()}
     return [{name: column[i] for name, column in values.items()} for i in range(len(rows))]

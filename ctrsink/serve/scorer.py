@@ -1,25 +1,28 @@
 """The scorer: requests to probabilities, through the same text, tokens, sequences and batches as in training."""
 
-import dataclasses
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ctrsink import storage
 from ctrsink.config.data import TextSpec
 from ctrsink.data.collate import collate
-from ctrsink.data.encoder import Encoder
-from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
+from ctrsink.data.examples import build_sequences
+from ctrsink.data.layout import Layout
 from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts
+from ctrsink.data.sequences import Sequence
+from ctrsink.data.shard import told
 from ctrsink.data.tokenize import encode
+from ctrsink.data.windows import Cuts, Events
 from ctrsink.errors import InputError
-from ctrsink.model.hf import CTRSinkModel
-from ctrsink.serve.load import load_model
+from ctrsink.features.ragged import Ragged
+from ctrsink.serve.load import Loaded, load_model
 from ctrsink.serve.requests import Request, item_table, parse_request, template_fields
+from ctrsink.serve.told import histories_of
 
 CANDIDATES = 128  # behind one computation of the history
 
@@ -28,21 +31,21 @@ class Scorer:
     """Click probabilities from an exported model.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the one it was trained with.
-        encoder: that of its data set, where sequences depend on items' vectors.
+        loaded: the model and what belongs to it.
     """
 
-    def __init__(self, model: CTRSinkModel, tokenizer: PreTrainedTokenizerBase, encoder: Encoder | None = None) -> None:
-        config = model.config
-        self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
+    def __init__(self, loaded: Loaded) -> None:
+        self.model, self.tokenizer, self.encoder = loaded.model, loaded.tokenizer, loaded.encoder
+        self.knowledge = loaded.knowledge
+        config = self.model.config
         self.text = TextSpec.model_validate(config.text)
-        self.fields = template_fields(self.text.item)
+        of_signals = [field.column for field in self.knowledge.fields] if self.knowledge else []
+        self.fields = list(dict.fromkeys([*template_fields(self.text.item), *of_signals, *(["id"] if self.knowledge else [])]))
         self.prefix = np.array(config.prefix_tokens, np.int64)
-        layout = Layout(**config.layout | {"signals": tuple(config.layout["signals"])})
+        layout = Layout.load(config.layout)
         # A per_user sequence shows the last of its targets everything up to `history` before the first.
         more = layout.targets - 1 if layout.examples == "per_user" else 0
-        self.layout = dataclasses.replace(layout, history=layout.history + more)
+        self.layout = replace(layout, history=layout.history + more)
 
     @classmethod
     def load(cls, folder: str, device: str = "cpu") -> "Scorer":
@@ -51,7 +54,7 @@ class Scorer:
         Raises:
             InputError: there is no such model, or it is damaged.
         """
-        return cls(*load_model(folder, device))
+        return cls(load_model(folder, device))
 
     def score(self, request: dict[str, Any]) -> list[float]:
         """The probability of a click for each of the request's candidates, in their order; see Request for its keys.
@@ -91,22 +94,35 @@ class Scorer:
         moments = [*(b.timestamp for b in request.history), *[request.timestamp] * len(request.candidates)]
         timestamps = np.floor(moments).astype(np.int64)
         candidates = len(request.candidates)
-        chronology = Chronology(
+        events = Events(
             texts=np.arange(count + candidates),
             feedbacks=np.append(feedback_rows.astype(np.int64), np.zeros(candidates, np.int64)),
             timestamps=timestamps,
             labels=np.zeros(count + candidates, np.int8),
             known=np.append(np.arange(count), np.full(candidates, count)),
+            tokens=texts,
+            vectors=vectors,
         )
+        histories = histories_of(request, timestamps, self.knowledge) if self.knowledge else None
+        known = replace(events, feedbacks=self._known_feedbacks(rendered)[events.feedbacks])
+        events = replace(events, **told(self.layout, histories, known))
         # What depends on the candidate's vector is no history that candidates share.
-        together = 1 if self.layout.needs_vectors else CANDIDATES
+        together = 1 if self.layout.needs_target_vectors else CANDIDATES
+        chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
         return [
-            build_sequence(chronology, chosen, self.layout, texts, feedbacks, self.prefix, vectors)
-            for chosen in np.split(np.arange(count, count + candidates), range(together, candidates, together))
+            build_sequences(Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])), self.layout, feedbacks, self.prefix)[
+                0
+            ]
+            for rows in chosen
         ]
 
+    def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
+        """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
+        numbers = {text: number for number, text in enumerate(self.model.config.feedback_texts or ())}
+        return np.array([numbers.get(text, 0) for text in rendered], np.int64)
+
     def _item_texts(self, items: list[dict[str, Any]]) -> list[str]:
-        return item_texts(self.text.item, item_table(items, self.fields))
+        return item_texts(self.text.item, item_table(items, template_fields(self.text.item)))
 
     def _item_tokens(self, items: list[dict[str, Any]]) -> Ragged:
         rendered = encode(self.tokenizer, self._item_texts(items))

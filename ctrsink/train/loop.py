@@ -15,7 +15,7 @@ from ctrsink.config import RunSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
 from ctrsink.dist import Topology, all_max, barrier
@@ -74,7 +74,7 @@ class Trainer:
         self.spec, self.topology, self.vocabulary, self.surroundings = spec, topology, vocabulary, surroundings
         self.dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
         require_same_data(spec, self.dataset.manifest, topology)
-        self.layout = Layout.of(spec.data, spec.model.sinks)
+        self.layout = Layout.of(spec.data, spec.model, self.dataset.manifest)
         self.source = SequenceSource(self.dataset, "train", self.layout)
         self.controller = StageController(spec, sum(self.source.per_shard))
         self.progress = Progress()

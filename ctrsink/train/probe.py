@@ -8,7 +8,7 @@ import torch
 from ctrsink.batch import Batch
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource, evaluation_batches
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.sink_share import SinkShare

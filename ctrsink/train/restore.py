@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ctrsink.config import ReadoutSpec, RunSpec
 from ctrsink.data.cache import Cache
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource
 from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.model.build import build_model, load_parameters
@@ -41,7 +41,7 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     checkpoint = find_checkpoint(run_dir, step)
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
-    layout = Layout.of(spec.data, spec.model.sinks)
+    layout = Layout.of(spec.data, spec.model, dataset.manifest)
     # Wherever the run trained, this is the backend that every device has.
     portable = spec.model.model_copy(update={"attention": "sdpa"})
     model = build_model(portable, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()

@@ -11,9 +11,12 @@ from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_ipc, pc, to_ipc, to_parquet
 from ctrsink.data.chronology import NO_LABEL, PAST, Chronologies
 from ctrsink.data.manifest import SHARD_SCHEMA, TOKENS_SCHEMA, VECTOR, FileEntry, ShardEntry, SplitTimes
+from ctrsink.data.prepare.neighbours import opinions
 from ctrsink.data.prepare.partition import Partition, read_ids
 from ctrsink.data.prepare.past import Past
+from ctrsink.data.prepare.statistics import Rule, read_received
 from ctrsink.data.render import feedback_ids
+from ctrsink.data.shard import Counted, Knowing
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,14 @@ class Assembly:
     """File of the ids of all items."""
     tokens: str
     """File of the tokens of all items."""
+    fields: str
+    """File of the values that items have in their fields."""
     vectors: str | None
     """File of the vectors of all items, where they have any."""
+    received: str
+    """File of how items were received, by period."""
+    counted: Counted | None
+    """Which events are opinions that neighbours are made of; None: there are none to be made."""
     part: int
     first_shard: int
     """Number of the part's first shard in the data set."""
@@ -65,10 +74,13 @@ class Assembly:
             "feedback_id": pa.array(feedback_ids(texts, self.feedback_texts, feedback)),
             "label": pa.array(label, mask=label == NO_LABEL),
             "request": _requests(events, self.partition.spec.request_is_second),
+            "item_mean": events.column("item_mean"),
+            "item_count": events.column("item_count"),
         }
         table = _shard(columns, found)
         mentioned = pc.unique(columns["item"]).sort()
-        sidecar = pa.Table.from_arrays([mentioned, _column(self.tokens, "tokens").take(mentioned)], schema=TOKENS_SCHEMA)
+        of_items = [_column(path, name).take(mentioned) for path, name in ((self.tokens, "tokens"), (self.fields, "fields"))]
+        sidecar = pa.Table.from_arrays([mentioned, *of_items], schema=TOKENS_SCHEMA)
         if self.vectors:
             sidecar = sidecar.append_column(VECTOR, _column(self.vectors, VECTOR).take(mentioned))
         shard = self.first_shard + number
@@ -81,9 +93,13 @@ class Assembly:
             events_file=put(self.to, name, ".parquet", to_parquet(table), self.past is not None),
             tokens_file=put(self.to, name, ".tokens.parquet", to_parquet(sidecar), self.past is not None),
         )
+        if self.counted is not None:
+            outcome = "feedback" if self.partition.source.columns.feedback is not None else "label"
+            histories = Knowing(outcome, self.counted).histories(table, sidecar)
+            storage.write_bytes(self.path(number, "opinions"), to_ipc(opinions(histories)))
         index = to_ipc(chronology.user_index(found.offsets, split, label, shard))
-        storage.write_bytes(self._path(number, "index"), index)
-        storage.write_bytes(self._path(number, "entry"), entry.model_dump_json().encode())
+        storage.write_bytes(self.path(number, "index"), index)
+        storage.write_bytes(self.path(number, "entry"), entry.model_dump_json().encode())
         return number
 
     def done(self) -> set[int]:
@@ -92,8 +108,8 @@ class Assembly:
 
     def result(self, number: int) -> tuple[ShardEntry, pa.Table]:
         """A finished shard's entry and piece of the index."""
-        entry = ShardEntry.model_validate_json(storage.read_bytes(self._path(number, "entry")))
-        return entry, from_ipc(storage.read_bytes(self._path(number, "index")))
+        entry = ShardEntry.model_validate_json(storage.read_bytes(self.path(number, "entry")))
+        return entry, from_ipc(storage.read_bytes(self.path(number, "index")))
 
     def _events(self, number: int) -> tuple[pa.Table, np.ndarray]:
         """Events of all blocks in the order of the log, items by number, and which of them are past ones."""
@@ -102,12 +118,18 @@ class Assembly:
         table = pa.concat_tables(blocks).drop_columns("prefix")
         item = pc.cast(pc.index_in(table.column("item"), read_ids(self.items)), pa.int32())
         table = table.set_column(table.column_names.index("item"), "item", item)
+        rule = Rule.of(self.partition.spec.statistics)
+        mean, count = read_received(self.received).before(
+            rule, item.combine_chunks().to_numpy(), column_numpy(table, "timestamp", 0)
+        )
+        table = table.append_column("item_mean", pa.array(mean.astype(np.float32), mask=np.isnan(mean)))
+        table = table.append_column("item_count", pa.array(count.astype(np.int32)))
         if self.past is None:
             return table, np.zeros(table.num_rows, bool)
         past = self.past.events(first, end, table.column("user").unique())
         return pa.concat_tables([past, table]), np.arange(past.num_rows + table.num_rows) < past.num_rows
 
-    def _path(self, number: int, kind: str) -> str:
+    def path(self, number: int, kind: str) -> str:
         return storage.join(self.folder, f"{number:06d}.{kind}")
 
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,23 +22,31 @@ from ctrsink.data.manifest import (
     WORK,
     EncoderEntry,
     Manifest,
+    NeighboursEntry,
     PartEntry,
+    Scale,
     ShardEntry,
+    StatisticsEntry,
     read_file,
     read_manifest,
 )
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import Execute, in_process
 from ctrsink.data.prepare.items import Items
+from ctrsink.data.prepare.moments import Moments
+from ctrsink.data.prepare.neighbours import Pairing, cut_items, mean_square
 from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.places import Places
 from ctrsink.data.prepare.progress import Done, reported
+from ctrsink.data.prepare.statistics import Received, Rule, totals_as_counts
 from ctrsink.data.prepare.survey import Totals, count_splits, split_times
 from ctrsink.data.prepare.vectors import Encoding
 from ctrsink.data.render import feedback_table
+from ctrsink.data.shard import Counted, Knowing
 from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError, first_line
+from ctrsink.features.registry import Need, numbers_with
 
 log = logging.getLogger("ctrsink.data")
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
@@ -75,7 +84,12 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
     base = read_manifest(to)
     if spec.source.kind == "mind":
         raise InputError("MIND cannot be appended, because its rows repeat earlier clicks: prepare all its folders together")
-    for name, wanted, there in (("text", spec.text, base.text), ("positive_from", spec.positive_from, base.positive_from)):
+    rule, kept = Rule.of(spec.statistics), base.statistics
+    for name, wanted, there in (
+        ("text", spec.text, base.text),
+        ("positive_from", spec.positive_from, base.positive_from),
+        ("statistics", (rule.period_s, rule.strength, spec.statistics.fields), (kept.period_s, kept.strength, kept.fields)),
+    ):
         if wanted != there:
             raise InputError(f"prepare.{name} is not that of the data set {to} ({there}): what is appended must be like it")
     return _build(spec, to, base, on_bad_row, execute)
@@ -135,7 +149,7 @@ class _Build:
         welcome = items.write_ids(self.work) if items is not None and listed is not None else None
         versions = {block.file: storage.info(block.file) for block in blocks}
         slices = _slices(sum(info.bytes for info in versions.values()), self.spec.shard_events)
-        label_rule = (self.spec.text, self.spec.positive_from)
+        label_rule = (self.spec.text, self.spec.positive_from, self.spec.statistics)
         partition = Partition(
             spec=self.spec,
             source=source,
@@ -159,13 +173,22 @@ class _Build:
         tokenizer = tokenizer or tokenize.make_tokenizer(self.spec.tokenizer, [*items.texts, *texts])
         ids = items.write_ids(self.work)
         tokens = items.write_tokens(self.work, tokenizer, self.spec.text.max_item_tokens)
+        fields = items.write_fields(self.work, self.spec.statistics.fields)
+        received = self._received(partition, items)
+        content = received.to_bytes()
+        received_path = storage.join(self.work, f"received-{storage.sha256(content)[:16]}.arrow")
+        storage.write_bytes(received_path, content)
         vectors = encoding and encoding.write_vectors(self.to, self.work, items, self.execute, self._folder)
         ranges = tuple(chronology.cut_shards(totals.prefix_events, self.spec.shard_events))
         past = Past(self.to, self.base, self.spec.past_events) if self.base else None
+        table = self.spec.neighbours if self.base is None else None
+        counted = Counted(times.train_end, table.user_events) if table else None
         assembly = Assembly(
             partition=partition,
             to=self.to,
-            folder=self._folder("shards", partition.folder, ranges, times, texts, ids, tokens, vectors, past),
+            folder=self._folder(
+                "shards", partition.folder, ranges, times, texts, ids, tokens, vectors, past, fields, received_path, counted
+            ),
             slice_ends=tuple(survey.slice_ends for survey in surveys()),
             ranges=ranges,
             split_times=times,
@@ -173,6 +196,9 @@ class _Build:
             items=ids,
             tokens=tokens,
             vectors=vectors,
+            fields=fields,
+            received=received_path,
+            counted=counted,
             part=len(self.base.parts) if self.base else 0,
             first_shard=len(self.base.shards) if self.base else 0,
             past=past,
@@ -204,7 +230,22 @@ class _Build:
             past_events=self.spec.past_events if self.base else 0,
         )
         encoded = encoding and vectors and encoding.entry(self.to, vectors)
-        return self._manifest(part, shards, index, items, tokenizer, encoded or None, texts)
+        statistics = self._statistics(partition, received, items.table.num_rows)
+        neighbours = self.base.neighbours if self.base else self._neighbours(assembly, items.table.num_rows)
+        numbers = self.base.numbers if self.base else self._numbers(assembly, shards, statistics, neighbours)
+        return self._manifest(
+            part,
+            shards,
+            index,
+            items,
+            tokenizer,
+            encoded or None,
+            texts,
+            source.columns.label is not None,
+            statistics=statistics,
+            neighbours=neighbours,
+            numbers=numbers,
+        )
 
     def _folder(self, name: str, *facts: object) -> str:
         """Below the work folder, a name that depends on all that the results there depend on."""
@@ -290,6 +331,8 @@ class _Build:
         tokenizer: PreTrainedTokenizerBase,
         encoded: EncoderEntry | None,
         texts: tuple[str, ...],
+        labelled: bool,
+        **found: Any,
     ) -> Manifest:
         base = self.base
         if base is not None:
@@ -309,11 +352,81 @@ class _Build:
             encoder=encoded,
             text=self.spec.text,
             positive_from=self.spec.positive_from,
+            labelled=labelled,
             prefix_tokens=tuple(tokenize.prefix_tokens(tokenizer, self.spec.text.prefix)),
             feedback_texts=texts,
             feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode(tokenizer, list(texts))),
             item_count=items.table.num_rows,
+            **found,
         )
+
+    def _received(self, partition: Partition, items: Items) -> Received:
+        """How items were received in the whole log, and in what the data set held before."""
+        before = None
+        if self.base is not None:
+            entry = self.base.statistics
+            before = totals_as_counts(read_file(self.to, entry.file), entry.last_period)
+        return Received.of((partition.received(number) for number in range(len(partition.blocks))), items.ids, before)
+
+    def _statistics(self, partition: Partition, received: Received, items: int) -> StatisticsEntry:
+        table, last = received.totals(items)
+        rule = Rule.of(self.spec.statistics)
+        return StatisticsEntry(
+            period_s=rule.period_s,
+            strength=rule.strength,
+            outcome="feedback" if partition.source.columns.feedback is not None else "label",
+            fields=self.spec.statistics.fields,
+            last_period=last,
+            file=put(self.to, "statistics", ".parquet", to_parquet(table), appended=self.base is not None),
+        )
+
+    def _neighbours(self, assembly: Assembly, items: int) -> NeighboursEntry | None:
+        """Run the third tasks."""
+        spec, counted = self.spec.neighbours, assembly.counted
+        if spec is None or counted is None:
+            return None
+        files = tuple(assembly.path(number, "opinions") for number in range(len(assembly.ranges)))
+        task = Pairing(self._folder("pairs", assembly.folder, spec), files, items, cut_items(files, items), spec.partners)
+        self._run(task, len(task.ranges), "neighbours of ranges of items")
+        table = pa.concat_tables([task.result(number) for number in range(len(task.ranges))]).combine_chunks()
+        return NeighboursEntry(
+            file=put(self.to, "neighbours", ".parquet", to_parquet(table)),
+            variance=mean_square(files),
+            shrink=spec.shrink,
+            until=counted.until,
+            user_events=counted.user_events,
+        )
+
+    def _numbers(
+        self, assembly: Assembly, shards: tuple[ShardEntry, ...], statistics: StatisticsEntry, neighbours: NeighboursEntry | None
+    ) -> dict[str, Scale]:
+        """Run the last tasks."""
+        has: tuple[Need, ...] = (*(["fields"] if statistics.fields else []), *(["neighbours"] if neighbours else []))
+        task = Moments(
+            folder=self._folder("moments", assembly.folder, neighbours),
+            to=self.to,
+            shards=shards,
+            knowing=Knowing(statistics.outcome, assembly.counted),
+            neighbours=neighbours,
+            split_times=assembly.split_times,
+            names=numbers_with(has),
+        )
+        self._run(task, len(shards), "signals of shards")
+        return task.scales()
+
+    def _run(self, task: Pairing | Moments, count: int, what: str) -> None:
+        """Run tasks whose results are files, but those that an earlier preparation has run."""
+        done = task.done()
+        running = self.execute(task, [number for number in range(count) if number not in done])
+
+        def finished() -> Iterator[Done]:
+            for number in range(count):
+                if number not in done:
+                    next(running)
+                yield Done(1, 1, number in done)
+
+        for _ in reported(finished(), count, f"computed {what}:"):
+            pass
 
 
 def _slices(log_bytes: int, shard_events: int) -> int:

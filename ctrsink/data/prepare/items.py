@@ -7,12 +7,13 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ctrsink import storage
-from ctrsink.config.data import TextSpec
+from ctrsink.config.data import FieldSpec, TextSpec
 from ctrsink.data import tokenize
 from ctrsink.data.arrow import pc, to_ipc
 from ctrsink.data.manifest import TOKENS_SCHEMA
 from ctrsink.data.render import item_texts
 from ctrsink.errors import InputError
+from ctrsink.features.fields import field_ids
 
 log = logging.getLogger("ctrsink.data")
 _CHUNK = 50_000  # items tokenised at a time: their ids are Python lists for a moment
@@ -78,6 +79,23 @@ class Items:
                     )
             chunks.append(pa.array(ids, kind))
         return _write(folder, "tokens", pa.table({"tokens": pa.chunked_array(chunks, kind)}))
+
+    def write_fields(self, folder: str, fields: tuple[FieldSpec, ...]) -> str:
+        """Write the values of all items in `fields`, as numbers; returns the file, whose name depends on the content.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        for field in fields:
+            if field.column not in self.table.column_names:
+                there = ", ".join(self.table.column_names)
+                raise InputError(f"prepare.statistics.fields names the column {field.column!r}; the item table has {there}")
+        cells = [(field, self.table.column(field.column).to_pylist()) for field in fields]
+        rows = (
+            [number for field, column in cells for number in field_ids(field.column, field.separator, column[row])]
+            for row in range(self.table.num_rows)
+        )
+        return _write(folder, "fields", pa.table({"fields": pa.array(rows, TOKENS_SCHEMA.field("fields").type)}))
 
 
 def _write(folder: str, name: str, table: pa.Table) -> str:

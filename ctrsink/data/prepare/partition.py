@@ -12,6 +12,7 @@ from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_ipc, to_ipc
 from ctrsink.data.events import EVENTS_SCHEMA, check_events
+from ctrsink.data.prepare.statistics import Rule, outcomes
 from ctrsink.data.prepare.survey import Survey, count_times
 from ctrsink.data.render import feedback_minima
 from ctrsink.data.sources.source import Block, Source
@@ -58,7 +59,14 @@ class Partition:
             items=None if self.items else events.column("item").unique().to_pylist(),
             slice_ends=ends,
         )
+        rule, rated = Rule.of(self.spec.statistics), columns.feedback is not None
+        received = rule.count(
+            events.column("item").combine_chunks(),
+            column_numpy(events, "timestamp", 0),
+            outcomes(feedback, label, rated),
+        )
         storage.write_bytes(self._path(number, "events"), content)
+        storage.write_bytes(self._path(number, "received"), to_ipc(received))
         storage.write_bytes(self._path(number, "survey"), survey.to_bytes())
         return number
 
@@ -68,6 +76,10 @@ class Partition:
 
     def survey(self, number: int) -> Survey:
         return Survey.from_bytes(storage.read_bytes(self._path(number, "survey")))
+
+    def received(self, number: int) -> pa.Table:
+        """Counts of outcomes of block `number`, see Rule.count."""
+        return from_ipc(storage.read_bytes(self._path(number, "received")))
 
     def events(self, number: int, slice_ends: np.ndarray, first: int, end: int) -> pa.Table:
         """Events of block `number` whose prefix is in [first, end), in SLICED_SCHEMA; `slice_ends` as in its Survey."""

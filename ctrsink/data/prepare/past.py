@@ -12,8 +12,12 @@ from ctrsink.data.arrow import column_numpy, pc
 from ctrsink.data.events import EVENTS_SCHEMA
 from ctrsink.data.manifest import Manifest, read_file
 
-# As EVENTS_SCHEMA, with the item's row in the item table.
-SCHEMA = EVENTS_SCHEMA.set(EVENTS_SCHEMA.get_field_index("item"), pa.field("item", pa.int32()))
+# As EVENTS_SCHEMA, with the item's row in the item table, and what was known of the item.
+SCHEMA = (
+    EVENTS_SCHEMA.set(EVENTS_SCHEMA.get_field_index("item"), pa.field("item", pa.int32()))
+    .append(pa.field("item_mean", pa.float32()))
+    .append(pa.field("item_count", pa.int32()))
+)
 
 
 @dataclass(frozen=True)

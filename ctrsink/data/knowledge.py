@@ -1,0 +1,111 @@
+"""What an exported model knows of items: how each was received up to the end of the log, and its neighbours."""
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctrsink.config.data import FieldSpec
+from ctrsink.data.arrow import to_parquet
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.manifest import read_file
+from ctrsink.data.prepare.statistics import latest
+from ctrsink.data.shard import read_neighbours
+from ctrsink.features.neighbours import Neighbours
+
+FILE = "items.parquet"
+_LISTS = ("partners", "products", "common")
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Of I items, by id."""
+
+    ids: pa.Array
+    item_mean: np.ndarray
+    """float64 [I]."""
+    item_count: np.ndarray
+    """float64 [I]."""
+    neighbours: Neighbours | None
+    overall: float
+    """Mean outcome of all items: what a new item's mean is drawn to."""
+    outcome: Literal["feedback", "label"]
+    labelled: bool
+    """A behaviour's label is a value of its own; else it follows from its feedback and `positive_from`."""
+    positive_from: float
+    fields: tuple[FieldSpec, ...]
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids.to_pylist())}
+
+    def rows(self, ids: list[str | None]) -> np.ndarray:
+        """Numbers of items, int64; -1 for those that were not in the log."""
+        return np.array([-1 if name is None else self._row.get(name, -1) for name in ids], np.int64)
+
+    def received(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and count of these items, float64 each; of a new one the overall mean and 0."""
+        known = rows >= 0
+        at = np.where(known, rows, 0)
+        return np.where(known, self.item_mean[at], self.overall), np.where(known, self.item_count[at], 0.0)
+
+    @classmethod
+    def of(cls, dataset: Dataset, with_neighbours: bool) -> "Knowledge":
+        """That of a data set."""
+        manifest = dataset.manifest
+        kept = manifest.statistics
+        mean, count, overall = latest(read_file(dataset.uri, kept.file), kept.strength)
+        return cls(
+            ids=dataset.read_items().column("id").combine_chunks(),
+            item_mean=mean,
+            item_count=count.astype(np.float64),
+            neighbours=dataset.read_neighbours() if with_neighbours else None,
+            overall=overall,
+            outcome=kept.outcome,
+            labelled=manifest.labelled,
+            positive_from=manifest.positive_from,
+            fields=kept.fields,
+        )
+
+    def dump(self) -> tuple[dict[str, Any], bytes]:
+        """Plain values for the model's configuration, and the file FILE; see `load`."""
+        columns: dict[str, Any] = {"id": self.ids, "item_mean": self.item_mean, "item_count": self.item_count.astype(np.int64)}
+        plain: dict[str, Any] = {
+            "overall": None if np.isnan(self.overall) else self.overall,
+            "outcome": self.outcome,
+            "labelled": self.labelled,
+            "positive_from": self.positive_from,
+            "fields": [field.model_dump(mode="json") for field in self.fields],
+        }
+        if self.neighbours is not None:
+            table = self.neighbours
+            offsets = pa.array(table.offsets.astype(np.int32))
+            for name in _LISTS:
+                columns[name] = pa.ListArray.from_arrays(offsets, pa.array(getattr(table, name)))
+            plain |= {"variance": table.variance, "shrink": table.shrink}
+        return plain, to_parquet(pa.table(columns))
+
+    @classmethod
+    def load(cls, plain: dict[str, Any], content: bytes) -> "Knowledge":
+        """What `dump` gave.
+
+        Raises:
+            KeyError, ValueError: it is damaged.
+        """
+        table = pq.read_table(io.BytesIO(content))
+        neighbours = read_neighbours(content, plain["variance"], plain["shrink"]) if "variance" in plain else None
+        return cls(
+            ids=table.column("id").combine_chunks(),
+            item_mean=table.column("item_mean").to_numpy(),
+            item_count=table.column("item_count").to_numpy().astype(np.float64),
+            neighbours=neighbours,
+            overall=np.nan if plain["overall"] is None else plain["overall"],
+            outcome=plain["outcome"],
+            labelled=plain["labelled"],
+            positive_from=plain["positive_from"],
+            fields=tuple(FieldSpec.model_validate(field) for field in plain["fields"]),
+        )

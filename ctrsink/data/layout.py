@@ -1,0 +1,121 @@
+"""How sequences are built: it belongs to the trained model as much as its weights do."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ctrsink.config.data import DataSpec
+from ctrsink.config.model import ModelSpec
+from ctrsink.data.manifest import Manifest
+from ctrsink.errors import InputError
+from ctrsink.features.registry import SIGNALS, Need
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a sequence holds."""
+
+    examples: Literal["per_target", "per_request", "per_user"]
+    history: int
+    targets: int
+    signals: tuple[str, ...] = ()
+    """Of sinks: buckets and categories."""
+    buckets: int = 1
+    """Values of each of these."""
+    retrieve: int | None = None
+    """`per_target`: of the history only this many behaviours, those most similar to the target."""
+    numbers: tuple[str, ...] = ()
+    """Of sinks."""
+    target_signals: tuple[str, ...] = ()
+    """Categories told to targets."""
+    target_numbers: tuple[str, ...] = ()
+    similarity: Literal["neighbours", "vectors"] | None = None
+    """Where the similarity of targets and sinks comes from; None: it is not told."""
+    text_history: int | None = None
+    """Of the behaviours before the first target only so many latest have a text, the others are their sink alone; None: all."""
+    utc_offset_hours: float = 0.0
+    """What `hour` and `weekday` are counted at."""
+    scales: tuple[tuple[str, float, float], ...] = ()
+    """Name, mean and deviation of each number, as of the training range."""
+
+    @classmethod
+    def of(cls, data: DataSpec, model: ModelSpec, manifest: Manifest) -> "Layout":
+        """The layout of a run on a data set.
+
+        Raises:
+            InputError: the data set lacks what a signal needs.
+        """
+        sinks, target = model.sinks, model.target
+        of_sinks = sinks.signals if sinks else ()
+        of_target = target.signals if target else ()
+        numbers, target_numbers = (_of_kind(names, numbers=True) for names in (of_sinks, of_target))
+        _check(data.uri, manifest, (*of_sinks, *of_target), sinks.buckets if sinks else 0)
+        scales = {**manifest.numbers}
+        return cls(
+            examples=data.examples,
+            history=data.history,
+            targets=data.targets_per_sequence,
+            signals=_of_kind(of_sinks, numbers=False),
+            buckets=sinks.buckets if sinks else 1,
+            retrieve=data.retrieve,
+            numbers=numbers,
+            target_signals=_of_kind(of_target, numbers=False),
+            target_numbers=target_numbers,
+            similarity=model.similarity,
+            text_history=data.text_history,
+            utc_offset_hours=data.utc_offset_hours,
+            scales=tuple((n, scales[n].mean, scales[n].deviation) for n in dict.fromkeys((*numbers, *target_numbers))),
+        )
+
+    @classmethod
+    def load(cls, plain: dict[str, Any]) -> "Layout":
+        """The layout whose fields `dataclasses.asdict` gave; JSON has lists for tuples."""
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        return cls(**values | {"scales": tuple((name, mean, deviation) for name, mean, deviation in plain["scales"])})
+
+    @property
+    def sinks(self) -> bool:
+        """Whether behaviours end in a sink."""
+        return bool(self.signals or self.numbers)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What of a data set sequences depend on."""
+        names = (*self.signals, *self.numbers, *self.target_signals, *self.target_numbers)
+        found = {need for name in names for need in SIGNALS[name].needs}
+        if self.retrieve is not None or self.similarity == "vectors":
+            found.add("vectors")
+        if self.similarity == "neighbours":
+            found.add("neighbours")
+        return frozenset(found)
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether sequences depend on the vectors of the items."""
+        return "vectors" in self.needs
+
+    @property
+    def needs_target_vectors(self) -> bool:
+        """Whether a history depends on the vector of its target, so that targets cannot share it."""
+        return "similarity" in self.signals or self.retrieve is not None
+
+    @property
+    def events_of_signals(self) -> bool:
+        """Whether more than times is told of events."""
+        return bool(self.numbers or self.target_numbers or self.similarity == "neighbours")
+
+
+def _of_kind(names: tuple[str, ...], numbers: bool) -> tuple[str, ...]:
+    return tuple(name for name in names if (SIGNALS[name].kind == "number") == numbers)
+
+
+def _check(uri: str, manifest: Manifest, names: tuple[str, ...], buckets: int) -> None:
+    for name in names:
+        if SIGNALS[name].kind == "number" and name not in manifest.numbers:
+            keys = {"fields": "prepare.statistics.fields", "neighbours": "prepare.neighbours"}
+            missing = ", ".join(keys[need] for need in SIGNALS[name].needs if need in keys)
+            raise InputError(f"the data set {uri} has no signal {name}: prepare it again with {missing or 'this version'}")
+    if "feedback" in names and (texts := len(manifest.feedback_texts)) > buckets:
+        raise InputError(
+            f"model.sinks.signals: feedback has {texts} different texts in the data set {uri}, more than model.sinks.buckets "
+            f"{buckets}: raise buckets, or prepare with a coarser text.feedback such as ' {{feedback:.1f}}'"
+        )

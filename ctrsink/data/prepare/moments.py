@@ -1,0 +1,83 @@
+"""Last task: how large the signals that are numbers are, over the training range of one shard."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctrsink import storage
+from ctrsink.data.manifest import TOKENS_SCHEMA, NeighboursEntry, Scale, ShardEntry, SplitTimes
+from ctrsink.data.shard import COLUMNS, Knowing, read_neighbours
+from ctrsink.features.neighbours import Neighbours
+from ctrsink.features.numbers import number
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All that the last tasks need."""
+
+    folder: str
+    to: str
+    """The data set, whose shards are written already."""
+    shards: tuple[ShardEntry, ...]
+    knowing: Knowing
+    """Without neighbours, which are read where the task runs."""
+    neighbours: NeighboursEntry | None
+    split_times: SplitTimes
+    names: tuple[str, ...]
+    """Of the numbers."""
+
+    def __call__(self, number_: int) -> int:
+        """Write the count, sum and sum of squares of each number; returns `number_`, that of the shard."""
+        events, tokens = (
+            pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.to, file.path))), columns=columns)
+            for file, columns in (
+                (self.shards[number_].events_file, COLUMNS),
+                (self.shards[number_].tokens_file, TOKENS_SCHEMA.names),
+            )
+        )
+        entry = self.neighbours
+        table = _table(storage.join(self.to, entry.file.path), entry.variance, entry.shrink) if entry else None
+        histories = Knowing(self.knowing.outcome, self.knowing.counted, table).histories(events, tokens)
+        trained = (histories.timestamps < self.split_times.train_end) & (histories.labels >= 0)
+        found: dict[str, list[float]] = {}
+        for name in self.names:
+            values = number(name, histories)[trained]
+            values = values[np.isfinite(values)]
+            found[name] = [len(values), float(values.sum()), float(np.square(values).sum())]
+        storage.write_bytes(self._path(number_), json.dumps(found).encode())
+        return number_
+
+    def done(self) -> set[int]:
+        return {int(name.removesuffix(".moments")) for name in storage.list_files(self.folder) if name.endswith(".moments")}
+
+    def scales(self) -> dict[str, Scale]:
+        """Mean and deviation of each number, once all tasks are done."""
+        found = (json.loads(storage.read_bytes(self._path(n))) for n in range(len(self.shards)))
+        return scales_of(self.names, found)
+
+    def _path(self, number_: int) -> str:
+        return storage.join(self.folder, f"{number_:06d}.moments")
+
+
+def scales_of(names: Iterable[str], moments: Iterable[dict[str, list[float]]]) -> dict[str, Scale]:
+    """From counts, sums and sums of squares; a number that is never known has mean 0 and deviation 1."""
+    sums = {name: np.zeros(3) for name in names}
+    for found in moments:
+        for name, three in found.items():
+            sums[name] += three
+    out = {}
+    for name, (count, total, squares) in sums.items():
+        mean = total / count if count else 0.0
+        variance = max(squares / count - mean**2, 0.0) if count else 1.0
+        out[name] = Scale(mean=float(mean), deviation=float(variance**0.5))
+    return out
+
+
+@lru_cache(maxsize=1)
+def _table(path: str, variance: float, shrink: float) -> Neighbours:
+    return read_neighbours(storage.read_bytes(path), variance, shrink)

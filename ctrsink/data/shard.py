@@ -1,0 +1,181 @@
+"""A shard in memory: its events as arrays, and what a layout tells of them."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctrsink.data.arrow import pc, unpack
+from ctrsink.data.examples import Chronology
+from ctrsink.data.layout import Layout
+from ctrsink.data.manifest import VECTOR, Manifest, ShardEntry
+from ctrsink.data.requests import known_events
+from ctrsink.data.windows import Events
+from ctrsink.features.categories import categories
+from ctrsink.features.histories import Histories
+from ctrsink.features.neighbours import Neighbours
+from ctrsink.features.numbers import z_scores
+from ctrsink.features.ragged import Ragged
+
+COLUMNS = ["user", "item", "timestamp", "feedback", "feedback_id", "label", "request", "item_mean", "item_count"]
+
+
+@dataclass(frozen=True)
+class Shard(Events):
+    """A shard in memory, [N] events of all its users one after another; `texts` are rows of its own token table."""
+
+    offsets: np.ndarray
+    """int64 [users + 1]; rows of each user."""
+    items: np.ndarray
+    """Rows of the item table, [N]."""
+    impressions: np.ndarray
+    """Rows with a label, ascending."""
+    users: np.ndarray
+    """Ids, strings of numpy."""
+
+    def chronology(self, row: int) -> Chronology:
+        a, b = self.offsets[row], self.offsets[row + 1]
+        return Chronology(self.texts[a:b], self.feedbacks[a:b], self.timestamps[a:b], self.labels[a:b], self.known[a:b])
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Which events the table of neighbours counts."""
+
+    until: int
+    """Those before this time, in seconds since 1970."""
+    user_events: int
+    """Of each user the latest so many of them."""
+
+    def of(self, timestamps: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """bool [N], of the events of users, oldest first in each.
+
+        Args:
+            begins: row at which each event's user begins [N].
+            sizes: events of each user.
+        """
+        before = timestamps < self.until
+        totals = np.add.reduceat(before, np.cumsum(sizes) - sizes).repeat(sizes) if len(sizes) else np.empty(0, np.int64)
+        return before & (np.arange(len(timestamps)) - begins >= totals - self.user_events)
+
+
+@dataclass(frozen=True)
+class Knowing:
+    """What turns a shard's columns into Histories."""
+
+    outcome: Literal["feedback", "label"]
+    counted: Counted | None
+    """None: there are no neighbours, or the shard is of a later part than they are."""
+    neighbours: Neighbours | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest, entry: ShardEntry, neighbours: Neighbours | None) -> "Knowing":
+        table = manifest.neighbours
+        counted = Counted(table.until, table.user_events) if table is not None and entry.part == 0 else None
+        return cls(manifest.statistics.outcome, counted, neighbours)
+
+    def histories(self, events: pa.Table, tokens: pa.Table) -> Histories:
+        """Of a shard's columns COLUMNS and its sidecar."""
+        flat = _Flat(events)
+        counts = flat.lengths
+        begins = (np.cumsum(counts) - counts).repeat(counts)
+        labels = flat.labels
+        outcome = flat.numbers("feedback") if self.outcome == "feedback" else np.where(labels >= 0, labels, np.nan)
+        items = flat.of("item").to_numpy()
+        timestamps = flat.of("timestamp").to_numpy()
+        counted = np.zeros(len(items), np.bool_)
+        if self.counted is not None:
+            counted = self.counted.of(timestamps, begins, counts)
+        of_items = _lists(tokens, "fields")
+        rows = np.searchsorted(tokens["item"].to_numpy(), items)
+        return Histories(
+            begins=begins,
+            known=known_events(flat.of("request"), counts).astype(np.int64),
+            timestamps=timestamps,
+            outcome=outcome.astype(np.float64),
+            labels=labels,
+            item_mean=flat.numbers("item_mean").astype(np.float64),
+            item_count=flat.of("item_count").to_numpy().astype(np.float64),
+            items=items.astype(np.int64),
+            counted=counted,
+            fields=Ragged(of_items.take(rows), np.append(0, of_items.lengths(rows).cumsum())),
+            neighbours=self.neighbours,
+        )
+
+
+def to_shard(events: pa.Table, tokens: pa.Table, layout: Layout | None, knowing: Knowing) -> Shard:
+    """The shard of a file of events and its sidecar, with what `layout` tells of them."""
+    flat = _Flat(events)
+    items, labels = flat.of("item").to_numpy(), flat.labels
+    shard = Shard(
+        texts=np.searchsorted(tokens["item"].to_numpy(), items).astype(np.int32),
+        feedbacks=flat.of("feedback_id").to_numpy(),
+        timestamps=flat.of("timestamp").to_numpy(),
+        labels=labels,
+        known=known_events(flat.of("request"), flat.lengths),
+        tokens=_lists(tokens, "tokens"),
+        offsets=np.append(0, np.cumsum(flat.lengths)),
+        items=items,
+        impressions=np.flatnonzero(labels >= 0).astype(np.int32),
+        vectors=unpack(tokens[VECTOR]) if VECTOR in tokens.column_names else None,
+        users=np.array(events["user"].to_pylist(), np.dtypes.StringDType()),
+    )
+    if layout is None:
+        return shard
+    return replace(shard, **told(layout, knowing.histories(events, tokens) if layout.events_of_signals else None, shard))
+
+
+def told(layout: Layout, histories: Histories | None, events: Events) -> dict[str, object]:
+    """The fields of Events that hold what `layout` tells of them.
+
+    Args:
+        histories: of the same events; needed where the layout has numbers, or similarity by neighbours.
+    """
+    scales = {name: (mean, deviation) for name, mean, deviation in layout.scales}
+    names = (*layout.signals, *layout.target_signals)
+    found: dict[str, object] = {"categories": categories(names, events.timestamps, events.feedbacks, layout.utc_offset_hours)}
+    if histories is not None:
+        every = tuple(dict.fromkeys((*layout.numbers, *layout.target_numbers)))
+        z = z_scores(every, histories, scales)
+        found["numbers"] = np.ascontiguousarray(z[:, [every.index(name) for name in layout.numbers]])
+        found["target_numbers"] = np.ascontiguousarray(z[:, [every.index(name) for name in layout.target_numbers]])
+        found["histories"] = histories
+    return found
+
+
+class _Flat:
+    """The lists of a shard's table, one after another."""
+
+    def __init__(self, events: pa.Table) -> None:
+        self._events = events
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self._events["item"].combine_chunks().offsets.to_numpy())
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return self.of("label").fill_null(-1).to_numpy()
+
+    def of(self, name: str) -> pa.Array:
+        return self._events[name].combine_chunks().flatten()
+
+    def numbers(self, name: str) -> np.ndarray:
+        """NaN where there is none."""
+        return pc.fill_null(self.of(name), np.nan).to_numpy(zero_copy_only=False)
+
+
+def _lists(table: pa.Table, name: str) -> Ragged:
+    lists = table[name].combine_chunks()
+    return Ragged(lists.flatten().to_numpy(), np.append(0, np.cumsum(np.diff(lists.offsets.to_numpy()))))
+
+
+def read_neighbours(content: bytes, variance: float, shrink: float) -> Neighbours:
+    """The table of neighbours in a Parquet file with `partners`, `products` and `common` of each item."""
+    table = pq.read_table(pa.BufferReader(content))
+    partners = _lists(table, "partners")
+    products, common = (_lists(table, name).values for name in ("products", "common"))
+    return Neighbours(partners.offsets, partners.values, products, common, variance, shrink)

@@ -1,0 +1,83 @@
+"""Events of any number of users as signals see them: what was known of user and item when each event was asked."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ctrsink.features.neighbours import Neighbours
+from ctrsink.features.ragged import Ragged
+
+WINDOW = 200  # a user's latest events that their statistics are of: no request needs more
+DRAWN_TO_ZERO = 5.0  # imagined events without deviation, of a user's mean deviation
+
+
+@dataclass(frozen=True)
+class Histories:
+    """N events, user after user, oldest first in each. An event's own outcome is known after it only."""
+
+    begins: np.ndarray
+    """int64 [N]; row at which the chronology of the event's user begins."""
+    known: np.ndarray
+    """int64 [N]; how many of the user's events were known when this one was asked: those before its request."""
+    timestamps: np.ndarray
+    """int64 [N], seconds since 1970."""
+    outcome: np.ndarray
+    """float64 [N]; the feedback, or the label where the log has no feedback; NaN where there was none."""
+    labels: np.ndarray
+    """int8 [N]; 0, 1, or -1 where the event is no impression."""
+    item_mean: np.ndarray
+    """float64 [N]; smoothed mean outcome of the item as of the last full period before; NaN where nothing was known at all."""
+    item_count: np.ndarray
+    """float64 [N]; outcomes that the mean is of."""
+    items: np.ndarray | None = None
+    """int64 [N]; row of the item table, -1 where it is unknown; needed with `neighbours`."""
+    counted: np.ndarray | None = None
+    """bool [N]; whether the event is among those that the table of neighbours counts."""
+    fields: Ragged | None = None
+    """Values that the item of each event has in its fields, as numbers; N rows."""
+    neighbours: Neighbours | None = None
+
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The window of each event: its user's events [first, end) that their statistics are of."""
+        end = self.begins + self.known
+        return np.maximum(self.begins, end - WINDOW), end
+
+    @cached_property
+    def has(self) -> np.ndarray:
+        """bool [N]; both the outcome and the item's mean are known."""
+        return np.isfinite(self.outcome) & np.isfinite(self.item_mean)
+
+    @cached_property
+    def deviation(self) -> np.ndarray:
+        """Outcome minus the item's mean then, float64 [N]; 0 where one of them is unknown."""
+        return np.where(self.has, self.outcome - self.item_mean, 0.0)
+
+    @cached_property
+    def user_res(self) -> np.ndarray:
+        """The user's mean deviation before each event, drawn to 0, float64 [N]."""
+        return self.total(self.deviation) / (self.total(self.has) + DRAWN_TO_ZERO)
+
+    @cached_property
+    def beyond_user(self) -> np.ndarray:
+        """The deviation beyond the user's own, float64 [N]; 0 where it is unknown."""
+        return np.where(self.has, self.deviation - self.user_res, 0.0)
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """float64 [N]; what the event's user put into the neighbours' sums for its item, 0 where nothing."""
+        assert self.items is not None and self.counted is not None
+        rows = np.flatnonzero(self.counted)
+        # A user may have met an item several times: the sums hold all of them together.
+        keys = self.begins[rows] * (self.items.max(initial=0) + 1) + self.items[rows]
+        _, which = np.unique(keys, return_inverse=True)
+        out = np.zeros(len(self.items))
+        out[rows] = np.bincount(which, self.beyond_user[rows])[which]
+        return out
+
+    def total(self, values: np.ndarray, latest: int = WINDOW) -> np.ndarray:
+        """Sum of `values` [N] over the `latest` events in each event's window, float64 [N]."""
+        sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+        first, end = self.rows
+        return sums[end] - sums[np.maximum(first, end - latest)]

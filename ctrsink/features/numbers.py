@@ -1,0 +1,31 @@
+"""Numbers as the model sees them: z-scores of the training range, clipped."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ctrsink.features.histories import Histories
+from ctrsink.features.registry import SIGNALS
+
+CLIP = 4.0
+
+
+def number(name: str, histories: Histories) -> np.ndarray:
+    """The number `name` of every event, float64 [N]; NaN where it is unknown."""
+    compute = SIGNALS[name].number
+    assert compute is not None
+    return compute(histories)
+
+
+def z_scores(names: Sequence[str], histories: Histories, scales: Mapping[str, tuple[float, float]]) -> np.ndarray:
+    """The numbers `names` of every event, float32 [N, len(names)]: less the mean, by the deviation, within CLIP; unknown is 0.
+
+    Args:
+        scales: mean and deviation of each.
+    """
+    out = np.zeros((len(histories.begins), len(names)), np.float32)
+    for place, name in enumerate(names):
+        mean, deviation = scales[name]
+        scaled = (number(name, histories) - mean) / (deviation + 1e-6)
+        out[:, place] = np.clip(np.nan_to_num(scaled, nan=0.0), -CLIP, CLIP)
+    return out

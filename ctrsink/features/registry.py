@@ -1,0 +1,69 @@
+"""The registry of signals: what each tells, of what, what it needs, and the one function that computes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from ctrsink.features import user
+from ctrsink.features.histories import Histories
+
+Need = Literal["fields", "neighbours", "vectors"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a sink, or a target, is told."""
+
+    kind: Literal["bucket", "category", "number"]
+    """`bucket`: a number in buckets with an embedding each. `category`: an embedding for each value. `number`: a z-score."""
+    sides: tuple[Literal["behaviour", "target"], ...]
+    """Whom it can be told of: a behaviour, whose outcome is known, or a target."""
+    number: Callable[[Histories], np.ndarray] | None = None
+    """Of every event, float64 [N], NaN where unknown; for numbers."""
+    needs: tuple[Need, ...] = ()
+    """What the data set must have been prepared with."""
+    depends_on_target: bool = False
+    """A behaviour has another value for every target, so that targets cannot share it."""
+
+
+_BEHAVIOUR, _BOTH = ("behaviour",), ("behaviour", "target")
+
+
+def _bucket(depends_on_target: bool = False, needs: tuple[Need, ...] = ()) -> Signal:
+    return Signal("bucket", _BEHAVIOUR, None, needs, depends_on_target)
+
+
+SIGNALS: dict[str, Signal] = {
+    # Where a behaviour lies (CTR-Sink, arXiv 2508.03668).
+    "recency_rank": _bucket(depends_on_target=True),
+    "time_gap": _bucket(depends_on_target=True),
+    "previous_gap": _bucket(),
+    "similarity": _bucket(depends_on_target=True, needs=("vectors",)),
+    "random": _bucket(),
+    "none": _bucket(),
+    # What a behaviour means.
+    "feedback": Signal("category", _BEHAVIOUR),
+    "deviation": Signal("number", _BEHAVIOUR, lambda h: np.where(h.has, h.deviation, np.nan)),
+    # When.
+    "hour": Signal("category", _BOTH),
+    "weekday": Signal("category", _BOTH),
+    # What is known of the item.
+    "item_mean": Signal("number", _BOTH, lambda h: h.item_mean),
+    "item_count": Signal("number", _BOTH, lambda h: np.log1p(h.item_count)),
+    # What is known of the user.
+    "user_res": Signal("number", _BOTH, lambda h: h.user_res),
+    "user_count": Signal("number", _BOTH, user.user_count),
+    "recent5": Signal("number", _BOTH, partial(user.recent, latest=5, drawn=2.0)),
+    "recent20": Signal("number", _BOTH, partial(user.recent, latest=20, drawn=4.0)),
+    "recent_rate": Signal("number", _BOTH, user.recent_rate),
+    "field_res": Signal("number", _BOTH, user.field_res, needs=("fields",)),
+    "affinity": Signal("number", _BOTH, user.affinity, needs=("neighbours",)),
+}
+
+
+def numbers_with(has: tuple[Need, ...]) -> tuple[str, ...]:
+    """Names of the numbers that can be computed with what a data set has."""
+    return tuple(name for name, signal in SIGNALS.items() if signal.kind == "number" and set(signal.needs) <= set(has))

@@ -1,0 +1,79 @@
+"""Signals become vectors: what a sink is, and what is added to a target. Every part starts at the scale of token embeddings."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+NUMBERS_WIDTH = 64
+
+
+def token_scale(backbone: nn.Module) -> float:
+    """Root mean square of the token embeddings of a backbone, as built or loaded; 0.02 where there are no values yet.
+
+    A vector many times longer than those of tokens takes all attention at first, and a step of Adam moves it further than any
+    token: sinks must start where tokens are.
+    """
+    weight = backbone.get_input_embeddings().weight.detach()  # pyright: ignore[reportCallIssue]
+    return 0.02 if weight.is_meta else float(weight.float().square().mean().sqrt())
+
+
+class CategoryEmbedding(nn.Module):
+    """`Linear(sum over signals of Embedding(value))` (CTR-Sink, arXiv 2508.03668; published: one signal, `Embedding(100, 256)`).
+
+    Args:
+        signals: number of signals, each with a table of `rows` values.
+        scale: root mean square of the vectors at the start.
+    """
+
+    def __init__(self, signals: int, rows: int, width: int, hidden_size: int, scale: float) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, width) for _ in range(signals))
+        self.projection = nn.Linear(width, hidden_size)
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=scale / math.sqrt(signals))  # pyright: ignore[reportArgumentType]
+        nn.init.normal_(self.projection.weight, std=1 / math.sqrt(width))
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, signals: torch.Tensor) -> torch.Tensor:
+        """int64 [..., S] -> vectors [..., D]."""
+        return self.projection(torch.stack([table(signals[..., s]) for s, table in enumerate(self.tables)]).sum(0))
+
+
+class NumberEmbedding(nn.Module):
+    """`W2 gelu(W1 numbers)` of z-scores; no norm, which would take away how large they are together."""
+
+    def __init__(self, numbers: int, hidden_size: int, scale: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(numbers, NUMBERS_WIDTH)
+        self.outer = nn.Linear(NUMBERS_WIDTH, hidden_size)
+        nn.init.normal_(self.outer.weight, std=2 * scale / math.sqrt(NUMBERS_WIDTH))
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[..., F] -> vectors [..., D]."""
+        return self.outer(functional.gelu(self.inner(numbers)))
+
+
+class SignalEmbedding(nn.Module):
+    """The sum of what categories and numbers say.
+
+    Args:
+        categories: number of signals with a table each.
+        rows: values of each of these.
+        numbers: number of z-scores.
+        scale: see token_scale.
+    """
+
+    def __init__(self, categories: int, rows: int, width: int, numbers: int, hidden_size: int, scale: float) -> None:
+        super().__init__()
+        self.categories = CategoryEmbedding(categories, rows, width, hidden_size, scale) if categories else None
+        self.numbers = NumberEmbedding(numbers, hidden_size, scale) if numbers else None
+
+    def forward(self, categories: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """int64 [..., S] and float32 [..., F] -> vectors [..., D]."""
+        parts = [] if self.categories is None else [self.categories(categories)]
+        if self.numbers is not None:
+            parts.append(self.numbers(numbers))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]

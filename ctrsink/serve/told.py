@@ -1,0 +1,65 @@
+"""A request as the model's signals see it: the same columns, by the same functions, as a data set's events."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ctrsink.data.knowledge import Knowledge
+from ctrsink.features.fields import field_ids
+from ctrsink.features.histories import Histories
+from ctrsink.features.ragged import Ragged
+from ctrsink.serve.requests import Behaviour, Item, Request, text_of
+
+ITEM_KEYS = ("id", "item_mean", "item_count")
+"""What an item may say beside its fields: which one it is, and how it was received until then, where that is known better."""
+
+
+def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge) -> Histories:
+    """The history, and behind it the candidates, each asked after the whole history; `timestamps` int64, whole seconds."""
+    count, candidates = len(request.history), len(request.candidates)
+    items = [*(b.item for b in request.history), *request.candidates]
+    rows = knowledge.rows([None if item.get("id") is None else text_of(item["id"]) for item in items])
+    mean, number = knowledge.received(rows)
+    mean = _overridden(mean, items, "item_mean")
+    number = _overridden(number, items, "item_count")
+    values = np.concatenate([[outcome(b, knowledge) for b in request.history], np.full(candidates, np.nan)])
+    labels = np.array([label(b, knowledge) for b in request.history] + [-1] * candidates, np.int8)
+    fields = [
+        np.array(
+            [number for f in knowledge.fields for number in field_ids(f.column, f.separator, text_of(item[f.column]))], np.int64
+        )
+        for item in items
+    ]
+    return Histories(
+        begins=np.zeros(count + candidates, np.int64),
+        known=np.append(np.arange(count), np.full(candidates, count)),
+        timestamps=timestamps,
+        outcome=values.astype(np.float64),
+        labels=labels,
+        item_mean=mean,
+        item_count=number,
+        items=rows,
+        counted=np.zeros(count + candidates, np.bool_),
+        fields=Ragged.of(fields),
+        neighbours=knowledge.neighbours,
+    )
+
+
+def outcome(behaviour: Behaviour, knowledge: Knowledge) -> float:
+    """What is averaged of a behaviour; NaN where there is nothing."""
+    if knowledge.outcome == "feedback":
+        return np.nan if behaviour.feedback is None else float(np.float32(behaviour.feedback))
+    return np.nan if behaviour.label is None else float(behaviour.label)
+
+
+def label(behaviour: Behaviour, knowledge: Knowledge) -> int:
+    """0, 1, or -1 where it was no impression."""
+    if knowledge.labelled:
+        return -1 if behaviour.label is None else behaviour.label
+    return -1 if behaviour.feedback is None else int(np.float32(behaviour.feedback) >= knowledge.positive_from)
+
+
+def _overridden(known: np.ndarray, items: Sequence[Item], key: str) -> np.ndarray:
+    given: list[Any] = [item.get(key) for item in items]
+    return np.where([value is None for value in given], known, [np.nan if value is None else value for value in given])
