@@ -78,6 +78,11 @@ class Layout:
         return bool(self.signals or self.numbers)
 
     @property
+    def told(self) -> bool:
+        """Whether targets are told anything."""
+        return bool(self.target_signals or self.target_numbers)
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What of a data set sequences depend on."""
         names = (*self.signals, *self.numbers, *self.target_signals, *self.target_numbers)

@@ -43,9 +43,10 @@ class Scorer:
         self.fields = list(dict.fromkeys([*template_fields(self.text.item), *of_signals, *(["id"] if self.knowledge else [])]))
         self.prefix = np.array(config.prefix_tokens, np.int64)
         layout = Layout.load(config.layout)
-        # A per_user sequence shows the last of its targets everything up to `history` before the first.
+        # A per_user sequence shows the last of its targets everything up to `history` before the first, and the texts in between.
         more = layout.targets - 1 if layout.examples == "per_user" else 0
-        self.layout = replace(layout, history=layout.history + more)
+        spoken = None if layout.text_history is None else layout.text_history + more
+        self.layout = replace(layout, history=layout.history + more, text_history=spoken)
 
     @classmethod
     def load(cls, folder: str, device: str = "cpu") -> "Scorer":
