@@ -43,6 +43,7 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
         counted=np.zeros(count + candidates, np.bool_),
         fields=Ragged.of(fields),
         neighbours=knowledge.neighbours,
+        window=knowledge.window,
     )
 
 
