@@ -46,8 +46,8 @@ class Batch:
     readout_numbers: torch.Tensor
     """float32 [B, T, G]; z-scores of each target, 0 where unknown or not valid."""
     asked_positions: torch.Tensor
-    """int64 [B, M]; last text position of each event that is asked: of targets, and in `per_user` sequences of every event with a
-    text, because each of them is a target first. What targets are told, and where they look, holds for all that are asked."""
+    """int64 [B, M]; last text position of each event that is asked: of targets, and in `per_user` sequences of every event from
+    the first target on: each is a target first. What targets are told, and where they look, holds for all of them."""
     asked_valid: torch.Tensor
     """bool [B, M]."""
     asked_times: torch.Tensor

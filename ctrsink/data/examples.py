@@ -106,8 +106,11 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
     slot_starts = slot_ends - slot_lengths
     behind = np.where(tail, slot_starts - slot_starts[ends - tails].repeat(slots), 0)
     position_ids = ranges(np.zeros_like(positions[1:]), np.diff(positions)) - behind.repeat(slot_lengths)
-    # Each event of a per_user sequence is a target first, if it has a text.
-    asks = event & ~bare if layout.examples == "per_user" else tail
+    asks = tail
+    if layout.examples == "per_user":
+        # Each event from the first target on is a target before it is a behaviour.
+        begin = np.maximum(firsts + 1, asked[targets.offsets[:-1]] - layout.asked_history)
+        asks = event & (np.arange(len(event)) >= begin.repeat(slots))
     ask_rows = _asked_rows(w, asks, firsts)
     columns = Sequence(
         input_ids=ids,
