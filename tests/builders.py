@@ -13,10 +13,12 @@ from ctrsink.batch import Batch
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
 from ctrsink.data.collate import collate
-from ctrsink.data.examples import Chronology, build_sequence
+from ctrsink.data.examples import Chronology, build_sequences
 from ctrsink.data.layout import Layout
 from ctrsink.data.prepare.build import prepare
 from ctrsink.data.sequences import Sequence
+from ctrsink.data.windows import Cuts, Events
+from ctrsink.features.categories import categories
 from ctrsink.features.ragged import Ragged
 from ctrsink.model.build import build_model
 from ctrsink.model.ctr import CTRModel
@@ -26,6 +28,8 @@ VOCABULARY = 97
 TEXTS = Ragged.of([np.arange(3 + 5 * i, 3 + 5 * i + n) for i, n in enumerate((1, 2, 3, 4, 2))])
 FEEDBACKS = Ragged.of([np.arange(50 + 5 * i, 50 + 5 * i + n) for i, n in enumerate((0, 1, 2))])
 PREFIX = np.array([90, 91])
+# Of the items with these texts; the last one's is unknown. Quarters: their products are exact.
+VECTORS = np.array([[4, 0, 0], [2, 3, 1], [-2, 1, 3], [1, -3, 2], [0, 0, 0]], np.float16) / 4
 
 
 @st.composite
@@ -49,10 +53,34 @@ def random_chronology(chance: np.random.Generator, events: int) -> Chronology:
     return Chronology(chance.integers(0, 5, events), chance.integers(0, 3, events), np.cumsum(gaps), labels)
 
 
+def events_of(chronology: Chronology, layout: Layout) -> Events:
+    """The chronology with what `layout` tells; numbers say what happened, those of targets which item it is."""
+    c = chronology
+    outcome = 10 * c.texts + c.feedbacks
+    return Events(
+        texts=c.texts,
+        feedbacks=c.feedbacks,
+        timestamps=c.timestamps,
+        labels=c.labels,
+        known=np.arange(len(c.texts)) if c.known is None else c.known,
+        tokens=TEXTS,
+        vectors=VECTORS,
+        numbers=(outcome[:, None] / np.arange(1, 1 + len(layout.numbers))).astype(np.float32),
+        target_numbers=(c.texts[:, None] - np.arange(len(layout.target_numbers))).astype(np.float32),
+        categories=categories((*layout.signals, *layout.target_signals), c.timestamps, c.feedbacks, layout.utc_offset_hours),
+    )
+
+
+def told_sequence(chronology: Chronology, targets: np.ndarray, layout: Layout, prefix: np.ndarray = PREFIX) -> Sequence:
+    """As build_sequence, of any layout."""
+    cuts = Cuts([events_of(chronology, layout)], np.array([1]), np.array([0]), Ragged.of([targets]))
+    return build_sequences(cuts, layout, FEEDBACKS, prefix)[0]
+
+
 def random_sequence(chance: np.random.Generator, layout: Layout, events: int, prefix: np.ndarray = PREFIX) -> Sequence:
     """The sequence of the last piece of a chronology of `events` events."""
     targets = np.arange(max(0, events - layout.targets), events)
-    return build_sequence(random_chronology(chance, events), targets, layout, TEXTS, FEEDBACKS, prefix)
+    return told_sequence(random_chronology(chance, events), targets, layout, prefix)
 
 
 def random_batch(seed: int, layout: Layout, events: tuple[int, ...]) -> Batch:
@@ -87,7 +115,7 @@ def tiny_spec(
         "initializer_range": 0.2,  # large weights: a wrong attention pattern changes results visibly
     } | more.pop("fields", {})
     if sinks:
-        more |= {"sinks": SinkSpec(buckets=10, embedding_size=8), "bias": bias or BiasSpec(layers=1.0)}
+        more |= {"sinks": SinkSpec(signals=("previous_gap",), buckets=10, embedding_size=8), "bias": bias or BiasSpec(layers=1.0)}
     else:
         more |= {"sinks": None, "bias": None}
     return ModelSpec(backbone=BackboneSpec(config=fields), lora=lora, **more)
@@ -108,7 +136,7 @@ def form_batch(examples: str, seed: int, events: tuple[int, ...]) -> Batch:
         shown = random_chronology(chance, count)
         known = np.where(np.arange(count) >= asked, asked, np.arange(count))
         shown = dataclasses.replace(shown, known=known, timestamps=shown.timestamps[known])
-        sequences.append(build_sequence(shown, np.arange(asked, count), layout, TEXTS, FEEDBACKS, PREFIX))
+        sequences.append(told_sequence(shown, np.arange(asked, count), layout))
     return collate(sequences, list(range(len(events))))
 
 

@@ -1,8 +1,9 @@
 """Sequences and batches against a slow builder that is right by being obvious."""
 
 import dataclasses
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from ctrsink.data.signals import signal_ids
 from ctrsink.errors import InputError
 from ctrsink.features.ragged import Ragged
 from tests import builders
-from tests.builders import FEEDBACKS, TEXTS, layout_of, random_sequence
+from tests.builders import FEEDBACKS, TEXTS, VECTORS, events_of, layout_of, random_sequence, told_sequence
 
-FREE: list[tuple[str, ...]] = [(), ("previous_gap",), ("random", "previous_gap"), ("none",)]
-BOUND: list[tuple[str, ...]] = [*FREE, ("recency_rank",), ("time_gap", "recency_rank", "previous_gap")]
+FREE: list[tuple[str, ...]] = [(), ("previous_gap",), ("feedback",), ("random", "hour", "previous_gap"), ("none",)]
+BOUND: list[tuple[str, ...]] = [*FREE, ("recency_rank",), ("feedback", "time_gap", "recency_rank", "previous_gap")]
+NUMBERS: list[tuple[str, ...]] = [(), ("deviation",), ("item_mean", "deviation")]
+SIMILARITY: list[Literal["vectors"] | None] = [None, "vectors"]
 prefixes = st.integers(0, 2).map(lambda n: np.array([90, 91][:n], np.int64))
 
 
@@ -33,13 +36,21 @@ prefixes = st.integers(0, 2).map(lambda n: np.array([90, 91][:n], np.int64))
 def layouts(draw: st.DrawFn) -> Layout:
     examples = draw(st.sampled_from(["per_target", "per_request", "per_user"]))
     per_user = examples == "per_user"
-    return Layout(
+    layout = Layout(
         examples,
         draw(st.integers(0, 6)),
         draw(st.integers(1, 4)) if per_user else 1,
         draw(st.sampled_from(FREE if per_user else BOUND)),
         draw(st.sampled_from([2, 10, 100])),
+        numbers=draw(st.sampled_from(NUMBERS)),
+        target_signals=draw(st.sampled_from([(), ("weekday",), ("hour", "weekday")])),
+        target_numbers=draw(st.sampled_from(NUMBERS)),
+        utc_offset_hours=draw(st.sampled_from([0.0, -3.5])),
     )
+    if not layout.sinks:
+        return layout
+    text_history = draw(st.none() | st.integers(0, 6))
+    return dataclasses.replace(layout, text_history=text_history, similarity=draw(st.sampled_from(SIMILARITY)))
 
 
 @st.composite
@@ -70,10 +81,22 @@ def row(table: Ragged, number: int) -> list[int]:
     return table.values[table.offsets[number] : table.offsets[number + 1]].tolist()
 
 
+def clock(name: str, timestamp: int, layout: Layout) -> int:
+    """The `hour` or `weekday` at a moment, from the calendar."""
+    local = datetime.fromtimestamp(timestamp, UTC) + timedelta(hours=layout.utc_offset_hours)
+    return {"hour": local.hour, "weekday": local.weekday()}[name]
+
+
+def plain_similarity(one: int, other: int) -> float:
+    """Of the items with these texts; where one is unknown it is 0 as well."""
+    return sum(a * b for a, b in zip(VECTORS[one].tolist(), VECTORS[other].tolist(), strict=True))
+
+
 def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: list[int]) -> dict[str, list[Any]]:
     """The sequence, position by position."""
     names = ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids", "sink_positions", "readout_positions")
     out: dict[str, list[Any]] = {name: [] for name in names}
+    told, sinks = events_of(chronology, layout), bool(layout.signals or layout.numbers)
 
     def put(ids: list[int], kind: int, event: int, aligned: bool = False, last: bool = False) -> None:
         for place, token in enumerate(ids):
@@ -87,40 +110,60 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
 
     put(prefix, PREFIX, 0)
     past = targets[0] if chronology.known is None else int(chronology.known[targets[0]])
-    window = list(range(max(0, past - layout.history), past))
-    window += list(range(past, targets[-1] + 1)) if layout.examples == "per_user" else targets
+    history = list(range(max(0, past - layout.history), past))
+    bare = [] if layout.text_history is None else history[: max(0, len(history) - layout.text_history)]
+    window = history + (list(range(past, targets[-1] + 1)) if layout.examples == "per_user" else targets)
     for number, event in enumerate(window, start=1):
         last = event == targets[-1] if layout.examples == "per_user" else event in targets
-        put(row(TEXTS, chronology.texts[event]), TEXT, number, last or layout.examples == "per_user", last)
+        if event not in bare:
+            put(row(TEXTS, chronology.texts[event]), TEXT, number, last or layout.examples == "per_user", last)
         if event in targets:
             out["readout_positions"].append(len(out["input_ids"]) - 1)
         if not last:
-            put(row(FEEDBACKS, chronology.feedbacks[event]), FEEDBACK, number)
-            if layout.signals:
+            if event not in bare:
+                put(row(FEEDBACKS, chronology.feedbacks[event]), FEEDBACK, number)
+            if sinks:
                 out["sink_positions"].append(len(out["input_ids"]))
                 put([0], SINK, number)
-    behaviours = [e for e in window if e not in targets or (layout.examples == "per_user" and e != targets[-1])]
+    behaviours = [e for e in window if e not in targets or (layout.examples == "per_user" and e != targets[-1])] if sinks else []
     until = [*range(past), targets[0]] if layout.examples == "per_request" else range(targets[-1] + 1)
-    ids = signal_ids(layout.signals, chronology.timestamps[until], layout.buckets) if layout.signals else []
-    out["signals"] = [ids[e].tolist() for e in behaviours] if layout.signals else []
-    out["sink_times"] = [int(chronology.timestamps[e]) for e in behaviours] if layout.signals else []
+
+    def signal(name: str, event: int) -> int:
+        if name in ("hour", "weekday"):
+            return clock(name, int(chronology.timestamps[event]), layout)
+        if name == "feedback":
+            return int(chronology.feedbacks[event])
+        return int(signal_ids((name,), chronology.timestamps[until], layout.buckets)[event, 0])
+
+    assert told.numbers is not None
+    assert told.target_numbers is not None
+    out["signals"] = [[signal(name, e) for name in layout.signals] for e in behaviours]
+    out["sink_numbers"] = [told.numbers[e].tolist() for e in behaviours]
+    out["sink_times"] = [int(chronology.timestamps[e]) for e in behaviours]
     out["readout_times"] = [int(chronology.timestamps[t]) for t in targets]
+    out["target_signals"] = [[signal(name, t) for name in layout.target_signals] for t in targets]
+    out["target_numbers"] = [told.target_numbers[t].tolist() for t in targets]
     out["labels"] = [int(chronology.labels[t]) for t in targets]
     out["targets"] = targets
+    pairs = [(t, e) for t in targets for e in behaviours] if layout.similarity else []
+    out["similarity"] = [plain_similarity(*chronology.texts[[t, e]].tolist()) if e < t else 0.0 for t, e in pairs]
     return out
 
 
 @given(cases())
 def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[Chronology, np.ndarray, Layout, np.ndarray]) -> None:
     chronology, targets, layout, prefix = case
-    built = build_sequence(chronology, targets, layout, TEXTS, FEEDBACKS, prefix)
+    built = told_sequence(chronology, targets, layout, prefix)
     expected = plain(chronology, targets.tolist(), layout, prefix.tolist())
     assert {f.name: getattr(built, f.name).tolist() for f in dataclasses.fields(Sequence)} == expected
-    if not layout.signals:
+    if not layout.sinks:
         assert not (built.kinds == SINK).any()
     assert (built.kinds[built.readout_positions] == TEXT).all()
     assert (built.labels >= 0).all()
     assert built.signals.shape == (len(built.sink_positions), len(layout.signals))
+    assert built.sink_numbers.shape == (len(built.sink_positions), len(layout.numbers))
+    assert built.target_signals.shape == (len(targets), len(layout.target_signals))
+    assert built.target_numbers.shape == (len(targets), len(layout.target_numbers))
 
 
 @given(cases())
@@ -130,7 +173,7 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
     """Everything that happened at a target or later is changed: its input up to the readout stays."""
     chronology, targets, layout, prefix = case
     assume(layout.examples != "per_request")  # whose targets come at one moment: the test of sharing below
-    built = build_sequence(chronology, targets, layout, TEXTS, FEEDBACKS, prefix)
+    built = told_sequence(chronology, targets, layout, prefix)
     for slot, target in enumerate(targets):
         later = np.arange(len(chronology.texts)) > target
         now = later | (np.arange(len(chronology.texts)) == target)
@@ -140,14 +183,21 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
             timestamps=np.where(later, chronology.timestamps + 10**6, chronology.timestamps),
             labels=np.where(now & (chronology.labels >= 0), 1 - chronology.labels, chronology.labels).astype(np.int8),
         )
-        other = build_sequence(changed, targets, layout, TEXTS, FEEDBACKS, prefix)
+        other = told_sequence(changed, targets, layout, prefix)
         end = int(built.readout_positions[slot])
         assert other.readout_positions[slot] == end
         for name in ("input_ids", "kinds", "event_ids", "aligned"):
             assert getattr(other, name)[: end + 1].tolist() == getattr(built, name)[: end + 1].tolist()
         known = int((built.sink_positions < end).sum())
         assert other.sink_positions[:known].tolist() == built.sink_positions[:known].tolist()
-        assert other.signals[:known].tolist() == built.signals[:known].tolist()
+        for name in ("signals", "sink_numbers", "sink_times"):
+            assert getattr(other, name)[:known].tolist() == getattr(built, name)[:known].tolist()
+        for name in ("readout_times", "target_signals", "target_numbers"):
+            assert getattr(other, name)[slot].tolist() == getattr(built, name)[slot].tolist()
+        if layout.similarity:
+            found, expected = (s.similarity.reshape(len(targets), len(s.sink_positions))[slot] for s in (other, built))
+            assert found.tolist() == expected.tolist()
+            assert not found[known:].any()
 
 
 @given(builders.chronologies(), st.integers(0, 6), st.sampled_from(FREE), st.data())
@@ -155,8 +205,9 @@ def test_per_user_with_one_target_is_per_target_but_for_aligned(
     chronology: Chronology, history: int, signals: tuple[str, ...], data: st.DataObject
 ) -> None:
     target = data.draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
+    more: dict[str, Any] = {"numbers": ("deviation",), "text_history": data.draw(st.none() | st.integers(0, 6))}
     one, other = (
-        build_sequence(chronology, np.array([target]), Layout(e, history, 1, signals, 10), TEXTS, FEEDBACKS, np.array([90]))
+        told_sequence(chronology, np.array([target]), Layout(e, history, 1, signals, 10, **more), np.array([90]))
         for e in ("per_target", "per_user")
     )
     for field in dataclasses.fields(Sequence):
@@ -175,31 +226,41 @@ def test_ragged_take_is_concatenation(rows: list[list[int]], data: st.DataObject
     assert table.take(index).tolist() == [token for c in chosen for token in rows[c]]
 
 
-@given(st.integers(0, 2**32), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(FREE))
-def test_a_batch_holds_its_sequences_and_padding_only(seed: int, events: list[int], signals: tuple[str, ...]) -> None:
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 9), min_size=1, max_size=4), layouts())
+def test_a_batch_holds_its_sequences_and_padding_only(seed: int, events: list[int], layout: Layout) -> None:
     chance = np.random.default_rng(seed)
-    sequences = [random_sequence(chance, layout_of(signals=signals), n) for n in events]
+    sequences = [random_sequence(chance, layout, n) for n in events]
     batch = collate(sequences, [10 + i for i in range(len(events))])
     length = batch.input_ids.shape[1]
     assert length % MULTIPLE == 0
     assert (batch.kinds[:, -1] == PAD).all()
     assert batch.tokens == sum(len(s.input_ids) for s in sequences)
     assert batch.impressions == sum(len(s.targets) for s in sequences)
+    assert batch.similarity.shape[2] in (0, batch.sink_valid.shape[1])
     for i, s in enumerate(sequences):
         n, k, t = len(s.input_ids), len(s.sink_positions), len(s.targets)
-        for name in ("input_ids", "kinds", "event_ids", "aligned"):
+        for name in ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids"):
             assert getattr(batch, name)[i, :n].tolist() == getattr(s, name).tolist()
             assert not getattr(batch, name)[i, n:].any()
         assert batch.sink_valid[i].tolist() == [True] * k + [False] * (batch.sink_valid.shape[1] - k)
         assert batch.sink_positions[i, :k].tolist() == s.sink_positions.tolist()
         assert (batch.sink_positions[i, k:] == length - 1).all()
-        assert batch.signals[i, :k].tolist() == s.signals.tolist()
         assert batch.readout_valid[i].tolist() == [True] * t + [False] * (batch.readout_valid.shape[1] - t)
         assert batch.readout_positions[i, :t].tolist() == s.readout_positions.tolist()
         assert (batch.readout_positions[i, t:] == length - 1).all()
-        assert batch.labels[i, :t].tolist() == s.labels.tolist()
+        of_sinks, of_targets = (
+            ("signals", "sink_numbers", "sink_times"),
+            ("readout_times", "target_signals", "target_numbers", "labels"),
+        )
+        for count, names in ((k, of_sinks), (t, of_targets)):
+            for name in names:
+                assert getattr(batch, name)[i, :count].tolist() == getattr(s, name).tolist()
+                assert not getattr(batch, name)[i, count:].any()
         assert batch.targets[i, :t].tolist() == [[10 + i, e] for e in s.targets]
         assert (batch.targets[i, t:] == -1).all()
+        assert batch.similarity[i, :t, :k].flatten().tolist() == s.similarity.tolist()
+        assert not batch.similarity[i, t:].any()
+        assert not batch.similarity[i, :, k:].any()
 
 
 def test_a_batch_without_any_behaviour_keeps_one_sink_slot() -> None:

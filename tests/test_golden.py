@@ -46,9 +46,9 @@ def build(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> CTRModel:
     state: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if name.startswith("sink_embedding.0"):
-            state["sinks.tables.0.weight"] = value
+            state["sinks.categories.tables.0.weight"] = value
         elif name.startswith("sink_embedding.1."):
-            state[name.replace("sink_embedding.1", "sinks.projection")] = value
+            state[name.replace("sink_embedding.1", "sinks.categories.projection")] = value
         elif ".sink_interaction." in name:
             layer, _, module, kind = name.removeprefix("backbone.layers.").replace(".self_attn", "").split(".")
             state[f"biases.{layer}.{RENAMED[module]}.{kind}"] = value
@@ -78,12 +78,16 @@ def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
         sink_positions=positions,
         sink_valid=torch.ones_like(positions, dtype=torch.bool),
         signals=tensors["in.signal_ids"][:, :, None],
+        sink_numbers=torch.zeros(b, positions.shape[1], 0),
         sink_times=torch.zeros_like(positions),
         readout_positions=none,
         readout_valid=none.bool(),
         readout_times=none,
+        target_signals=torch.zeros(b, 1, 0, dtype=torch.long),
+        target_numbers=torch.zeros(b, 1, 0),
         labels=none.float(),
         targets=none[:, :, None].expand(b, 1, 2),
+        similarity=torch.zeros(b, 1, 0),
     )
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ctrsink.model.sinks import SinkEmbedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel, decoder_layers
 from ctrsink.model.groups import group_of, set_trainable, trained_as
 from ctrsink.model.readout import read
+from ctrsink.model.signals import CategoryEmbedding
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL = ReadoutSpec()
@@ -83,7 +83,7 @@ def test_pooling_in_bfloat16_keeps_long_means() -> None:
 
 
 def test_sink_vectors_are_the_projected_sum_of_the_signals() -> None:
-    module = SinkEmbedding(signals=2, buckets=6, embedding_size=4, hidden_size=7)
+    module = CategoryEmbedding(signals=2, rows=6, width=4, hidden_size=7, scale=0.02)
     signals = torch.tensor([[[0, 5], [3, 3]]])
     first, second = (module.get_parameter(f"tables.{i}.weight") for i in (0, 1))
     expected = torch.stack([module.projection(first[0] + second[5]), module.projection(first[3] + second[3])])[None]
@@ -96,7 +96,7 @@ def test_sinks_replace_the_embedding_at_their_positions_only() -> None:
     other = (batch.kinds != SINK) & (batch.kinds != PAD)
     assert torch.equal(vectors[other], tokens[other])
     assert model.sinks is not None
-    sinks = model.sinks(batch.signals)
+    sinks = model.sinks(batch.signals, batch.sink_numbers)
     for b, k in torch.nonzero(batch.sink_valid).tolist():
         close(vectors[b, batch.sink_positions[b, k]], sinks[b, k])
 

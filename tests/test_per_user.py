@@ -16,7 +16,8 @@ from ctrsink.config import parse_run
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.collate import collate
-from ctrsink.data.examples import Chronology, Layout, build_sequence
+from ctrsink.data.examples import Chronology, build_sequence
+from ctrsink.data.layout import Layout
 from ctrsink.errors import InputError
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.temporal import TemporalBias

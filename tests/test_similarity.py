@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.config import parse_run
-from ctrsink.data.examples import Chronology, Layout, build_sequence
+from ctrsink.data.examples import Chronology, build_sequence
+from ctrsink.data.layout import Layout
 from ctrsink.data.signals import signal_ids
 from ctrsink.data.similarity import cosines, most_similar, similarity_bucket
 from ctrsink.errors import InputError
@@ -69,7 +70,15 @@ def cases(draw: st.DrawFn) -> tuple[Chronology, int, Layout, np.ndarray]:
     target = draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
     signals: tuple[str, ...] = draw(st.sampled_from([(), ("similarity",), ("previous_gap", "similarity", "recency_rank")]))
     history = draw(st.integers(1, 6))
-    layout = Layout("per_target", history, 1, signals, draw(st.sampled_from([2, 10])), draw(st.none() | st.integers(1, history)))
+    layout = Layout(
+        "per_target",
+        history,
+        1,
+        signals,
+        draw(st.sampled_from([2, 10])),
+        draw(st.none() | st.integers(1, history)),
+        text_history=draw(st.none() | st.integers(0, history)) if signals else None,
+    )
     return chronology, target, layout, draw(tables(ITEMS))
 
 

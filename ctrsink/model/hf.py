@@ -15,7 +15,7 @@ from ctrsink.model import attention
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.limits import guard_length
 
-FORMAT = "ctrsink-model/1"
+FORMAT = "ctrsink-model/2"
 
 
 class CTRSinkConfig(PretrainedConfig):
@@ -38,7 +38,7 @@ class CTRSinkConfig(PretrainedConfig):
     readout: dict[str, Any] | None = None
     """ReadoutSpec of the run's last stage."""
     layout: dict[str, Any] | None = None
-    """`ctrsink.data.examples.Layout`."""
+    """`ctrsink.data.layout.Layout`."""
     text: dict[str, Any] | None = None
     """TextSpec: how items and feedback were rendered."""
     prefix_tokens: list[int] | None = None
