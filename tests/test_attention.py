@@ -63,8 +63,8 @@ def dense_attention(
             pieces.append(torch.zeros(length, length).index_put((at[:, None], at[None, :]), chosen))
         bias = torch.stack(pieces)
     bias = bias[:, None].expand(b, heads, length, length)
-    if module.layer_idx in plan.temporal:
-        bias = bias + dense_temporal(plan, plan.temporal[module.layer_idx], length)
+    if module.layer_idx in plan.at_asked:
+        bias = bias + dense_temporal(plan, plan.at_asked[module.layer_idx], length)
     logits = query @ key.transpose(2, 3) * scaling + bias
     weights = logits.masked_fill(~module.plain_mask[:, None], float("-inf")).softmax(-1)
     return plan.packing.pack((weights @ value).transpose(1, 2))[None], None

@@ -46,10 +46,11 @@ def layouts(draw: st.DrawFn) -> Layout:
         target_signals=draw(st.sampled_from([(), ("weekday",), ("hour", "weekday")])),
         target_numbers=draw(st.sampled_from(NUMBERS)),
         utc_offset_hours=draw(st.sampled_from([0.0, -3.5])),
+        asked_history=draw(st.integers(0, 3)) if per_user else 0,
     )
     if not layout.sinks:
         return layout
-    text_history = draw(st.none() | st.integers(0, 6))
+    text_history = draw(st.none() | st.integers(layout.asked_history, 6))
     return dataclasses.replace(layout, text_history=text_history, similarity=draw(st.sampled_from(SIMILARITY)))
 
 
@@ -112,6 +113,10 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
     past = targets[0] if chronology.known is None else int(chronology.known[targets[0]])
     history = list(range(max(0, past - layout.history), past))
     bare = [] if layout.text_history is None else history[: max(0, len(history) - layout.text_history)]
+    asked = targets
+    if layout.examples == "per_user":
+        asked = history[max(0, len(history) - layout.asked_history) :] + list(range(past, targets[-1] + 1))
+    out["asked_positions"] = []
     window = history + (list(range(past, targets[-1] + 1)) if layout.examples == "per_user" else targets)
     for number, event in enumerate(window, start=1):
         last = event == targets[-1] if layout.examples == "per_user" else event in targets
@@ -119,6 +124,8 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
             put(row(TEXTS, chronology.texts[event]), TEXT, number, last or layout.examples == "per_user", last)
         if event in targets:
             out["readout_positions"].append(len(out["input_ids"]) - 1)
+        if event in asked:
+            out["asked_positions"].append(len(out["input_ids"]) - 1)
         if not last:
             if event not in bare:
                 put(row(FEEDBACKS, chronology.feedbacks[event]), FEEDBACK, number)
@@ -140,12 +147,13 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
     out["signals"] = [[signal(name, e) for name in layout.signals] for e in behaviours]
     out["sink_numbers"] = [told.numbers[e].tolist() for e in behaviours]
     out["sink_times"] = [int(chronology.timestamps[e]) for e in behaviours]
-    out["readout_times"] = [int(chronology.timestamps[t]) for t in targets]
-    out["target_signals"] = [[signal(name, t) for name in layout.target_signals] for t in targets]
-    out["target_numbers"] = [told.target_numbers[t].tolist() for t in targets]
+    out["asked_times"] = [int(chronology.timestamps[e]) for e in asked]
+    out["asked_signals"] = [[signal(name, e) for name in layout.target_signals] for e in asked]
+    out["asked_numbers"] = [told.target_numbers[e].tolist() for e in asked]
+    out["readout_numbers"] = [told.target_numbers[t].tolist() for t in targets]
     out["labels"] = [int(chronology.labels[t]) for t in targets]
     out["targets"] = targets
-    pairs = [(t, e) for t in targets for e in behaviours] if layout.similarity else []
+    pairs = [(t, e) for t in asked for e in behaviours] if layout.similarity else []
     out["similarity"] = [plain_similarity(*chronology.texts[[t, e]].tolist()) if e < t else 0.0 for t, e in pairs]
     return out
 
@@ -162,8 +170,8 @@ def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[Chronology, np.n
     assert (built.labels >= 0).all()
     assert built.signals.shape == (len(built.sink_positions), len(layout.signals))
     assert built.sink_numbers.shape == (len(built.sink_positions), len(layout.numbers))
-    assert built.target_signals.shape == (len(targets), len(layout.target_signals))
-    assert built.target_numbers.shape == (len(targets), len(layout.target_numbers))
+    assert built.asked_signals.shape == (len(built.asked_positions), len(layout.target_signals))
+    assert built.readout_numbers.shape == (len(targets), len(layout.target_numbers))
 
 
 @given(cases())
@@ -192,12 +200,15 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
         assert other.sink_positions[:known].tolist() == built.sink_positions[:known].tolist()
         for name in ("signals", "sink_numbers", "sink_times"):
             assert getattr(other, name)[:known].tolist() == getattr(built, name)[:known].tolist()
-        for name in ("readout_times", "target_signals", "target_numbers"):
-            assert getattr(other, name)[slot].tolist() == getattr(built, name)[slot].tolist()
+        assert other.readout_numbers[slot].tolist() == built.readout_numbers[slot].tolist()
+        asked = int((built.asked_positions <= end).sum())
+        for name in ("asked_positions", "asked_times", "asked_signals", "asked_numbers"):
+            assert getattr(other, name)[:asked].tolist() == getattr(built, name)[:asked].tolist()
         if layout.similarity:
-            found, expected = (s.similarity.reshape(len(targets), len(s.sink_positions))[slot] for s in (other, built))
+            shape = (len(built.asked_positions), len(built.sink_positions))
+            found, expected = (s.similarity.reshape(shape)[:asked] for s in (other, built))
             assert found.tolist() == expected.tolist()
-            assert not found[known:].any()
+            assert not found[:, known:].any()
 
 
 @given(builders.chronologies(), st.integers(0, 6), st.sampled_from(FREE), st.data())
@@ -250,9 +261,14 @@ def test_a_batch_holds_its_sequences_and_padding_only(seed: int, events: list[in
         assert (batch.readout_positions[i, t:] == length - 1).all()
         of_sinks, of_targets = (
             ("signals", "sink_numbers", "sink_times"),
-            ("readout_times", "target_signals", "target_numbers", "labels"),
+            ("readout_numbers", "labels"),
         )
-        for count, names in ((k, of_sinks), (t, of_targets)):
+        of_asked = ("asked_times", "asked_signals", "asked_numbers")
+        m = len(s.asked_positions)
+        assert batch.asked_valid[i].tolist() == [True] * m + [False] * (batch.asked_valid.shape[1] - m)
+        assert batch.asked_positions[i, :m].tolist() == s.asked_positions.tolist()
+        assert (batch.asked_positions[i, m:] == length - 1).all()
+        for count, names in ((k, of_sinks), (t, of_targets), (m, of_asked)):
             for name in names:
                 assert getattr(batch, name)[i, :count].tolist() == getattr(s, name).tolist()
                 assert not getattr(batch, name)[i, count:].any()
