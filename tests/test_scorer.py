@@ -226,7 +226,7 @@ def late(request: dict[str, Any]) -> Any:
 BAD = [
     (change("candidates", []), "candidates: "),
     (change("candidates", [{"title": "A"}]), "candidates.0 has no field 'year'"),
-    (change("candidates", [{"title": {"en": "A"}, "year": ""}]), "candidates.0.title is an object"),
+    (change("candidates", [{"title": {"en": "A"}, "year": ""}]), "candidates.0.title: an object is no text"),
     (change("timestamp", "now"), "timestamp: "),
     (change("timestamp", 1.7e12), "timestamp: "),
     (change("histroy", []), "histroy: "),
@@ -289,7 +289,7 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("tokenizer.json", lambda b: b.replace(b'"add_prefix_space":false', b'"add_prefix_space":true').replace(
             b'"add_prefix_space": false', b'"add_prefix_space": true'), "not the one the model was trained with"),
         ("config.json", lambda b: b.replace(b'"ctrsink"', b'"llama"'), "of type llama"),
-        ("config.json", lambda b: b.replace(b"ctrsink-model/1", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
+        ("config.json", lambda b: b.replace(b"ctrsink-model/2", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
         ("config.json", lambda b: b.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'), "do not fit"),
         ("config.json", lambda b: b[:-9], "config.json is damaged"),
     ):  # fmt: skip

@@ -40,11 +40,16 @@ class SourceSpec(Section):
     """`table` only: the item table, a file or a folder, with a column `item` and the text fields that the template names."""
     columns: ColumnSpec = ColumnSpec()
     """`table` only: what the columns of the event log are called."""
+    items_columns: dict[str, str] = Field(default_factory=dict)
+    """`table` only: what columns of the item table are called, by `item` or the name of a field in the template, as
+    `{item: sku, title: name}`. Others keep their names."""
 
     @model_validator(mode="after")
     def _only_tables(self) -> "SourceSpec":
-        if self.kind != "table" and (self.items or self.columns != ColumnSpec()):
-            raise ValueError(f"items and columns belong to kind table, the source {self.kind} has its own")
+        if self.kind != "table" and (self.items or self.items_columns or self.columns != ColumnSpec()):
+            raise ValueError(f"items, columns and items_columns belong to kind table, the source {self.kind} has its own")
+        if self.items_columns and not self.items:
+            raise ValueError("items_columns names columns of an item table, but items is null")
         return self
 
 

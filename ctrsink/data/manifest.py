@@ -12,7 +12,7 @@ from ctrsink.config.data import TextSpec
 from ctrsink.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = "ctrsink-dataset/2"
+FORMAT = "ctrsink-dataset/3"
 WORK = "_work"  # beside the manifest, until it is written: what a preparation keeps to go on if it is interrupted
 _READS = 3  # before a file is called damaged: it may have been damaged on its way
 
@@ -111,7 +111,7 @@ class PartEntry(Section):
 class Manifest(Section):
     """Everything a reader must know of a data set before it opens a shard."""
 
-    format: Literal["ctrsink-dataset/2"]
+    format: Literal["ctrsink-dataset/3"]
     parts: tuple[PartEntry, ...]
     shards: tuple[ShardEntry, ...]
     """Part after part."""

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -14,12 +15,12 @@ from ctrsink.config.data import TextSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.encoder import Encoder
 from ctrsink.data.examples import Chronology, Layout, Ragged, Sequence, build_sequence
-from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts
-from ctrsink.data.tokenize import encode
+from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
+from ctrsink.data.tokenize import encode_items, encode_own
 from ctrsink.errors import InputError
 from ctrsink.model.hf import CTRSinkModel
 from ctrsink.serve.load import load_model
-from ctrsink.serve.requests import Request, item_table, parse_request, template_fields
+from ctrsink.serve.requests import Request, item_table, parse_request
 
 CANDIDATES = 128  # behind one computation of the history
 
@@ -82,12 +83,14 @@ class Scorer:
         """The history and candidates behind it, as many as may share one."""
         count = len(request.history)
         items = [*(b.item for b in request.history), *request.candidates]
-        texts = self._item_tokens(items)
-        vectors = self.encoder and self.encoder.encode(self._item_texts(items))
+        fields = item_table(items, self.fields)
+        item_text = item_texts(self.text.item, fields)
+        texts = self._item_tokens(items, fields, item_text)
+        vectors = self.encoder and self.encoder.encode(item_text)
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
         rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
         feedback_rows = feedback_ids(self.text, rendered, given)
-        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode(self.tokenizer, list(rendered))])
+        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode_own(self.tokenizer, list(rendered))])
         moments = [*(b.timestamp for b in request.history), *[request.timestamp] * len(request.candidates)]
         timestamps = np.floor(moments).astype(np.int64)
         candidates = len(request.candidates)
@@ -105,11 +108,8 @@ class Scorer:
             for chosen in np.split(np.arange(count, count + candidates), range(together, candidates, together))
         ]
 
-    def _item_texts(self, items: list[dict[str, Any]]) -> list[str]:
-        return item_texts(self.text.item, item_table(items, self.fields))
-
-    def _item_tokens(self, items: list[dict[str, Any]]) -> Ragged:
-        rendered = encode(self.tokenizer, self._item_texts(items))
+    def _item_tokens(self, items: list[dict[str, Any]], fields: pa.Table, texts: list[str]) -> Ragged:
+        rendered = encode_items(self.tokenizer, self.text.item, fields, texts)
         tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in rendered]
         empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
         if empty is not None:
@@ -155,5 +155,5 @@ def score_file(folder: str, input_path: str, output: str | None = None) -> dict[
 def _read_json(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or nested without end
         raise InputError(f"{where}: not a JSON object ({error})") from None

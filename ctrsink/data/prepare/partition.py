@@ -57,6 +57,7 @@ class Partition:
             feedback=feedback_minima(self.spec.text, feedback),
             items=None if self.items else events.column("item").unique().to_pylist(),
             slice_ends=ends,
+            forms=checked.forms,
         )
         storage.write_bytes(self._path(number, "events"), content)
         storage.write_bytes(self._path(number, "survey"), survey.to_bytes())
