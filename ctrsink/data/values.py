@@ -207,8 +207,9 @@ def _joined(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
     for row, entry in zip(rows, entries.to_pylist(), strict=True):
         if entry is not None:
             found[row].append(entry)
-    joined = pa.array([None if words is None else " ".join(words) for words in found], pa.string())
-    return joined, {rows[number]: reason for number, reason in reversed(wrong.items())}
+    reasons = {rows[number]: reason for number, reason in reversed(wrong.items())}
+    texts = [None if words is None or row in reasons else " ".join(words) for row, words in enumerate(found)]
+    return pa.array(texts, pa.string()), reasons
 
 
 def _is_letters(kind: pa.DataType) -> bool:
