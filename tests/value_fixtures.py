@@ -22,7 +22,7 @@ def shop_items(path: Path) -> list[dict[str, Any]]:
 def log_rows(users: list[Any], count: int = 60) -> dict[str, list[Any]]:
     return {
         "user": [users[n % len(users)] for n in range(count)],
-        "item": [f"i{(7 * n + n // 5) % len(SHOP)}" for n in range(count)],
+        "item": [f"i{(n + n // 7) % len(SHOP)}" for n in range(count)],
         "timestamp": [1_700_000_000 + 3600 * n for n in range(count)],
         "click": [int(n % 3 > 0) for n in range(count)],
     }

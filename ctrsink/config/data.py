@@ -14,7 +14,7 @@ class ColumnSpec(Section):
     """Names of the columns of the user's own event log; only `user`, `item` and `timestamp` must exist."""
 
     user: str = "user"
-    """Id of the user; a number is read as text."""
+    """Id of the user, a text or a whole number."""
     item: str = "item"
     """Id of the item, as in the column `item` of the item table."""
     timestamp: str = "timestamp"
@@ -40,7 +40,7 @@ class SourceSpec(Section):
     """`table` only: the item table, a file or a folder, with a column `item` and the text fields that the template names."""
     columns: ColumnSpec = ColumnSpec()
     """`table` only: what the columns of the event log are called."""
-    items_columns: dict[str, str] = Field(default_factory=dict)
+    items_columns: dict[str, str] = Field(default={})
     """`table` only: what columns of the item table are called, by `item` or the name of a field in the template, as
     `{item: sku, title: name}`. Others keep their names."""
 
@@ -57,13 +57,13 @@ class TextSpec(Section):
     """How events are rendered as text: feedback is part of a behaviour, never of a target."""
 
     item: str = "{title}"
-    """Template over the fields of the item table."""
+    """Template over the fields of the item table. Control tokens in it are meant, those in fields are letters."""
     feedback: str = " {feedback:g}"
     """Template over the event's feedback; at most 4096 distinct renderings are allowed."""
     separator: str = "\n"
     """Text after a behaviour's feedback."""
     prefix: str = ""
-    """Text at the start of every sequence."""
+    """Text at the start of every sequence. A BOS token there is not doubled where the tokenizer puts one by itself."""
     max_item_tokens: int = Field(default=64, ge=1)
     """An item's text is cut to this many tokens."""
 
