@@ -29,10 +29,8 @@ EVENTS_SCHEMA = pa.schema(
 )
 
 _NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-# Ids that are whole numbers, as text, without and with a fraction.
-_FORMS = {"whole": r"^-?[0-9]+$", "fraction": r"^-?[0-9]+\.0+$"}
 Forms = dict[str, str]
-"""By the keys of _FORMS, the first id of that form."""
+"""Ids that are whole numbers as text: the first that is written as 5 (`whole`), and as 5.0 (`fraction`)."""
 _LATEST = 10**11  # the year 5138; what lies beyond was counted in milliseconds
 
 
@@ -136,10 +134,12 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
 
 def forms_of(ids: pa.Array | pa.ChunkedArray, written: str | None = None) -> Forms:
     """The forms in which whole numbers stand among ids; `written`: one with a fraction, that is an id without by now."""
-    found = {} if written is None else {"fraction": written}
-    for form, pattern in _FORMS.items():
-        if form not in found and (some := pc.index(pc.match_substring_regex(ids, pattern), True).as_py()) >= 0:
-            found[form] = ids[some].as_py()
+    found: Forms = {} if written is None else {"fraction": written}
+    ending = ids.filter(pc.fill_null(pc.ends_with(ids, ".0"), False))
+    for form, texts, digits in (("whole", ids, ids), ("fraction", ending, pc.utf8_slice_codeunits(ending, 0, -2))):
+        first = pc.index(pc.ascii_is_decimal(digits), True).as_py()
+        if first >= 0:
+            found.setdefault(form, texts[first].as_py())
     return found
 
 

@@ -130,8 +130,9 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of control tokens that no text of letters gives; what is unknown may give the token of that."""
     ids = {number for _, number in _control_tokens(tokenizer).values()}
-    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return ids if tokenizer.unk_token_id in others else ids - {tokenizer.unk_token_id}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    unknown: Any = tokenizer.unk_token_id
+    return ids if unknown in [getattr(tokenizer, name) for name in names] else ids - {unknown}
 
 
 def _foreign(control: set[int], ids: list[int], added: list[int]) -> list[int]:
@@ -141,8 +142,10 @@ def _foreign(control: set[int], ids: list[int], added: list[int]) -> list[int]:
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str, control: set[int], options: dict[str, Any]) -> list[int]:
     """For vocabularies of words or pieces, which hold control tokens as some of them: a space is put into each that is found."""
+    found: Any = None
+    places: list[int] = []
     for _ in range(4):
-        found: Any = tokenizer(text, return_offsets_mapping=True, **options)
+        found = tokenizer(text, return_offsets_mapping=True, **options)
         places = _foreign(control, found["input_ids"], found["special_tokens_mask"])
         if not places:
             break

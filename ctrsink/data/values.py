@@ -25,8 +25,9 @@ def text(value: Any) -> str | None:
     Raises:
         ValueError: it has none, as an object; the message is the reason.
     """
-    if isinstance(value, np.ndarray | np.generic):
-        value = float(str(value)) if isinstance(value, np.float32) else value.tolist()
+    if hasattr(value, "tolist"):  # an array, or a number of one
+        # What is 6.1 in fewer bits is 6.1 and not the double next to it, as in a column of that type.
+        value = (value.astype(str).astype(float) if getattr(value, "dtype", None) == np.float32 else value).tolist()
     if value is None or isinstance(value, str):
         return value and _whole(value)
     if isinstance(value, bytes):
