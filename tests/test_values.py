@@ -130,7 +130,8 @@ def test_a_typed_value_is_one_text_with_the_object_that_it_is_in_python(
     [
         (6.50, "6.5"), (1e1, "10"), (-0.0, "0"), (1e20, "100000000000000000000"), (1e21, "1e+21"), (1e-7, "1e-07"),
         (True, "true"), (None, None), (math.nan, None), ([6.50, True, None, [math.nan, "a b"]], "6.5 true a b"), ([], ""),
-        (np.float32(6.1), "6.1"), (np.array([6.1, np.nan], np.float32), "6.1"), (np.int64(7), "7"), (np.array([1.0, 2.5]), "1 2.5"), (decimal.Decimal("6.50"), "6.5"),
+        (np.float32(6.1), "6.1"), (np.array([6.1, np.nan], np.float32), "6.1"),
+        (np.int64(7), "7"), (np.array([1.0, 2.5]), "1 2.5"), (decimal.Decimal("6.50"), "6.5"),
         (datetime.date(1995, 3, 1), "1995-03-01"), (datetime.datetime(1995, 3, 1, 2, 3), "1995-03-01 02:03:00"),
         ("caf\u00e9".encode(), "caf\u00e9"), ((1, "x"), "1 x"),
     ],
