@@ -226,7 +226,7 @@ def late(request: dict[str, Any]) -> Any:
 BAD = [
     (change("candidates", []), "candidates: "),
     (change("candidates", [{"title": "A"}]), "candidates.0 has no field 'year'"),
-    (change("candidates", [{"title": {"en": "A"}, "year": ""}]), "candidates.0.title is an object"),
+    (change("candidates", [{"title": {"en": "A"}, "year": ""}]), "candidates.0.title: an object is no text"),
     (change("timestamp", "now"), "timestamp: "),
     (change("timestamp", 1.7e12), "timestamp: "),
     (change("histroy", []), "histroy: "),

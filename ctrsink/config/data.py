@@ -11,7 +11,7 @@ class ColumnSpec(Section):
     """Names of the columns of the user's own event log; only `user`, `item` and `timestamp` must exist."""
 
     user: str = "user"
-    """Id of the user; a number is read as text."""
+    """Id of the user, a text or a whole number."""
     item: str = "item"
     """Id of the item, as in the column `item` of the item table."""
     timestamp: str = "timestamp"
@@ -37,11 +37,16 @@ class SourceSpec(Section):
     """`table` only: the item table, a file or a folder, with a column `item` and the text fields that the template names."""
     columns: ColumnSpec = ColumnSpec()
     """`table` only: what the columns of the event log are called."""
+    items_columns: dict[str, str] = Field(default={})
+    """`table` only: what columns of the item table are called, by `item` or the name of a field in the template, as
+    `{item: sku, title: name}`. Others keep their names."""
 
     @model_validator(mode="after")
     def _only_tables(self) -> "SourceSpec":
-        if self.kind != "table" and (self.items or self.columns != ColumnSpec()):
-            raise ValueError(f"items and columns belong to kind table, the source {self.kind} has its own")
+        if self.kind != "table" and (self.items or self.items_columns or self.columns != ColumnSpec()):
+            raise ValueError(f"items, columns and items_columns belong to kind table, the source {self.kind} has its own")
+        if self.items_columns and not self.items:
+            raise ValueError("items_columns names columns of an item table, but items is null")
         return self
 
 
@@ -49,13 +54,13 @@ class TextSpec(Section):
     """How events are rendered as text: feedback is part of a behaviour, never of a target."""
 
     item: str = "{title}"
-    """Template over the fields of the item table."""
+    """Template over the fields of the item table. Control tokens in it are meant, those in fields are letters."""
     feedback: str = " {feedback:g}"
     """Template over the event's feedback; at most 4096 distinct renderings are allowed."""
     separator: str = "\n"
     """Text after a behaviour's feedback."""
     prefix: str = ""
-    """Text at the start of every sequence."""
+    """Text at the start of every sequence. A BOS token there is not doubled where the tokenizer puts one by itself."""
     max_item_tokens: int = Field(default=64, ge=1)
     """An item's text is cut to this many tokens."""
 

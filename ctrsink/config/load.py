@@ -1,6 +1,5 @@
 """YAML files, `include` fragments and dotted overrides become a RunSpec; every mistake is one line that names the key."""
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ctrsink.config.run import RunSpec
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, did_you_mean
 
 
 class _Loader(yaml.SafeLoader):
@@ -109,9 +108,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         names = _field_names(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
-        hint = f", did you mean {near[0]}?" if near else ""
-        text = f"unknown key {where}{hint} (allowed: {', '.join(names)})"
+        text = f"unknown key {where}{did_you_mean(str(first['loc'][-1]), names)} (allowed: {', '.join(names)})"
     elif first["type"] == "missing":
         text = f"missing key {where}"
     elif first["type"] in ("literal_error", "enum"):
@@ -128,8 +125,7 @@ def _explain(error: ValidationError) -> str:
 
 def _nearest(value: Any, expected: str) -> str:
     names = [n.strip(" '") for n in expected.replace(" or ", ",").split(",")]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
+    return did_you_mean(str(value), names)
 
 
 def _field_names(loc: tuple[int | str, ...]) -> list[str]:

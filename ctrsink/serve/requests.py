@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from string import Formatter
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -12,7 +11,9 @@ from pydantic import Field, ValidationError
 from ctrsink.config.base import Section
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import read_file
-from ctrsink.errors import InputError
+from ctrsink.data.render import template_fields
+from ctrsink.data.values import text
+from ctrsink.errors import InputError, did_you_mean
 
 Item = dict[str, Any]
 # Beyond the year 5138 a time was counted in milliseconds.
@@ -59,34 +60,23 @@ def parse_request(tree: Any, fields: Sequence[str], where: str) -> Request:
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
         for field in fields:
             if field not in item:
-                raise InputError(f"{where}: {key} has no field {field!r}, which the model's item text needs")
-            if isinstance(item[field], dict):
-                raise InputError(f"{where}: {key}.{field} is an object: give a text, a number or a list of them")
+                hint = did_you_mean(field, item)
+                raise InputError(f"{where}: {key} has no field {field!r}, which the model's item text needs{hint}")
+            try:
+                text(item[field])
+            except ValueError as error:
+                raise InputError(f"{where}: {key}.{field}: {error}") from None
     for i, behaviour in enumerate(request.history):
         if behaviour.timestamp > request.timestamp:
             raise InputError(f"{where}: history.{i}.timestamp {behaviour.timestamp:.0f} is later than the request's")
     return request.model_copy(update={"history": tuple(sorted(request.history, key=lambda b: b.timestamp))})
 
 
-def template_fields(template: str) -> list[str]:
-    """Names of the item fields that a template uses."""
-    return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
-
-
 def item_table(items: Sequence[Item], fields: Sequence[str]) -> pa.Table:
-    """The items' `fields` as text, as preparation holds them: empty for null, the entries of a list joined by spaces."""
-    columns = {field: pa.array([text_of(item[field]) for item in items], pa.string()) for field in fields}
+    """The items' `fields` as text, as preparation holds them (see values.text): empty where a value is missing."""
+    columns = {field: pa.array([text(item[field]) or "" for item in items], pa.string()) for field in fields}
     # A template without a field still renders every item: the table's length must not come from its columns.
     return pa.table({"": pa.nulls(len(items)), **columns})
-
-
-def text_of(value: Any) -> str:
-    """A value of a request as text, as preparation holds it."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else str(pa.scalar(value).cast(pa.string()))
 
 
 def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int] | None = None) -> dict[str, Any]:

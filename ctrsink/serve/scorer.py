@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ctrsink import storage
@@ -13,15 +14,15 @@ from ctrsink.config.data import TextSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.examples import build_sequences
 from ctrsink.data.layout import Layout
-from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts
+from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
 from ctrsink.data.sequences import Sequence
 from ctrsink.data.shard import told
-from ctrsink.data.tokenize import encode
+from ctrsink.data.tokenize import encode_items, encode_own
 from ctrsink.data.windows import Cuts, Events
 from ctrsink.errors import InputError
 from ctrsink.features.ragged import Ragged
 from ctrsink.serve.load import Loaded, load_model
-from ctrsink.serve.requests import Request, item_table, parse_request, template_fields
+from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
 
 CANDIDATES = 128  # behind one computation of the history
@@ -89,12 +90,14 @@ class Scorer:
         """The history and candidates behind it, as many as may share one."""
         count = len(request.history)
         items = [*(b.item for b in request.history), *request.candidates]
-        texts = self._item_tokens(items)
-        vectors = self.encoder and self.encoder.encode(self._item_texts(items))
+        fields = item_table(items, self.fields)
+        item_text = item_texts(self.text.item, fields)
+        texts = self._item_tokens(items, fields, item_text)
+        vectors = self.encoder and self.encoder.encode(item_text)
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
         rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
         feedback_rows = feedback_ids(self.text, rendered, given)
-        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode(self.tokenizer, list(rendered))])
+        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode_own(self.tokenizer, list(rendered))])
         moments = [*(b.timestamp for b in request.history), *[request.timestamp] * len(request.candidates)]
         timestamps = np.floor(moments).astype(np.int64)
         candidates = len(request.candidates)
@@ -113,23 +116,16 @@ class Scorer:
         # What depends on the candidate's vector is no history that candidates share.
         together = 1 if self.layout.needs_target_vectors else CANDIDATES
         chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
-        return [
-            build_sequences(Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])), self.layout, feedbacks, self.prefix)[
-                0
-            ]
-            for rows in chosen
-        ]
+        cuts = (Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])) for rows in chosen)
+        return [build_sequences(cut, self.layout, feedbacks, self.prefix)[0] for cut in cuts]
 
     def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
         """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
         numbers = {text: number for number, text in enumerate(self.model.config.feedback_texts or ())}
         return np.array([numbers.get(text, 0) for text in rendered], np.int64)
 
-    def _item_texts(self, items: list[dict[str, Any]]) -> list[str]:
-        return item_texts(self.text.item, item_table(items, template_fields(self.text.item)))
-
-    def _item_tokens(self, items: list[dict[str, Any]]) -> Ragged:
-        rendered = encode(self.tokenizer, self._item_texts(items))
+    def _item_tokens(self, items: list[dict[str, Any]], fields: pa.Table, texts: list[str]) -> Ragged:
+        rendered = encode_items(self.tokenizer, self.text.item, fields, texts)
         tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in rendered]
         empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
         if empty is not None:
@@ -175,5 +171,5 @@ def score_file(folder: str, input_path: str, output: str | None = None) -> dict[
 def _read_json(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or nested without end
         raise InputError(f"{where}: not a JSON object ({error})") from None

@@ -15,7 +15,7 @@ from ctrsink import __version__, storage
 from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology, encoder, tokenize
 from ctrsink.data.arrow import to_parquet
-from ctrsink.data.events import OnBadRow
+from ctrsink.data.events import OnBadRow, forms_of
 from ctrsink.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -42,7 +42,7 @@ from ctrsink.data.prepare.progress import Done, reported
 from ctrsink.data.prepare.statistics import Received, Rule, totals_as_counts
 from ctrsink.data.prepare.survey import Totals, count_splits, split_times
 from ctrsink.data.prepare.vectors import Encoding
-from ctrsink.data.render import feedback_table
+from ctrsink.data.render import feedback_table, template_fields
 from ctrsink.data.shard import Counted, Knowing
 from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError, first_line
@@ -146,7 +146,7 @@ class _Build:
 
     def run(self) -> Manifest:
         self._refuse_foreign_folders()
-        source = open_source(self.spec.source)
+        source = open_source(self.spec.source, template_fields(self.spec.text.item))
         listed = source.items()
         blocks = tuple(source.blocks(self.spec.block_bytes))
         # A tokenizer or an encoder that cannot be had is found before hours of work.
@@ -171,6 +171,7 @@ class _Build:
         totals = self._read(partition)
         surveys = lambda: (partition.survey(number) for number in range(len(blocks)))  # noqa: E731
         self._check(totals)
+        self._warn_of_forms(totals, items)
         times = split_times(totals, surveys, self.spec.split)
         splits = count_splits(surveys(), times)
         chronology.check_splits(splits, self.spec.split)
@@ -182,7 +183,7 @@ class _Build:
         texts = feedback_table(self.spec.text, self.base.feedback_texts if self.base else (), totals.feedback)
         tokenizer = tokenizer or tokenize.make_tokenizer(self.spec.tokenizer, [*items.texts, *texts])
         ids = items.write_ids(self.work)
-        tokens = items.write_tokens(self.work, tokenizer, self.spec.text.max_item_tokens)
+        tokens = items.write_tokens(self.work, tokenizer, self.spec.text)
         fields = items.write_fields(self.work, self.spec.statistics.fields)
         received = self._received(partition, items)
         content = received.to_bytes()
@@ -289,6 +290,8 @@ class _Build:
                     next(running)
                 survey = partition.survey(number)
                 where = places.next(block.file, survey.file_rows, survey.header_lines, survey.problem)
+                if where and survey.problem and survey.problem.of_file:
+                    raise InputError(where)
                 if where and self.on_bad_row == "fail":
                     raise InputError(f"{where}; correct it, or leave bad rows out with --on-bad-row skip")
                 if where:
@@ -312,6 +315,20 @@ class _Build:
                 f"{path} begins at {totals.first_time}, but the data set {self.to} reaches to {self.base.parts[-1].last_time} "
                 "(seconds since 1970): append events that are newer than all there are"
             )
+
+    def _warn_of_forms(self, totals: Totals, items: Items | None) -> None:
+        """Ids that are whole numbers are written in one way, here and in the data set that is appended to."""
+        columns = self.spec.source.columns
+        if self.base is not None and items is not None and totals.forms:
+            newest = pq.read_table(io.BytesIO(read_file(self.to, self.base.shards[-1].events_file)), columns=["user"])
+            for name, ids in ((columns.user, newest.column("user")), (columns.item, items.ids)):
+                totals.forms[name] = forms_of(ids) | totals.forms.get(name, {})
+        for name, found in totals.forms.items():
+            if len(found) > 1:
+                log.warning(
+                    "%s, column %s: ids are written as %s and as %s; as text, 5.0 and 5 are two ids: write them without .0",
+                    self.spec.source.path, name, found["fraction"], found["whole"],
+                )  # fmt: skip
 
     def _write(self, assembly: Assembly, totals: Totals) -> tuple[tuple[ShardEntry, ...], pa.Table]:
         """Run the second tasks."""
@@ -365,7 +382,7 @@ class _Build:
             labelled=labelled,
             prefix_tokens=tuple(tokenize.prefix_tokens(tokenizer, self.spec.text.prefix)),
             feedback_texts=texts,
-            feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode(tokenizer, list(texts))),
+            feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode_own(tokenizer, list(texts))),
             item_count=items.table.num_rows,
             **found,
         )

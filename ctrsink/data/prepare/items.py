@@ -62,15 +62,18 @@ class Items:
         """Write the ids below `folder`; returns the file, whose name depends on the content."""
         return _write(folder, "ids", pa.table({"item": self.ids}))
 
-    def write_tokens(self, folder: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> str:
-        """Write the token ids of all items, each cut to `limit`; returns the file, whose name depends on the content.
+    def write_tokens(self, folder: str, tokenizer: PreTrainedTokenizerBase, text: TextSpec) -> str:
+        """Write the token ids of all items, each cut to `text.max_item_tokens`; returns the file, named by its content.
 
         Raises:
             InputError: an item has none.
         """
-        chunks, texts, kind = [], self.texts, TOKENS_SCHEMA.field("tokens").type
-        for start in range(0, len(texts), _CHUNK):
-            ids = [tokens[:limit] for tokens in tokenize.encode(tokenizer, texts[start : start + _CHUNK])]
+        chunks, kind = [], TOKENS_SCHEMA.field("tokens").type
+        fields = self.table.drop_columns("text").rename_columns({"id": "item"})
+        for start in range(0, self.table.num_rows, _CHUNK):
+            texts = self.table.column("text").slice(start, _CHUNK).to_pylist()
+            found = tokenize.encode_items(tokenizer, text.item, fields.slice(start, _CHUNK), texts)
+            ids = [tokens[: text.max_item_tokens] for tokens in found]
             for number, tokens in enumerate(ids, start):
                 if not tokens:
                     raise InputError(

@@ -58,6 +58,7 @@ class Partition:
             feedback=feedback_minima(self.spec.text, feedback),
             items=None if self.items else events.column("item").unique().to_pylist(),
             slice_ends=ends,
+            forms=checked.forms,
         )
         rule, rated = Rule.of(self.spec.statistics), columns.feedback is not None
         received = rule.count(

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ctrsink.config.data import SplitSpec
 from ctrsink.data.arrow import from_ipc, to_ipc
 from ctrsink.data.chronology import PREFIXES, split_ranks
-from ctrsink.data.events import Problem
+from ctrsink.data.events import Forms, Problem
 from ctrsink.data.manifest import SPLITS, Split, SplitCounts, SplitTimes
 
 _COARSE = 12  # bits: seconds are first counted by 4,096 of them, and one by one only around the split times
@@ -39,6 +39,8 @@ class Survey:
     """Distinct items, where there is no item table."""
     slice_ends: np.ndarray
     """Byte at which each slice of the block's file ends."""
+    forms: dict[str, Forms]
+    """See Checked."""
 
     @property
     def events(self) -> int:
@@ -49,9 +51,10 @@ class Survey:
             "rows": self.rows,
             "file_rows": self.file_rows,
             "header_lines": self.header_lines,
-            "problem": self.problem and [self.problem.row, self.problem.what],
+            "problem": self.problem and [self.problem.row, self.problem.what, self.problem.of_file],
             "feedback": self.feedback,
             "items": self.items,
+            "forms": self.forms,
         }
         arrays = {name: pa.array([getattr(self, name).ravel()]) for name in _ARRAYS}
         return to_ipc(pa.table({"plain": [json.dumps(plain)], **arrays}))
@@ -90,6 +93,7 @@ class Totals:
     items: set[str] = field(default_factory=set)
     coarse: dict[int, int] = field(default_factory=dict)
     """Impressions by time."""
+    forms: dict[str, Forms] = field(default_factory=dict)
     impressions: int = 0
     first_time: int = 2**63 - 1
     last_time: int = -(2**63)
@@ -100,6 +104,8 @@ class Totals:
         self.items.update(survey.items or ())
         for text, value in survey.feedback.items():
             self.feedback[text] = min(value, self.feedback.get(text, value))
+        for column, found in survey.forms.items():
+            self.forms[column] = found | self.forms.get(column, {})
         if not len(survey.seconds):
             return
         self.first_time = min(self.first_time, int(survey.seconds[0]))

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 
 from ctrsink import storage
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, did_you_mean
 
 HEAD = 1 << 20  # bytes that are looked at to learn a file's columns
 
@@ -109,7 +109,8 @@ def require_columns(uri: str, names: Sequence[str], wanted: Sequence[str]) -> No
     for name in wanted:
         if names.count(name) != 1:
             how_many = "no" if name not in names else "more than one"
-            raise InputError(f"{uri} has {how_many} column {name!r}; it has {', '.join(names) or 'none'}")
+            hint = did_you_mean(name, names, ": ") if name not in names else ""
+            raise InputError(f"{uri} has {how_many} column {name!r}; it has {', '.join(names) or 'none'}{hint}")
 
 
 class RangeFile(io.RawIOBase):
