@@ -1,6 +1,7 @@
 """The tokenizer of a data set: trained on its texts or taken from a model, kept beside the shards, known by a fingerprint."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from ctrsink.data.manifest import Manifest, read_file, read_manifest
 from ctrsink.errors import InputError
 
 FOLDER = "tokenizer"
+LONGEST_WORD = 4096
+_WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+|\s+")  # letters, digits, other signs, blanks
 # Texts whose ids tell apart tokenizers of equal vocabulary but other rules: case, spaces, digits, accents, other scripts.
 _PROBES = (
     "The quick brown Fox jumps over 13 lazy dogs.",
@@ -23,6 +26,18 @@ _PROBES = (
     "星際大戰 Звёздные войны حرب 🎬",
     "don't won't I'LL",
 )
+
+
+def until_endless_word(text: str) -> str:
+    """`text` up to LONGEST_WORD signs of its first word that is longer: training takes time in the square of the longest word.
+
+    A word is what the byte-level splitter takes for one.
+    """
+    if len(text) > LONGEST_WORD:
+        for word in _WORD.finditer(text):
+            if word.end() - word.start() > LONGEST_WORD:
+                return text[: word.start() + LONGEST_WORD]
+    return text
 
 
 def make_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedTokenizerBase:

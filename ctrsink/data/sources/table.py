@@ -1,6 +1,9 @@
 """A log of the user's own: csv, jsonl or parquet, one file or a folder of many, by the names of its columns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -9,10 +12,12 @@ from ctrsink.data.arrow import pc
 from ctrsink.data.events import RawRows, check_items
 from ctrsink.data.sources.cut import cut_lines
 from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
-from ctrsink.data.sources.files import files_at, read_head, read_part, read_whole, require_columns
+from ctrsink.data.sources.files import EmptyFile, files_at, read_head, read_part, read_whole, require_columns
 from ctrsink.data.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
 from ctrsink.data.sources.source import Block
 from ctrsink.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,11 @@ class Tables:
         """The item table; its files may have different fields, and a missing one is an empty text."""
         if self.item_table is None:
             return None
-        tables = [check_items(read_table(uri)) for uri, _ in _files(self.item_table)]
+        files = _files(self.item_table)
+        read = [rows for uri, _ in files for rows in _unless_empty(files, partial(_item_rows, uri))]
+        if not read:
+            raise InputError(f"the item table {self.item_table} is empty")
+        tables = [check_items(rows) for rows in read]
         items = pa.concat_tables(tables, promote_options="default")
         counts = items.column("item").value_counts()
         repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -38,7 +47,9 @@ class Tables:
     def blocks(self, block_bytes: int) -> list[Block]:
         """csv and jsonl are cut at rows, parquet between row groups; a packed file is one block."""
         cut = {"csv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
-        blocks = [block for uri, size in _files(self.path) for block in cut[kind_of(uri)](uri, size, block_bytes)]
+        files = _files(self.path)
+        pieces = [_unless_empty(files, partial(cut[kind_of(uri)], uri, size, block_bytes)) for uri, size in files]
+        blocks = [block for piece in pieces for block in piece]
         if not blocks:
             raise InputError(f"the event log {self.path} holds no event: it has no row")
         return blocks
@@ -96,6 +107,23 @@ def _files(uri: str) -> list[tuple[str, int]]:
     if len(kinds) > 1:
         raise InputError(f"{uri} holds files of several kinds ({', '.join(sorted(kinds.values()))}): a table is of one kind")
     return files
+
+
+def _item_rows(uri: str) -> list[RawRows]:
+    raw = read_table(uri)
+    if not raw.file_rows:
+        raise EmptyFile(f"the item table {uri} is empty")
+    return [raw]
+
+
+def _unless_empty(files: list[tuple[str, int]], read: Callable[[], list[T]]) -> list[T]:
+    """What `read` gives, or nothing where one of several `files` turns out to hold nothing."""
+    try:
+        return read()
+    except EmptyFile:
+        if len(files) == 1:
+            raise
+        return []
 
 
 def _with_numbers(raw: RawRows, names: set[str | None]) -> RawRows:
