@@ -106,7 +106,7 @@ def _prepared(to: str, manifest: "Manifest") -> dict[str, Any]:
         "users": part.users,
         "events": part.events,
         "skipped_rows": part.skipped_rows,
-        "duplicates": f"{part.duplicates} {'dropped' if part.duplicates_dropped else 'kept'}",
+        "duplicates": {"dropped" if part.duplicates_dropped else "kept": part.duplicates},
         "shards": sum(shard.part == len(manifest.parts) - 1 for shard in manifest.shards),
         "splits": splits,
         **whole,

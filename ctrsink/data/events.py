@@ -185,10 +185,12 @@ class _Checks:
         cells = raw.column(name)
         values, wrong = _read(raw, name, moments)
         self.add(name, wrong, cells, "{value!r} is not a number of seconds, nor a time such as 2024-05-31T23:59:59Z")
-        seconds = pa.array(values)  # Python has no year above 9999
-        far = "{value:.0f} is no time in seconds since 1970"
-        hint = "it lies outside of the years 1 to 5138" if pa.types.is_temporal(cells.type) else "is it in milliseconds?"
-        self.add(name, (values < EARLIEST) | (values > LATEST), seconds, f"{far} ({hint})")
+        far = (values < EARLIEST) | (values > LATEST)
+        if not pa.types.is_temporal(cells.type):
+            self.add(name, far, pa.array(values), "{value:.0f} is no time in seconds since 1970 (is it in milliseconds?)")
+        elif far.any():  # Python has no year above 9999
+            words = pa.array(values.astype("datetime64[s]").astype(str))
+            self.add(name, far, words, "{value} lies outside of the years 1 to 5138")
         self.add(name, np.isnan(values), cells, "the timestamp is missing")  # after what is more exactly known to be wrong
         return values
 

@@ -169,6 +169,12 @@ class Manifest(Section):
         return sum(part.users for part in self.parts)
 
     @property
+    def people(self) -> str:
+        """In words, how many chronologies there are; those of several parts are of fewer users, who may have one in each."""
+        parts = len(self.parts)
+        return f"{self.users:,} users" if parts == 1 else f"{self.users:,} chronologies in {parts} parts"
+
+    @property
     def events(self) -> int:
         return sum(part.events for part in self.parts)
 

@@ -101,14 +101,7 @@ def _build(spec: PrepareSpec, to: str, base: Manifest | None, on_bad_row: OnBadR
         raise RunError(f"{to} was changed by another preparation while this one ran: run this again")
     storage.write_bytes(storage.join(to, MANIFEST_NAME), (manifest.model_dump_json(indent=1) + "\n").encode())
     _clear(to, work)
-    log.info(
-        "%s now holds %d events in %d chronologies of %d parts, %d shards",
-        to,
-        manifest.events,
-        manifest.users,
-        len(manifest.parts),
-        len(manifest.shards),
-    )
+    log.info("%s now holds %d events of %s in %d shards", to, manifest.events, manifest.people, len(manifest.shards))
     return manifest
 
 
