@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,13 @@ def test_seconds_of_a_timestamp_are_exact_and_rounded_down(seconds: list[float |
 
 @given(st.datetimes(datetime(1, 1, 2), datetime(5138, 1, 1), timezones=st.timezones()))
 def test_text_in_iso_8601_is_what_python_reads(moment: datetime) -> None:
-    expected = (moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() // 1
+    expected = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(seconds=1)
     text = moment.astimezone(UTC).isoformat()
     values, wrong = moments(pa.array([text, text.replace("T", " ").replace("+00:00", "Z"), text[:10]]))
     assert values[:2].tolist() == [expected] * 2
     assert values[2] == expected // DAY * DAY
     assert not wrong.any()
-    assert iso(int(expected))[:19] == text[:19]
+    assert iso(expected)[:19] == text[:19]
 
 
 def test_dates_are_their_midnight_in_every_format(tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ FAR = datetime(9999, 12, 31)
         ),
         (pa.array([at(NOON), FAR], pa.timestamp("us")), {}, "9999-12-31T00:00:00 lies outside of the years 1 to 5138"),
         (pa.array([at(NOON), FAR], pa.timestamp("ms", "UTC")), {}, "9999-12-31T00:00:00 lies outside"),
-        (pa.array([NOON, NOON * 1000]).cast(pa.timestamp("ms")).cast(pa.int64()).cast(pa.timestamp("ms")), {}, None),
+        (pa.array([NOON, NOON * 1000]).cast(pa.timestamp("ms")), {}, None),
         (pa.array([NOON, 2**62]), {}, "4611686018427387904 is no time in seconds since 1970 .is it in milliseconds"),
         (pa.array([NOON, -(10**11)]), {}, "-100000000000 is no time in seconds"),
-        (pa.array([NOON, 1e300]), {}, "0 is no time in seconds since 1970"),
+        (pa.array([NOON, 1e300]), {}, "[0-9]{300} is no time in seconds since 1970"),
         (pa.array([NOON, 2**63], pa.uint64()), {}, "9223372036854775808 is no time"),
         (
             pa.array([str(NOON), "2024-02-30"]),
