@@ -93,18 +93,23 @@ def _with_log(args: argparse.Namespace) -> "RunSpec":
 
 
 def _prepared(to: str, manifest: "Manifest") -> dict[str, Any]:
-    """The data set, and what the last preparation brought."""
+    """What the last preparation brought and, where it was appended, what the whole data set holds then."""
     part = manifest.parts[-1]
+    whole: dict[str, Any] = {"items": manifest.item_count}
+    if len(manifest.parts) > 1:
+        counts = {"events": manifest.events, "chronologies": manifest.users, "shards": len(manifest.shards)}
+        whole = {"data_set": {"parts": len(manifest.parts), **whole, **counts}}
     splits = {name: f"{counts.impressions} impressions, {counts.positives} positive" for name, counts in part.splits.items()}
     return {
         "data": to,
-        "parts": len(manifest.parts),
+        "part": len(manifest.parts) - 1,
         "users": part.users,
-        "items": manifest.item_count,
         "events": part.events,
         "skipped_rows": part.skipped_rows,
+        "duplicates": {"dropped" if part.duplicates_dropped else "kept": part.duplicates},
         "shards": sum(shard.part == len(manifest.parts) - 1 for shard in manifest.shards),
         "splits": splits,
+        **whole,
     }
 
 

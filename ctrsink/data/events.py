@@ -1,6 +1,8 @@
 """Raw rows become events and items; the check names the row and the column of what cannot be used."""
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink.config.data import ColumnSpec
+from ctrsink.config.times import EARLIEST, LATEST
 from ctrsink.data.arrow import pc
+from ctrsink.data.cells import moments, numbers
 from ctrsink.data.values import column_ids, column_texts
 from ctrsink.errors import InputError, did_you_mean
 
@@ -28,10 +32,10 @@ EVENTS_SCHEMA = pa.schema(
     ]
 )
 
-_NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 Forms = dict[str, str]
 """Ids that are whole numbers as text: the first that is written as 5 (`whole`), and as 5.0 (`fraction`)."""
-_LATEST = 10**11  # the year 5138; what lies beyond was counted in milliseconds
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_VALUE = re.compile(r"\{value[^}]*\}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Checked:
     problem: Problem | None
     forms: dict[str, Forms]
     """How the ids in the columns of user and item are written, by the name of the column."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """How many rows are bad for which reason; a row for its first one."""
 
 
 def place(file: str, number: int, header_lines: int | None) -> str:
@@ -117,7 +123,8 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
     request = _unless_blank(checks.ids(raw, columns.request)) if columns.request else pa.nulls(rows, pa.string())
 
     bad = checks.bad(rows)
-    problem = _first_problem(raw, checks, bad) if bad.any() or raw.broken else None
+    some_bad = bad.any() or raw.broken
+    problem, reasons = (_first_problem(raw, checks, bad), _reasons(raw, checks, bad)) if some_bad else (None, {})
     good = ~bad
     arrays = [
         user,
@@ -129,7 +136,7 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
     ]
     table = pa.Table.from_arrays(arrays, schema=EVENTS_SCHEMA)
     forms = {name: forms_of(ids, raw.floats.get(name)) for name, ids in ((columns.user, user), (columns.item, item))}
-    return Checked(table.filter(pa.array(good)) if bad.any() else table, rows + len(raw.broken), problem, forms)
+    return Checked(table.filter(pa.array(good)) if bad.any() else table, rows + len(raw.broken), problem, forms, reasons)
 
 
 def forms_of(ids: pa.Array | pa.ChunkedArray, written: str | None = None) -> Forms:
@@ -179,7 +186,8 @@ class _Checks:
     """Collects, column by column, which rows are bad and what was found there."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[np.ndarray, Callable[[int], str]]] = []
+        self.found: list[tuple[np.ndarray, Callable[[int], str], str]] = []
+        """Which rows, what was found in one of them, and the same without its value."""
         self.of_file: np.ndarray | None = None
         """Rows that are not to be skipped."""
 
@@ -189,11 +197,11 @@ class _Checks:
             return f"column {column}: {message.format(value=value)}"
 
         if mask.any():
-            self.found.append((mask, describe))
+            self.found.append((mask, describe, f"column {column}: {_VALUE.sub('a value', message)}"))
 
     def bad(self, rows: int) -> np.ndarray:
         out = np.zeros(rows, bool)
-        for mask, _ in self.found:
+        for mask, *_ in self.found:
             out |= mask
         return out
 
@@ -224,7 +232,7 @@ class _Checks:
         if reasons:
             mask = np.zeros(raw.table.num_rows, bool)
             mask[list(reasons)] = True
-            self.found.append((mask, lambda row: f"column {name}: {reasons[row]}"))
+            self.found.append((mask, lambda row: f"column {name}: {reasons[row]}", f"column {name}: a value that is no text"))
 
     def present(self, name: str, values: pa.Array) -> None:
         self.add(name, _mask(pc.fill_null(pc.equal(values, ""), True)), values, "a value is missing")
@@ -232,31 +240,35 @@ class _Checks:
     def number(self, raw: RawRows, name: str) -> np.ndarray:
         """float64, NaN where the cell is empty."""
         cells = raw.column(name)
-        if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-            cells = self.texts(raw, name)
-            text = pc.utf8_trim_whitespace(cells)
-            valid = pc.match_substring_regex(text, _NUMBER)
-            wrong = pc.and_(pc.invert(valid), pc.not_equal(text, ""))
-            self.add(name, _mask(pc.fill_null(wrong, False)), cells, "{value!r} is not a number")
-            cells = pc.if_else(valid, text, pa.scalar(None, text.type))
-        try:
-            values = pc.cast(cells, pa.float64()).to_numpy(zero_copy_only=False)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise InputError(f"{raw.file}: column {name} must hold numbers, but it is of type {cells.type}") from None
+        values, wrong = self._read(raw, name, numbers)
+        self.add(name, wrong, cells, "{value!r} is not a number")
         self.add(name, np.isinf(values), cells, "{value!r} is not a finite number")
         return values
 
     def timestamp(self, raw: RawRows, name: str) -> np.ndarray:
         """float64 without fraction, in seconds."""
         cells = raw.column(name)
-        if pa.types.is_timestamp(cells.type):
-            seconds = pc.cast(cells, pa.timestamp("s", cells.type.tz), safe=False)
-            values = pc.cast(pc.cast(seconds, pa.int64()), pa.float64()).to_numpy(zero_copy_only=False)
-        else:
-            values = np.floor(self.number(raw, name))
-            self.add(name, np.abs(values) > _LATEST, cells, "{value} is no time in seconds since 1970 (is it in milliseconds?)")
+        values, wrong = self._read(raw, name, moments)
+        self.add(name, wrong, cells, "{value!r} is not a number of seconds, nor a time such as 2024-05-31T23:59:59Z")
+        far = (values < EARLIEST) | (values > LATEST)
+        if not pa.types.is_temporal(cells.type):
+            self.add(name, far, pa.array(values), "{value:.0f} is no time in seconds since 1970 (is it in milliseconds?)")
+        elif far.any():  # Python has no year above 9999
+            words = pa.array(values.astype("datetime64[s]").astype(str))
+            self.add(name, far, words, "{value} lies outside of the years 1 to 5138")
         self.add(name, np.isnan(values), cells, "the timestamp is missing")  # after what is more exactly known to be wrong
         return values
+
+    def _read(
+        self, raw: RawRows, name: str, read: Callable[[pa.Array], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        cells = raw.column(name)
+        if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+            cells = self.texts(raw, name)
+        try:
+            return read(cells)
+        except TypeError as error:
+            raise InputError(f"{raw.file}: column {name} {error}") from None
 
     def label(self, raw: RawRows, name: str) -> np.ndarray:
         values = self.number(raw, name)
@@ -283,5 +295,14 @@ def _first_problem(raw: RawRows, checks: _Checks, bad: np.ndarray) -> Problem:
     if broken and (not bad.any() or broken[0] < raw.numbers[bad.argmax()]):
         return Problem(broken[0], f": {broken[1]}")
     index = int(bad.argmax())
-    what = next(describe(index) for mask, describe in checks.found if mask[index])
+    what = next(describe(index) for mask, describe, _ in checks.found if mask[index])
     return Problem(int(raw.numbers[index]), f", {' '.join(what.split())}", of_file)
+
+
+def _reasons(raw: RawRows, checks: _Checks, bad: np.ndarray) -> dict[str, int]:
+    """See Checked."""
+    counts = Counter(_QUOTED.sub("a value", why) for _, why in raw.broken)
+    for mask, _, reason in checks.found:
+        counts[reason] += int((mask & bad).sum())
+        bad = bad & ~mask
+    return dict(+counts)

@@ -19,6 +19,8 @@ from ctrsink.data.render import item_texts
 from ctrsink.errors import InputError
 
 FOLDER = "tokenizer"
+LONGEST_WORD = 4096
+_WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+|\s+")  # letters, digits, other signs, blanks
 # Texts whose ids tell apart tokenizers of equal vocabulary but other rules: case, spaces, digits, accents, other scripts.
 _PROBES = (
     "The quick brown Fox jumps over 13 lazy dogs.",
@@ -28,6 +30,18 @@ _PROBES = (
     "星際大戰 Звёздные войны حرب 🎬",
     "don't won't I'LL",
 )
+
+
+def until_endless_word(text: str) -> str:
+    """`text` up to LONGEST_WORD signs of its first word that is longer: training takes time in the square of the longest word.
+
+    A word is what the byte-level splitter takes for one.
+    """
+    if len(text) > LONGEST_WORD:
+        for word in _WORD.finditer(text):
+            if word.end() - word.start() > LONGEST_WORD:
+                return text[: word.start() + LONGEST_WORD]
+    return text
 
 
 def make_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedTokenizerBase:

@@ -51,11 +51,13 @@ def _data(run: TrainedRun) -> str:
         for split, counts in manifest.splits.items()
         if counts.impressions
     ]
+    first = manifest.split_times.train_from
+    begin = "" if first is None else f"from {first}, "
     return "\n".join(
         [
-            f"Data set `{_last_name(run.spec.data.uri)}`: {manifest.users:,} users, {manifest.item_count:,} items, "
-            f"{manifest.events:,} events. {_label_rule(run)} Split by global time (seconds since 1970): train before "
-            f"{manifest.split_times.train_end}, valid before {manifest.split_times.valid_end}, test after.",
+            f"Data set `{_last_name(run.spec.data.uri)}`: {manifest.people}, {manifest.item_count:,} items, "
+            f"{manifest.events:,} events. {_label_rule(run)} Split by global time (seconds since 1970): train "
+            f"{begin}before {manifest.split_times.train_end}, valid before {manifest.split_times.valid_end}, test after.",
             "",
             "| split | impressions | positive |",
             "| --- | ---: | ---: |",

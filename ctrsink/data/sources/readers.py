@@ -91,7 +91,8 @@ def open_parquet(uri: str) -> pq.ParquetFile:
         InputError: it is missing, empty or damaged.
     """
     try:
-        return pq.ParquetFile(RangeFile(uri, size_of(uri)), pre_buffer=True)
+        # Nanoseconds in 64 bits end in the year 2262, those of INT96 do not: as seconds none is read as another time.
+        return pq.ParquetFile(RangeFile(uri, size_of(uri)), pre_buffer=True, coerce_int96_timestamp_unit="s")
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(uri, error) from None
 

@@ -1,7 +1,9 @@
 """A log of the user's own: csv, jsonl or parquet, one file or a folder of many, by the names of its columns."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -10,10 +12,12 @@ from ctrsink.data.arrow import pc
 from ctrsink.data.events import RawRows, check_items
 from ctrsink.data.sources.cut import cut_lines
 from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
-from ctrsink.data.sources.files import files_at, read_head, read_part, read_whole, require_columns
+from ctrsink.data.sources.files import EmptyFile, files_at, read_head, read_part, read_whole, require_columns
 from ctrsink.data.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
 from ctrsink.data.sources.source import Block
 from ctrsink.errors import InputError, did_you_mean
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,11 @@ class Tables:
             return None
         key = self.item_columns.get("item", "item")
         needed = None if self.fields is None else {self.item_columns.get(name, name) for name in self.fields}
-        tables = [check_items(read_table(uri, ids=(key,)), key, needed) for uri, _ in _files(self.item_table)]
+        files = _files(self.item_table)
+        read = [rows for uri, _ in files for rows in _unless_empty(files, partial(_item_rows, uri, key))]
+        if not read:
+            raise InputError(f"the item table {self.item_table} is empty")
+        tables = [check_items(rows, key, needed) for rows in read]
         items = self._renamed(pa.concat_tables(tables, promote_options="default"))
         counts = items.column("item").value_counts()
         repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -45,7 +53,9 @@ class Tables:
     def blocks(self, block_bytes: int) -> list[Block]:
         """csv and jsonl are cut at rows, parquet between row groups; a packed file is one block."""
         cut = {"csv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
-        blocks = [block for uri, size in _files(self.path) for block in cut[kind_of(uri)](uri, size, block_bytes)]
+        files = _files(self.path)
+        pieces = [_unless_empty(files, partial(cut[kind_of(uri)], uri, size, block_bytes)) for uri, size in files]
+        blocks = [block for piece in pieces for block in piece]
         if not blocks:
             raise InputError(f"the event log {self.path} holds no event: it has no row")
         return blocks
@@ -117,6 +127,23 @@ def _files(uri: str) -> list[tuple[str, int]]:
     if len(kinds) > 1:
         raise InputError(f"{uri} holds files of several kinds ({', '.join(sorted(kinds.values()))}): a table is of one kind")
     return files
+
+
+def _item_rows(uri: str, key: str) -> list[RawRows]:
+    raw = read_table(uri, ids=(key,))
+    if not raw.file_rows:
+        raise EmptyFile(f"the item table {uri} is empty")
+    return [raw]
+
+
+def _unless_empty(files: list[tuple[str, int]], read: Callable[[], list[T]]) -> list[T]:
+    """What `read` gives, or nothing where one of several `files` turns out to hold nothing."""
+    try:
+        return read()
+    except EmptyFile:
+        if len(files) == 1:
+            raise
+        return []
 
 
 def _with_numbers(raw: RawRows, names: set[str | None]) -> RawRows:
