@@ -11,9 +11,9 @@ PAD, PREFIX, TEXT, FEEDBACK, SINK = range(5)
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of L positions, K sink slots and T readouts, padded on the right.
+    """B sequences of L positions, K sink slots, T readouts and M events that are asked, padded on the right.
 
-    The last position of every row is padding: unused sink and readout slots point there, so that shapes are static and no
+    The last position of every row is padding: unused slots point there, so that shapes are static and no
     index is out of range.
     """
 
@@ -43,18 +43,25 @@ class Batch:
     """int64 [B, T]; last text position of each target."""
     readout_valid: torch.Tensor
     """bool [B, T]."""
-    readout_times: torch.Tensor
-    """int64 [B, T]; seconds since 1970 of each target, 0 where not valid."""
-    target_signals: torch.Tensor
-    """int64 [B, T, C]; category of each of the C signals that targets are told."""
-    target_numbers: torch.Tensor
-    """float32 [B, T, G]; z-scores, 0 where unknown or not valid."""
+    readout_numbers: torch.Tensor
+    """float32 [B, T, G]; z-scores of each target, 0 where unknown or not valid."""
+    asked_positions: torch.Tensor
+    """int64 [B, M]; last text position of each event that is asked: of targets, and in `per_user` sequences of every event from
+    the first target on: each is a target first. What targets are told, and where they look, holds for all of them."""
+    asked_valid: torch.Tensor
+    """bool [B, M]."""
+    asked_times: torch.Tensor
+    """int64 [B, M]; seconds since 1970 of each such event, 0 where not valid."""
+    asked_signals: torch.Tensor
+    """int64 [B, M, C]; category of each of C signals."""
+    asked_numbers: torch.Tensor
+    """float32 [B, M, G]; z-scores, 0 where unknown or not valid."""
     labels: torch.Tensor
     """float32 [B, T]; 0 where not valid."""
     targets: torch.Tensor
     """int64 [B, T, 2]; row of the user in the data set's index and number of the event in the chronology; -1 where not valid."""
     similarity: torch.Tensor
-    """float32 [B, T, K]; of the items of target and sink, 0 where unknown or later; [B, T, 0] where the model reads none."""
+    """float32 [B, M, K]; of the items of those asked and of sinks, 0 where unknown or later; [B, M, 0] where none is read."""
 
     @property
     def tokens(self) -> int:

@@ -135,6 +135,12 @@ def _data_inspect(args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def _data_signals(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.data.columns import write_signals
+
+    return {"signals": args.to} | write_signals(args.uri, args.to)
+
+
 def _data_verify(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.data.verify import verify
 
@@ -227,6 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _verb(data, "inspect", _data_inspect, "say what is in a prepared data set")
     inspect.add_argument("uri", metavar="URI")
     inspect.add_argument("--figures", metavar="DIR", help="draw figures into this folder, as PNG")
+    signals = _verb(data, "signals", _data_signals, "write the signals of every impression as Parquet, for another model")
+    signals.add_argument("uri", metavar="URI", help="the prepared data set")
+    signals.add_argument("--to", required=True, metavar="DIR")
     verify = _verb(data, "verify", _data_verify, "check every file of a prepared data set and name the bad ones")
     verify.add_argument("uri", metavar="URI")
 

@@ -118,6 +118,8 @@ class StatisticsSpec(Section):
     """An event knows of an item what was known at the end of the last full period before it."""
     strength: float = Field(default=5.0, gt=0)
     """An item's mean is drawn to that of all items by so many imagined outcomes."""
+    user_events: int = Field(default=200, ge=1)
+    """A user's statistics are of so many latest events before each event; a request to score needs no more."""
     fields: tuple[FieldSpec, ...] = ()
     """Columns of the item table for the signal `field_res`."""
 

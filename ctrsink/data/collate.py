@@ -39,6 +39,7 @@ def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, coun
     # At least one slot where there are sinks at all: every rank runs every module, whatever its batch holds.
     sinks = _Slots(sequences.sinks, rows, min(1, columns.signals.shape[1] + columns.sink_numbers.shape[1]))
     readouts = _Slots(sequences.targets, rows, 1)
+    asked = _Slots(sequences.asked, rows, 1)
     owners = np.full((*readouts.valid.shape, 2), -1)
     owners[..., 0][readouts.valid] = users.repeat(readouts.lengths)
     owners[..., 1] = readouts.fill(columns.targets, -1)
@@ -51,12 +52,15 @@ def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, coun
         sinks.fill(columns.sink_times, 0),
         readouts.fill(columns.readout_positions, length - 1),
         readouts.valid if counted is None else readouts.valid & counted[:, None],
-        readouts.fill(columns.readout_times, 0),
-        readouts.fill(columns.target_signals, 0),
-        readouts.fill(columns.target_numbers, 0),
+        readouts.fill(columns.readout_numbers, 0),
+        asked.fill(columns.asked_positions, length - 1),
+        asked.valid if counted is None else asked.valid & counted[:, None],
+        asked.fill(columns.asked_times, 0),
+        asked.fill(columns.asked_signals, 0),
+        asked.fill(columns.asked_numbers, 0),
         readouts.fill(columns.labels.astype(np.float32), 0),
         owners,
-        _pairs(sequences, rows, readouts, sinks),
+        _pairs(sequences, rows, asked, sinks),
     ]
     return Batch(*map(torch.from_numpy, arrays))
 
@@ -76,11 +80,11 @@ class _Slots:
         return out
 
 
-def _pairs(sequences: Sequences, rows: np.ndarray, readouts: _Slots, sinks: _Slots) -> np.ndarray:
-    """The similarity of targets and sinks, float32 [B, T, K], or [B, T, 0]."""
+def _pairs(sequences: Sequences, rows: np.ndarray, asked: _Slots, sinks: _Slots) -> np.ndarray:
+    """The similarity of those asked and sinks, float32 [B, M, K], or [B, M, 0]."""
     values, bounds = sequences.columns.similarity, sequences.pairs
-    out = np.zeros((*readouts.valid.shape, sinks.valid.shape[1] if len(values) else 0), np.float32)
+    out = np.zeros((*asked.valid.shape, sinks.valid.shape[1] if len(values) else 0), np.float32)
     if len(values):
-        for number, (row, targets, count) in enumerate(zip(rows.tolist(), readouts.lengths, sinks.lengths, strict=True)):
-            out[number, :targets, :count] = values[bounds[row] : bounds[row + 1]].reshape(targets, count)
+        for number, (row, events, count) in enumerate(zip(rows.tolist(), asked.lengths, sinks.lengths, strict=True)):
+            out[number, :events, :count] = values[bounds[row] : bounds[row + 1]].reshape(events, count)
     return out

@@ -106,6 +106,12 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
     slot_starts = slot_ends - slot_lengths
     behind = np.where(tail, slot_starts - slot_starts[ends - tails].repeat(slots), 0)
     position_ids = ranges(np.zeros_like(positions[1:]), np.diff(positions)) - behind.repeat(slot_lengths)
+    asks = tail
+    if layout.examples == "per_user":
+        # Each event from the first target on is a target before it is a behaviour.
+        begin = np.maximum(firsts + 1, asked[targets.offsets[:-1]] - layout.asked_history)
+        asks = event & (np.arange(len(event)) >= begin.repeat(slots))
+    ask_rows = _asked_rows(w, asks, firsts)
     columns = Sequence(
         input_ids=ids,
         kinds=kinds,
@@ -115,15 +121,34 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
         candidate=tail.repeat(slot_lengths),
         position_ids=position_ids,
         readout_positions=slot_ends[asked] - parts[asked, 1:].sum(1) - 1,
-        readout_times=cuts.of_targets(lambda events, rows: events.timestamps[rows]),
         labels=cuts.of_targets(lambda events, rows: events.labels[rows]),
         targets=targets.values - cuts.begins[owner],
-        target_signals=_stacked([cuts.of_targets(_category(name)) for name in layout.target_signals], len(targets.values)),
-        target_numbers=cuts.of_targets(_target_numbers),
-        **_sinks(w, layout, slot_ends[behaviour] - 1),
+        readout_numbers=cuts.of_targets(_target_numbers),
+        asked_positions=slot_ends[asks] - parts[asks, 1] - parts[asks, 2] - 1,
+        **_asked(w, layout, ask_rows),
+        **_sinks(w, layout, slot_ends[behaviour] - 1, ask_rows),
     )
     sinks = sizes - tails if layout.sinks else np.zeros_like(slots)
-    return Sequences(columns, positions, np.append(0, sinks.cumsum()), targets.offsets)
+    return Sequences(columns, positions, np.append(0, sinks.cumsum()), targets.offsets, ask_rows.offsets)
+
+
+def _asked_rows(w: Windows, asks: np.ndarray, firsts: np.ndarray) -> Ragged:
+    """Rows of the events that are asked, by sequence; `asks` bool [slots], `firsts` first slot of each sequence."""
+    event = np.ones(len(asks), np.bool_)
+    event[firsts] = False
+    rows = np.concatenate([rows for _, rows in w.chosen()])
+    return Ragged(rows[asks[event]], np.append(0, np.add.reduceat(asks, firsts, dtype=np.int64).cumsum()))
+
+
+def _asked(w: Windows, layout: Layout, rows: Ragged) -> dict[str, np.ndarray]:
+    """The columns that have a row for each event that is asked."""
+    each = list(w.cuts.each(rows.values, rows.offsets[1:]))
+    categories = [np.concatenate([events.categories[name][own] for events, own in each]) for name in layout.target_signals]
+    return {
+        "asked_times": np.concatenate([events.timestamps[own] for events, own in each]),
+        "asked_signals": _stacked(categories, len(rows.values)),
+        "asked_numbers": np.concatenate([_target_numbers(events, own) for events, own in each]),
+    }
 
 
 def _bare(firsts: np.ndarray, asked: np.ndarray, slots: int, layout: Layout) -> np.ndarray:
@@ -154,8 +179,8 @@ def _stacked(columns: list[np.ndarray], rows: int) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.int64) if columns else np.zeros((rows, 0), np.int64)
 
 
-def _sinks(w: Windows, layout: Layout, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns that have a row per sink, and the similarity of targets and sinks."""
+def _sinks(w: Windows, layout: Layout, positions: np.ndarray, asked: Ragged) -> dict[str, np.ndarray]:
+    """The columns that have a row per sink, and the similarity of those asked and sinks."""
     if not layout.sinks:
         empty = np.zeros((0, 0), np.int64)
         none = np.empty(0, np.int64)
@@ -180,19 +205,18 @@ def _sinks(w: Windows, layout: Layout, positions: np.ndarray) -> dict[str, np.nd
         "signals": _stacked(columns, len(positions)),
         "sink_numbers": of_sinks(_sink_numbers),
         "sink_times": of_sinks(lambda events, rows: events.timestamps[rows]),
-        "similarity": _similarity(w, layout, behaviours),
+        "similarity": _similarity(w, layout, asked, behaviours),
     }
 
 
-def _similarity(w: Windows, layout: Layout, behaviours: Ragged) -> np.ndarray:
-    """Of each target and each sink of its sequence, float32 [sum of t * k], 0 where the target does not know it; or empty."""
+def _similarity(w: Windows, layout: Layout, asks: Ragged, behaviours: Ragged) -> np.ndarray:
+    """Of each event asked and each sink of its sequence, float32 [sum of m * k], 0 where it is not known then; or empty."""
     if layout.similarity is None:
         return np.empty(0, np.float32)
-    targets = w.cuts.targets
-    owner = np.arange(len(w.counts)).repeat(np.diff(targets.offsets))
+    owner = np.arange(len(w.counts)).repeat(np.diff(asks.offsets))
     sinks = behaviours.lengths(owner)
-    ends = sinks.cumsum()[targets.offsets[1:] - 1]
-    asked = targets.values.repeat(sinks)
+    ends = sinks.cumsum()[asks.offsets[1:] - 1]
+    asked = asks.values.repeat(sinks)
     seen = behaviours.values[ranges(behaviours.offsets[owner], sinks)]
     out = np.zeros(len(asked), np.float32)
     stop = 0

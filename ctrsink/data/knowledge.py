@@ -38,6 +38,8 @@ class Knowledge:
     """A behaviour's label is a value of its own; else it follows from its feedback and `positive_from`."""
     positive_from: float
     fields: tuple[FieldSpec, ...]
+    window: int
+    """A user's latest events that their statistics are of."""
 
     @cached_property
     def _row(self) -> dict[str, int]:
@@ -69,6 +71,7 @@ class Knowledge:
             labelled=manifest.labelled,
             positive_from=manifest.positive_from,
             fields=kept.fields,
+            window=kept.user_events,
         )
 
     def dump(self) -> tuple[dict[str, Any], bytes]:
@@ -79,6 +82,7 @@ class Knowledge:
             "outcome": self.outcome,
             "labelled": self.labelled,
             "positive_from": self.positive_from,
+            "window": self.window,
             "fields": [field.model_dump(mode="json") for field in self.fields],
         }
         if self.neighbours is not None:
@@ -107,5 +111,6 @@ class Knowledge:
             outcome=plain["outcome"],
             labelled=plain["labelled"],
             positive_from=plain["positive_from"],
+            window=plain["window"],
             fields=tuple(FieldSpec.model_validate(field) for field in plain["fields"]),
         )

@@ -32,6 +32,9 @@ class Layout:
     """Where the similarity of targets and sinks comes from; None: it is not told."""
     text_history: int | None = None
     """Of the behaviours before the first target only so many latest have a text, the others are their sink alone; None: all."""
+    asked_history: int = 0
+    """`per_user`: of the behaviours before the first target so many latest are asked as targets are. In training none is: a
+    sequence's targets do that. A request has one target, and its history must look as it did in training."""
     utc_offset_hours: float = 0.0
     """What `hour` and `weekday` are counted at."""
     scales: tuple[tuple[str, float, float], ...] = ()
@@ -76,6 +79,11 @@ class Layout:
     def sinks(self) -> bool:
         """Whether behaviours end in a sink."""
         return bool(self.signals or self.numbers)
+
+    @property
+    def told(self) -> bool:
+        """Whether targets are told anything."""
+        return bool(self.target_signals or self.target_numbers)
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -74,6 +74,8 @@ class StatisticsEntry(Section):
 
     period_s: int
     strength: float
+    user_events: int
+    """Window of a user's statistics."""
     outcome: Literal["feedback", "label"]
     """What is averaged."""
     fields: tuple[FieldSpec, ...]

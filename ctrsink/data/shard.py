@@ -69,13 +69,15 @@ class Knowing:
     outcome: Literal["feedback", "label"]
     counted: Counted | None
     """None: there are no neighbours, or the shard is of a later part than they are."""
+    window: int
+    """See Histories."""
     neighbours: Neighbours | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, entry: ShardEntry, neighbours: Neighbours | None) -> "Knowing":
         table = manifest.neighbours
         counted = Counted(table.until, table.user_events) if table is not None and entry.part == 0 else None
-        return cls(manifest.statistics.outcome, counted, neighbours)
+        return cls(manifest.statistics.outcome, counted, manifest.statistics.user_events, neighbours)
 
     def histories(self, events: pa.Table, tokens: pa.Table) -> Histories:
         """Of a shard's columns COLUMNS and its sidecar."""
@@ -103,6 +105,7 @@ class Knowing:
             counted=counted,
             fields=Ragged(of_items.take(rows), np.append(0, of_items.lengths(rows).cumsum())),
             neighbours=self.neighbours,
+            window=self.window,
         )
 
 

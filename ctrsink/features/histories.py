@@ -8,7 +8,6 @@ import numpy as np
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.ragged import Ragged
 
-WINDOW = 200  # a user's latest events that their statistics are of: no request needs more
 DRAWN_TO_ZERO = 5.0  # imagined events without deviation, of a user's mean deviation
 
 
@@ -37,12 +36,14 @@ class Histories:
     fields: Ragged | None = None
     """Values that the item of each event has in its fields, as numbers; N rows."""
     neighbours: Neighbours | None = None
+    window: int = 200
+    """A user's latest events that their statistics are of: no request needs more."""
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """The window of each event: its user's events [first, end) that their statistics are of."""
         end = self.begins + self.known
-        return np.maximum(self.begins, end - WINDOW), end
+        return np.maximum(self.begins, end - self.window), end
 
     @cached_property
     def has(self) -> np.ndarray:
@@ -76,8 +77,8 @@ class Histories:
         out[rows] = np.bincount(which, self.beyond_user[rows])[which]
         return out
 
-    def total(self, values: np.ndarray, latest: int = WINDOW) -> np.ndarray:
-        """Sum of `values` [N] over the `latest` events in each event's window, float64 [N]."""
+    def total(self, values: np.ndarray, latest: int | None = None) -> np.ndarray:
+        """Sum of `values` [N] over the `latest` events in each event's window, or all of them, float64 [N]."""
         sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
         first, end = self.rows
-        return sums[end] - sums[np.maximum(first, end - latest)]
+        return sums[end] - sums[first if latest is None else np.maximum(first, end - latest)]

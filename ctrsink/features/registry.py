@@ -60,7 +60,8 @@ SIGNALS: dict[str, Signal] = {
     "recent20": Signal("number", _BOTH, partial(user.recent, latest=20, drawn=4.0)),
     "recent_rate": Signal("number", _BOTH, user.recent_rate),
     "field_res": Signal("number", _BOTH, user.field_res, needs=("fields",)),
-    "affinity": Signal("number", _BOTH, user.affinity, needs=("neighbours",)),
+    # Not of behaviours: of those in the training range the user's own part is taken out, which a request does not know.
+    "affinity": Signal("number", ("target",), user.affinity, needs=("neighbours",)),
 }
 
 

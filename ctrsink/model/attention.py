@@ -1,7 +1,7 @@
 """Attention with sinks: plain causal attention for all rows, then the few rows that differ once more, in their place.
 
-An inter-sink bias changes the rows of sinks only, a temporal or similarity bias those of readouts, and only targets see less
-than all before them. So a dense [L, L] bias is never made: the price is the share of those rows of one attention.
+An inter-sink bias changes the rows of sinks only, a temporal or similarity bias those of events that are asked, and only targets
+see less than all before them. So a dense [L, L] bias is never made: the price is the share of those rows of one attention.
 """
 
 from collections.abc import Callable
@@ -37,19 +37,19 @@ class AttentionPlan:
     window: int | None
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     """Inter-sink bias [B, K, K] by layer, from the layer's hook to its attention."""
-    at_readouts: dict[int, torch.Tensor] = field(default_factory=dict)
+    at_asked: dict[int, torch.Tensor] = field(default_factory=dict)
     """Bias [B, H, R, K] by layer, of the rows of targets at the sinks: temporal, by similarity, or their sum."""
     followed: set[int] = field(default_factory=set)
     """Layers whose attention has computed by this plan."""
     watch: "Watch | None" = None
 
-    def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
-        """The bias of the readouts at the sinks, [B, H, T, K]; None: the layer has none."""
-        return self.at_readouts.get(layer)
+    def asked_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
+        """The bias of those asked at the sinks, [B, H, M, K]; None: the layer has none."""
+        return self.at_asked.get(layer)
 
-    def add_readout_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
-        """Give the readouts their bias at the sinks, `biases[i]`, [B, H, T, K], in layer i."""
-        self.at_readouts.update(enumerate(biases))
+    def add_asked_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
+        """Give those asked their bias at the sinks, `biases[i]`, [B, H, M, K], in layer i."""
+        self.at_asked.update(enumerate(biases))
 
 
 Watch = Callable[[AttentionPlan, int, torch.Tensor, torch.Tensor, float], None]
@@ -66,26 +66,26 @@ class SdpaPlan(AttentionPlan):
     base: torch.Tensor | None
     """bool [B, 1, L, L], what all rows see; None: everything up to themselves, the fastest kernel."""
 
-    def add_readout_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
-        """As in AttentionPlan; the bias of a readout goes to its row among those of targets, the others get 0."""
+    def add_asked_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
+        """As in AttentionPlan; the bias of an event that is asked goes to its row among those of targets, the others get 0."""
         assert self.targets is not None  # by `plan`
-        match = (self.targets.positions[:, :, None] == batch.readout_positions[:, None, :]) & batch.readout_valid[:, None, :]
+        match = (self.targets.positions[:, :, None] == batch.asked_positions[:, None, :]) & batch.asked_valid[:, None, :]
         slot = match.to(torch.uint8).argmax(-1)[:, None, :, None]
         mine = match.any(-1)[:, None, :, None]
         for layer, bias in enumerate(biases):
-            self.at_readouts[layer] = bias.gather(2, slot.expand(-1, bias.shape[1], -1, bias.shape[3])) * mine
+            self.at_asked[layer] = bias.gather(2, slot.expand(-1, bias.shape[1], -1, bias.shape[3])) * mine
 
-    def readout_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
-        """As in AttentionPlan; here the bias is that of the rows of targets, which the readouts are among."""
-        if self.targets is None or layer not in self.at_readouts:
+    def asked_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
+        """As in AttentionPlan; here the bias is that of the rows of targets, which those asked are among."""
+        if self.targets is None or layer not in self.at_asked:
             return None
-        slots = (self.targets.positions[:, None, :] == batch.readout_positions[:, :, None]).to(torch.uint8).argmax(-1)
-        table = self.at_readouts[layer]
+        slots = (self.targets.positions[:, None, :] == batch.asked_positions[:, :, None]).to(torch.uint8).argmax(-1)
+        table = self.at_asked[layer]
         return table.gather(2, slots[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
 
 
-def plan(batch: Batch, sinks_only: bool, window: int | None = None, readouts: bool = False) -> SdpaPlan:
-    """The plan of a batch; `readouts`: their rows get a bias of their own."""
+def plan(batch: Batch, sinks_only: bool, window: int | None = None, asked: bool = False) -> SdpaPlan:
+    """The plan of a batch; `asked`: their rows get a bias of their own."""
     packing = Packing.of(batch)
     base = windowed(batch, window)
     return SdpaPlan(
@@ -93,7 +93,7 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None, readouts: bo
         sinks=sink_rows(batch, window),
         sink_valid=batch.sink_valid,
         packed_sinks=packing.find(batch.sink_positions),
-        targets=target_rows(batch, sinks_only, window, readouts),
+        targets=target_rows(batch, sinks_only, window, asked),
         base=None if base is None else base[:, None],
         window=window,
     )
@@ -161,7 +161,7 @@ def _special(given: SdpaPlan, layer: int, length: int, dtype: torch.dtype) -> tu
     if (table := given.tables.pop(layer, None)) is not None:
         parts.append((given.sinks.positions, _masked(given, given.sinks, table[:, None], length, dtype)))
     if given.targets is not None:
-        at_sinks = given.at_readouts.get(layer)
+        at_sinks = given.at_asked.get(layer)
         parts.append((given.targets.positions, _masked(given, given.targets, at_sinks, length, dtype)))
     if not parts:
         return None

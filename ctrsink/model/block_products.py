@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Slots:
-    """Which sinks or readouts of a sequence a block holds, and where."""
+    """Which sinks or asked of a sequence a block holds, and where."""
 
     numbers: torch.Tensor
     """int64 [n]; their slots in the batch."""
@@ -32,7 +32,7 @@ class Block:
     """Among the queries."""
     seen_sinks: Slots
     """Among the keys."""
-    readouts: Slots
+    asked: Slots
     """Among the queries."""
 
 
@@ -49,33 +49,33 @@ class BlockProducts(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         table: torch.Tensor | None,
-        at_readouts: torch.Tensor | None,
+        at_asked: torch.Tensor | None,
         scale: float,
         blocks: Sequence[Block],
     ) -> torch.Tensor:
-        """Query [H, N, d], key and value [G, N, d], inter-sink bias [B, K, K], bias of readouts [B, H, T, K] -> [N, H, d]."""
+        """Query [H, N, d], key and value [G, N, d], inter-sink bias [B, K, K], bias of those asked [B, H, M, K] -> [N, H, d]."""
         (heads, length, width), groups = query.shape, len(key)
         out = value.new_empty(length, heads, value.shape[2])
         for block in blocks:
-            weights = _weights(block, query, key, table, at_readouts, scale)
+            weights = _weights(block, query, key, table, at_asked, scale)
             seen = torch.bmm(weights, _take(value, block.keys))
             out[block.rows] = seen.view(heads, -1, value.shape[2]).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, table, at_readouts)
+        ctx.save_for_backward(query, key, value, table, at_asked)
         ctx.scale, ctx.blocks, ctx.shape = scale, blocks, (heads, groups, width)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, table, at_readouts = ctx.saved_tensors
+        query, key, value, table, at_asked = ctx.saved_tensors
         of_out, (heads, groups, width), scale = gradients[0].to(value.dtype), ctx.shape, ctx.scale
         of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         # Keys and values add up over blocks, the biases over heads: in fp32 at least.
         wide = torch.promote_types(value.dtype, torch.float32)
         of_key, of_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         of_table = torch.zeros_like(table, dtype=wide) if ctx.needs_input_grad[3] else None
-        of_at_readouts = torch.zeros_like(at_readouts, dtype=wide) if ctx.needs_input_grad[4] else None
+        of_asked = torch.zeros_like(at_asked, dtype=wide) if ctx.needs_input_grad[4] else None
         for block in ctx.blocks:
-            weights = _weights(block, query, key, table, at_readouts, scale)
+            weights = _weights(block, query, key, table, at_asked, scale)
             asked = _grouped(query[:, block.rows], groups)
             above = _grouped(of_out[block.rows].transpose(0, 1), groups)
             _give(of_value, block.keys, torch.bmm(weights.transpose(1, 2), above))
@@ -88,10 +88,10 @@ class BlockProducts(torch.autograd.Function):
             if of_table is not None and len(block.sinks.numbers):
                 pairs = by_head[:, block.sinks.places[:, None], shown]
                 of_table[block.sequence, block.sinks.numbers[:, None], sees] = pairs.to(wide).sum(0)
-            if of_at_readouts is not None and len(block.readouts.numbers):
-                pairs = by_head[:, block.readouts.places[:, None], shown]
-                of_at_readouts[block.sequence, :, block.readouts.numbers[:, None], sees] = pairs.to(wide)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_table, of_at_readouts, None, None
+            if of_asked is not None and len(block.asked.numbers):
+                pairs = by_head[:, block.asked.places[:, None], shown]
+                of_asked[block.sequence, :, block.asked.numbers[:, None], sees] = pairs.to(wide)
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_table, of_asked, None, None
 
 
 def _weights(
@@ -99,7 +99,7 @@ def _weights(
     query: torch.Tensor,
     key: torch.Tensor,
     table: torch.Tensor | None,
-    at_readouts: torch.Tensor | None,
+    at_asked: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """softmax(q k^T * scale + biases) of a block, [G, H / G * Q, M]."""
@@ -109,10 +109,10 @@ def _weights(
     if table is not None and len(block.sinks.numbers):
         mask[block.sinks.places[:, None], shown] = table[block.sequence, block.sinks.numbers[:, None], sees].to(mask.dtype)
     mask.masked_fill_(block.hidden, float("-inf"))
-    if at_readouts is not None and len(block.readouts.numbers):
+    if at_asked is not None and len(block.asked.numbers):
         mask = mask.repeat(heads, 1, 1)
-        rows = block.readouts.places[:, None]
-        mask[:, rows, shown] += at_readouts[block.sequence, :, block.readouts.numbers[:, None], sees].to(mask.dtype)
+        rows = block.asked.places[:, None]
+        mask[:, rows, shown] += at_asked[block.sequence, :, block.asked.numbers[:, None], sees].to(mask.dtype)
         mask = mask.view(groups, -1, mask.shape[2])
     else:
         mask = mask.repeat(heads // groups, 1)

@@ -45,7 +45,7 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> BlockPlan
                 keys, hidden = (slice(0, rows.stop),), _later(rows.stop - first, rows.stop)
             else:
                 keys, hidden = _sight(one, rows, sinks_only, window)
-            sinks, readouts = (one.sink_positions, one.sink_valid), (one.readout_positions, one.readout_valid)
+            sinks, asked = (one.sink_positions, one.sink_valid), (one.asked_positions, one.asked_valid)
             blocks.append(
                 Block(
                     sequence=sequence,
@@ -54,7 +54,7 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> BlockPlan
                     hidden=hidden.to(batch.kinds.device),
                     sinks=_slots(*sinks, (rows,)),
                     seen_sinks=_slots(*sinks, keys),
-                    readouts=_slots(*readouts, (rows,)),
+                    asked=_slots(*asked, (rows,)),
                 )
             )
         start += length
@@ -124,7 +124,7 @@ def _attention(
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)
     out = BlockProducts.apply(
-        query, key, value[0], given.tables.pop(layer, None), given.at_readouts.get(layer), kwargs["scaling"], given.blocks
+        query, key, value[0], given.tables.pop(layer, None), given.at_asked.get(layer), kwargs["scaling"], given.blocks
     )
     return out[None], None
 

@@ -74,20 +74,17 @@ class CTRModel(nn.Module):
             index = batch.sink_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
             tokens = tokens.scatter(1, index, self.sinks(batch.signals, batch.sink_numbers).to(tokens.dtype))
         if self.target is not None:
-            index = batch.readout_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
-            told = self.target(batch.target_signals, batch.target_numbers) * batch.readout_valid[:, :, None]
+            index = batch.asked_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
+            told = self.target(batch.asked_signals, batch.asked_numbers) * batch.asked_valid[:, :, None]
             tokens = tokens.scatter_add(1, index, told.to(tokens.dtype))
         return tokens
 
-    def _readout_biases(self, batch: Batch) -> list[torch.Tensor]:
-        """What each layer adds to the logits of targets at sinks, [B, H, T, K]; none where the model has nothing to add."""
-        found = [bias(batch.readout_times, batch.sink_times) for bias in self.temporal]
+    def _asked_biases(self, batch: Batch) -> list[torch.Tensor]:
+        """What each layer adds to the logits of those asked at sinks, [B, H, M, K]; none where the model has nothing to add."""
+        found = [bias(batch.asked_times, batch.sink_times) for bias in self.temporal]
         # Without a single sink in what was built together no similarity was either.
-        known = (
-            batch.similarity
-            if batch.similarity.shape[2]
-            else batch.similarity.new_zeros(*batch.labels.shape, batch.sink_valid.shape[1])
-        )
+        slots = (*batch.asked_valid.shape, batch.sink_valid.shape[1])
+        known = batch.similarity if batch.similarity.shape[2] else batch.similarity.new_zeros(slots)
         similar = [bias(known) for bias in self.similarity]
         return [sum(pair) for pair in zip(found, similar, strict=True)] if found and similar else found or similar  # pyright: ignore[reportReturnType]
 
@@ -105,8 +102,8 @@ class CTRModel(nn.Module):
         else:
             plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal or self.similarity))
         plan.watch = self.watch
-        if biases := self._readout_biases(batch):
-            plan.add_readout_biases(biases, batch)
+        if biases := self._asked_biases(batch):
+            plan.add_asked_biases(biases, batch)
         out = self.backbone(
             inputs_embeds=plan.packing.pack(self.embed(batch))[None],
             attention_mask=None,
@@ -128,7 +125,7 @@ class CTRModel(nn.Module):
             states = read(self.hidden_states(batch, readout), batch, readout)
         # Under autocast the head's matrix product would round logits to bfloat16's three digits, and make ties of them.
         with torch.autocast(states.device.type, enabled=False):
-            logits = self.head(states.float(), batch.target_numbers)
+            logits = self.head(states.float(), batch.readout_numbers)
         losses = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         return (losses * batch.readout_valid).sum(), logits
 

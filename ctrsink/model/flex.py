@@ -33,10 +33,10 @@ class FlexPlan(AttentionPlan):
     """int32 [N]; which sink of its sequence a token is, -1: none."""
     sink_row: torch.Tensor
     """int32 [N]; where the row of a sink begins in the flattened tables [B, K, K], counted from 1; -1: no sink."""
-    readout_row: torch.Tensor
-    """int32 [N]; where the row of a readout begins in one head's bias of readouts [B, T, K], counted from 1; -1: no readout."""
+    asked_row: torch.Tensor
+    """int32 [N]; where the row of one asked begins in one head's bias of those asked [B, M, K], counted from 1; -1: not asked."""
     sinks: Pairs
-    readouts: Pairs
+    asked: Pairs
 
 
 def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> FlexPlan:
@@ -45,9 +45,9 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> FlexPlan:
     sight = Sight.of(batch, packing, sinks_only, window)
     sees = sight.rule()
     slot = packing.pack(_slots(batch, batch.sink_positions, batch.sink_valid))
-    readout = packing.pack(_slots(batch, batch.readout_positions, batch.readout_valid))
-    sinks, readouts = packing.find(batch.sink_positions), packing.find(batch.readout_positions)
-    count, targets = sinks.shape[1], readouts.shape[1]
+    ask = packing.pack(_slots(batch, batch.asked_positions, batch.asked_valid))
+    sinks, asked = packing.find(batch.sink_positions), packing.find(batch.asked_positions)
+    count, targets = sinks.shape[1], asked.shape[1]
     return FlexPlan(
         packing=packing,
         sink_valid=batch.sink_valid,
@@ -57,9 +57,9 @@ def plan(batch: Batch, sinks_only: bool, window: int | None = None) -> FlexPlan:
         blocks=sight.block_mask(sees),
         slot=slot,
         sink_row=torch.where(slot >= 0, (sight.sequence * count + slot) * count + 1, -1),
-        readout_row=torch.where(readout >= 0, (sight.sequence * targets + readout) * count + 1, -1),
+        asked_row=torch.where(ask >= 0, (sight.sequence * targets + ask) * count + 1, -1),
         sinks=Pairs.of(sinks, batch.sink_valid, sinks, batch.sink_valid, sees),
-        readouts=Pairs.of(readouts, batch.readout_valid, sinks, batch.sink_valid, sees),
+        asked=Pairs.of(asked, batch.asked_valid, sinks, batch.sink_valid, sees),
     )
 
 
@@ -92,14 +92,14 @@ def _attention(
         given.watch(given, layer, query, key, kwargs["scaling"])
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    table, at_readouts = given.tables.pop(layer, None), given.at_readouts.get(layer)
+    table, at_asked = given.tables.pop(layer, None), given.at_asked.get(layer)
     kernel: Callable[..., Any] = _compiled if query.is_cuda else flex_attention
     scale = kwargs["scaling"]
     out, aux = kernel(
         query,
         key,
         value,
-        score_mod=_score_mod(given, table, at_readouts),
+        score_mod=_score_mod(given, table, at_asked),
         block_mask=given.blocks,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -107,35 +107,35 @@ def _attention(
     )
     if table is not None:
         out = with_table_gradient(out, table[:, None], query, key, value, aux.lse, given.sinks, scale)
-    if at_readouts is not None:
-        out = with_table_gradient(out, at_readouts, query, key, value, aux.lse, given.readouts, scale)
+    if at_asked is not None:
+        out = with_table_gradient(out, at_asked, query, key, value, aux.lse, given.asked, scale)
     return out.transpose(1, 2), None
 
 
-def _score_mod(given: FlexPlan, table: torch.Tensor | None, at_readouts: torch.Tensor | None) -> _ScoreMod | None:
+def _score_mod(given: FlexPlan, table: torch.Tensor | None, at_asked: torch.Tensor | None) -> _ScoreMod | None:
     """Adds the entry of each pair of tokens; the 0 that pairs without one read is put before the entries.
 
     The kernel gets values without gradient: its own would be an atomic addition per score, nearly all to that 0.
     """
-    slot, sink_row, readout_row = given.slot, given.sink_row, given.readout_row
+    slot, sink_row, asked_row = given.slot, given.sink_row, given.asked_row
     of_sinks = None if table is None else nn.functional.pad(table.detach().flatten(), (1, 0))
     # A row per head: a number of heads in the closure would be one more thing to compile for.
-    of_readouts = None if at_readouts is None else nn.functional.pad(at_readouts.detach().transpose(0, 1).flatten(1), (1, 0))
+    of_asked = None if at_asked is None else nn.functional.pad(at_asked.detach().transpose(0, 1).flatten(1), (1, 0))
 
     def add_table(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         assert of_sinks is not None
         return score + of_sinks[torch.where((sink_row[q] >= 0) & (slot[k] >= 0), sink_row[q] + slot[k], 0)]
 
-    def add_readout(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        assert of_readouts is not None
-        return score + of_readouts[h, torch.where((readout_row[q] >= 0) & (slot[k] >= 0), readout_row[q] + slot[k], 0)]
+    def add_asked(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        assert of_asked is not None
+        return score + of_asked[h, torch.where((asked_row[q] >= 0) & (slot[k] >= 0), asked_row[q] + slot[k], 0)]
 
     def add_both(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return add_readout(add_table(score, b, h, q, k), b, h, q, k)
+        return add_asked(add_table(score, b, h, q, k), b, h, q, k)
 
-    if of_sinks is not None and of_readouts is not None:
+    if of_sinks is not None and of_asked is not None:
         return add_both
-    return add_table if of_sinks is not None else add_readout if of_readouts is not None else None
+    return add_table if of_sinks is not None else add_asked if of_asked is not None else None
 
 
 AttentionInterface.register(BACKEND, _attention)

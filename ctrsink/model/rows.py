@@ -17,7 +17,7 @@ class Rows:
     """bool [B, R, L]."""
 
 
-def target_rows(batch: Batch, sinks_only: bool, window: int | None, readouts: bool = False) -> Rows | None:
+def target_rows(batch: Batch, sinks_only: bool, window: int | None, asked: bool = False) -> Rows | None:
     """The rows of targets that see less than all that lies before them; None where there are none.
 
     Targets that share a history do not see one another (DTI, arXiv 2503.01001). With `sinks_only` (readout over sinks, form
@@ -25,11 +25,11 @@ def target_rows(batch: Batch, sinks_only: bool, window: int | None, readouts: bo
     two-stage training). Rows that a window alone narrows are not among them: it narrows all, see `windowed`.
 
     Args:
-        readouts: the rows of all readouts too, whatever they see: they have a bias of their own.
+        asked: the rows of all events that are asked too, whatever they see: they have a bias of their own.
     """
     rows = batch.aligned if sinks_only else batch.candidate & (_candidates(batch) > 1)[:, None]
-    if readouts:
-        rows = rows.scatter(1, batch.readout_positions, True)
+    if asked:
+        rows = rows.scatter(1, batch.asked_positions, True)
         rows[:, -1] = False  # padding, where slots that are not used point
     count = int(rows.sum(1).max())
     if count == 0:

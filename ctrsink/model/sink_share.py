@@ -13,7 +13,7 @@ from ctrsink.model.rows import visible
 class SinkShare:
     """Watches one forward pass of `batch`, by `CTRModel.watch`; no training step does.
 
-    The softmax of the readouts' rows is computed in fp32 over all that they see, with their temporal bias; rows of readouts have
+    The softmax of the rows of events that are asked is computed in fp32 over all that they see, with their bias; these rows have
     no inter-sink bias. The history is what they see of other events; prefix and own text are left out.
 
     Args:
@@ -30,13 +30,13 @@ class SinkShare:
 
     def __call__(self, plan: AttentionPlan, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Packed query [1, H, N, d] and key [1, H_kv, N, d] of one layer."""
-        batch, at = self.batch, self.batch.readout_positions
+        batch, at = self.batch, self.batch.asked_positions
         query, key = (plan.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2).float() for x in (query, key))
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         rows = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         with torch.autocast(query.device.type, enabled=False):
             scores = rows @ key.transpose(2, 3) * scaling
-        if (bias := plan.readout_bias(layer, batch)) is not None:
+        if (bias := plan.asked_bias(layer, batch)) is not None:
             # Slots that are not valid share the padding column; adding 0 there changes nothing.
             bias = bias.float().masked_fill(~batch.sink_valid[:, None, None, :], 0.0)
             scores = scores.scatter_add(3, batch.sink_positions[:, None, None, :].expand_as(bias), bias)
@@ -44,7 +44,7 @@ class SinkShare:
         weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
         event = batch.event_ids[:, None, :]
         kept = (batch.kinds != PAD) & (batch.kinds != PREFIX)
-        history = kept[:, None] & (event != batch.event_ids.gather(1, at)[:, :, None]) & batch.readout_valid[:, :, None]
+        history = kept[:, None] & (event != batch.event_ids.gather(1, at)[:, :, None]) & batch.asked_valid[:, :, None]
         paid = weights * history[:, None]
         total = paid.sum((0, 2, 3))
         if bool((total > 0).all()):

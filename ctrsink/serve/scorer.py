@@ -22,7 +22,7 @@ from ctrsink.errors import InputError
 from ctrsink.features.ragged import Ragged
 from ctrsink.serve.load import Loaded, load_model
 from ctrsink.serve.requests import Request, item_table, parse_request, template_fields
-from ctrsink.serve.told import histories_of
+from ctrsink.serve.told import check, histories_of
 
 CANDIDATES = 128  # behind one computation of the history
 
@@ -43,9 +43,10 @@ class Scorer:
         self.fields = list(dict.fromkeys([*template_fields(self.text.item), *of_signals, *(["id"] if self.knowledge else [])]))
         self.prefix = np.array(config.prefix_tokens, np.int64)
         layout = Layout.load(config.layout)
-        # A per_user sequence shows the last of its targets everything up to `history` before the first.
+        # A per_user sequence shows the last of its targets everything up to `history` before the first, and the texts in between.
         more = layout.targets - 1 if layout.examples == "per_user" else 0
-        self.layout = replace(layout, history=layout.history + more)
+        spoken = None if layout.text_history is None else layout.text_history + more
+        self.layout = replace(layout, history=layout.history + more, text_history=spoken, asked_history=more)
 
     @classmethod
     def load(cls, folder: str, device: str = "cpu") -> "Scorer":
@@ -65,8 +66,11 @@ class Scorer:
         return self.probabilities(self.parse(request, "request"), "request")
 
     def parse(self, tree: Any, where: str) -> Request:
-        """See parse_request."""
-        return parse_request(tree, self.fields, where)
+        """See parse_request and told.check."""
+        request = parse_request(tree, self.fields, where)
+        if self.knowledge is not None:
+            check(request, self.knowledge, where)
+        return request
 
     def probabilities(self, request: Request, where: str) -> list[float]:
         """As `score`, of a parsed request; errors name `where`."""

@@ -1,11 +1,13 @@
 """A request as the model's signals see it: the same columns, by the same functions, as a data set's events."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ctrsink.data.knowledge import Knowledge
+from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
@@ -43,7 +45,30 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
         counted=np.zeros(count + candidates, np.bool_),
         fields=Ragged.of(fields),
         neighbours=knowledge.neighbours,
+        window=knowledge.window,
     )
+
+
+def check(request: Request, knowledge: Knowledge, where: str) -> None:
+    """Refuse what signals cannot be computed from.
+
+    Raises:
+        InputError: naming `where` and the key.
+    """
+    named = [(f"history.{i}", b.item) for i, b in enumerate(request.history)]
+    for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
+        for name in ("item_mean", "item_count"):
+            value = item.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)):
+                raise InputError(f"{where}: {key}.{name} is no number: {value!r}")
+        if (item.get("item_count") or 0) < 0:
+            raise InputError(f"{where}: {key}.item_count is below 0")
+    if knowledge.labelled:
+        for i, behaviour in enumerate(request.history):
+            if "label" not in behaviour.model_fields_set:
+                raise InputError(
+                    f"{where}: history.{i} has no label, which the model's signals need: give 0, 1, or null where it was none"
+                )
 
 
 def outcome(behaviour: Behaviour, knowledge: Knowledge) -> float:
@@ -61,5 +86,6 @@ def label(behaviour: Behaviour, knowledge: Knowledge) -> int:
 
 
 def _overridden(known: np.ndarray, items: Sequence[Item], key: str) -> np.ndarray:
+    """What the items say of themselves, null where nothing was known then; else what is `known`."""
     given: list[Any] = [item.get(key) for item in items]
-    return np.where([value is None for value in given], known, [np.nan if value is None else value for value in given])
+    return np.where([key in item for item in items], [np.nan if value is None else value for value in given], known)

@@ -95,7 +95,7 @@ class Assembly:
         )
         if self.counted is not None:
             outcome = "feedback" if self.partition.source.columns.feedback is not None else "label"
-            histories = Knowing(outcome, self.counted).histories(table, sidecar)
+            histories = Knowing(outcome, self.counted, self.partition.spec.statistics.user_events).histories(table, sidecar)
             storage.write_bytes(self.path(number, "opinions"), to_ipc(opinions(histories)))
         index = to_ipc(chronology.user_index(found.offsets, split, label, shard))
         storage.write_bytes(self.path(number, "index"), index)

@@ -88,10 +88,20 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
     for name, wanted, there in (
         ("text", spec.text, base.text),
         ("positive_from", spec.positive_from, base.positive_from),
-        ("statistics", (rule.period_s, rule.strength, spec.statistics.fields), (kept.period_s, kept.strength, kept.fields)),
+        ("statistics.period", rule.period_s, kept.period_s),
+        ("statistics.strength", rule.strength, kept.strength),
+        ("statistics.user_events", spec.statistics.user_events, kept.user_events),
+        ("statistics.fields", spec.statistics.fields, kept.fields),
     ):
         if wanted != there:
             raise InputError(f"prepare.{name} is not that of the data set {to} ({there}): what is appended must be like it")
+    if spec.past_events < kept.user_events:
+        log.warning(
+            "prepare.past_events %d is less than prepare.statistics.user_events %d: signals of users who come back are of fewer "
+            "events than before; raise past_events if the model is told any",
+            spec.past_events,
+            kept.user_events,
+        )
     return _build(spec, to, base, on_bad_row, execute)
 
 
@@ -374,6 +384,7 @@ class _Build:
         return StatisticsEntry(
             period_s=rule.period_s,
             strength=rule.strength,
+            user_events=self.spec.statistics.user_events,
             outcome="feedback" if partition.source.columns.feedback is not None else "label",
             fields=self.spec.statistics.fields,
             last_period=last,
@@ -406,7 +417,7 @@ class _Build:
             folder=self._folder("moments", assembly.folder, neighbours),
             to=self.to,
             shards=shards,
-            knowing=Knowing(statistics.outcome, assembly.counted),
+            knowing=Knowing(statistics.outcome, assembly.counted, statistics.user_events),
             neighbours=neighbours,
             split_times=assembly.split_times,
             names=numbers_with(has),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -42,7 +42,7 @@ class Moments:
         )
         entry = self.neighbours
         table = _table(storage.join(self.to, entry.file.path), entry.variance, entry.shrink) if entry else None
-        histories = Knowing(self.knowing.outcome, self.knowing.counted, table).histories(events, tokens)
+        histories = replace(self.knowing, neighbours=table).histories(events, tokens)
         trained = (histories.timestamps < self.split_times.train_end) & (histories.labels >= 0)
         found: dict[str, list[float]] = {}
         for name in self.names:

@@ -113,7 +113,9 @@ class Received:
         width = max(self.period.max(initial=0), periods.max(initial=0)) - low + 1
         keys = self.item * width + self.period - low
         place = np.searchsorted(keys, items * width + periods - low) - 1
-        known = (place >= 0) & (self.item[place] == items) if len(keys) else np.zeros(len(items), np.bool_)
+        if not len(keys):
+            return np.full(len(items), np.nan), np.zeros(len(items), np.int64)
+        known = (place >= 0) & (self.item[place] == items)
         count, total = np.where(known, self.count[place], 0), np.where(known, self._sums[place], 0.0)
         overall = self._overall(periods)
         return (total + rule.strength * overall) / (count + rule.strength), count
@@ -123,7 +125,7 @@ class Received:
 
         The last period is kept apart: what is appended may still lie in it, and must not know it.
         """
-        last = int(self.period.max(initial=0))
+        last = int(self.period.max()) if len(self.period) else 0
         ends = np.searchsorted(self.item, np.arange(items), side="right") - 1
         columns: dict[str, np.ndarray] = {}
         older = np.searchsorted(self.item * 2 + (self.period == last), np.arange(items) * 2, side="right") - 1

@@ -1,0 +1,126 @@
+"""The item-item table against dense sums; and that it does not tell in training what the user is going to answer."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrsink import storage
+from ctrsink.data.arrow import to_ipc, to_parquet
+from ctrsink.data.prepare import neighbours
+from ctrsink.data.prepare.neighbours import Pairing, cut_items, mean_square, opinions
+from ctrsink.data.shard import read_neighbours
+from ctrsink.evaluate.metrics import auc
+from ctrsink.features.histories import Histories
+from ctrsink.features.neighbours import Neighbours
+from ctrsink.features.user import affinity
+
+ITEMS = 12
+
+
+def log(chance: np.random.Generator, users: int, items: int, events: int, labels: np.ndarray | None = None) -> Histories:
+    """Users with `events` events each; ratings of 0 or 1, the first two thirds of them counted."""
+    count = users * events
+    begins = np.repeat(np.arange(users) * events, events)
+    outcome = chance.integers(0, 2, count) if labels is None else labels
+    return Histories(
+        begins=begins,
+        known=np.arange(count) - begins,
+        timestamps=np.tile(np.arange(events), users),
+        outcome=outcome.astype(float),
+        labels=outcome.astype(np.int8),
+        item_mean=np.full(count, 0.5),
+        item_count=np.zeros(count),
+        items=chance.integers(0, items, count),
+        counted=np.tile(np.arange(events) < events * 2 // 3, users),
+    )
+
+
+def build(folder: Path, shards: list[Histories], items: int, partners: int) -> Neighbours:
+    files = []
+    for number, shard in enumerate(shards):
+        files.append(str(folder / f"{number}.opinions"))
+        storage.write_bytes(files[-1], to_ipc(opinions(shard)))
+    task = Pairing(str(folder / "pairs"), tuple(files), items, cut_items(tuple(files), items), partners)
+    tables = [task.result(task(number)) for number in range(len(task.ranges))]
+    return read_neighbours(to_parquet(pa.concat_tables(tables).combine_chunks()), mean_square(tuple(files)), 20.0)
+
+
+def dense(shards: list[Histories], items: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sums and numbers of common users of all pairs of items, and the mean square."""
+    sums, common, squares = np.zeros((items, items)), np.zeros((items, items), int), []
+    for h in shards:
+        assert h.items is not None
+        assert h.counted is not None
+        squares.append(h.beyond_user[h.counted] ** 2)
+        for begin in np.unique(h.begins):
+            rows = (h.begins == begin) & h.counted
+            own = np.bincount(h.items[rows], h.beyond_user[rows], items)
+            has = np.bincount(h.items[rows], minlength=items) > 0
+            sums += own[:, None] * own
+            common += has[:, None] & has
+    return sums, common, float(np.concatenate(squares).mean())
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32), st.integers(1, ITEMS))
+def test_pairs_are_the_sums_over_common_users(seed: int, partners: int) -> None:
+    chance = np.random.default_rng(seed)
+    shards = [log(chance, 5, ITEMS, 9), log(chance, 4, ITEMS, 9)]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "PAIRS", 40)  # several tasks
+        found = build(Path(folder), shards, ITEMS, partners)
+    sums, common, variance = dense(shards, ITEMS)
+    assert found.variance == pytest.approx(variance)
+    for item in range(ITEMS):
+        rows = slice(found.offsets[item], found.offsets[item + 1])
+        kept = found.partners[rows].tolist()
+        assert kept == sorted(kept)
+        assert item not in kept
+        np.testing.assert_allclose(found.products[rows], sums[item, kept], atol=1e-5)
+        assert found.common[rows].tolist() == common[item, kept].tolist()
+        # The partners are those with the most common users, whatever their similarity.
+        others = [o for o in range(ITEMS) if o != item and common[item, o] >= 2]
+        assert len(kept) == min(partners, len(others))
+        left_out = set(others) - set(kept)
+        assert not left_out or max(common[item, list(left_out)]) <= min(common[item, kept])
+
+
+def test_the_own_part_is_taken_out_exactly(tmp_path: Path) -> None:
+    """With it the table would tell, of a user of the training range, what that user thought of both items."""
+    h = log(np.random.default_rng(1), 6, ITEMS, 12)
+    assert h.items is not None
+    assert h.counted is not None
+    table = build(tmp_path, [h], ITEMS, ITEMS)
+    sums, common, variance = dense([h], ITEMS)
+    for begin in np.unique(h.begins).tolist():
+        rows = np.flatnonzero((h.begins == begin) & h.counted)
+        own = np.bincount(h.items[rows], h.beyond_user[rows], ITEMS)
+        for i in h.items[rows].tolist():
+            for j in h.items[rows].tolist():
+                users = common[i, j] - 1
+                partner = i != j and users > 0
+                expected = (sums[i, j] - own[i] * own[j]) / (variance * (users + 20)) if partner else 0
+                mine = np.array([own[i] * own[j]])
+                found = table.similarity(np.array([i]), np.array([j]), mine, np.array([True]))
+                assert float(found[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_random_answers_are_not_foretold_in_the_training_range_nor_after_it(tmp_path: Path) -> None:
+    """The naive form, with the user's own part left in, foretells answers of the training range that are pure chance."""
+    h = log(np.random.default_rng(5), 250, 60, 60)
+    assert h.counted is not None
+    table = build(tmp_path, [h], 60, 60)
+
+    def told(counted: np.ndarray) -> np.ndarray:
+        return affinity(dataclasses.replace(h, neighbours=table, counted=counted))
+
+    ours, naive = told(h.counted), told(np.zeros_like(h.counted))
+    for rows in (h.counted, ~h.counted):
+        assert abs(auc(h.labels[rows], ours[rows]) - 0.5) < 0.02
+    assert auc(h.labels[h.counted], naive[h.counted]) > 0.55

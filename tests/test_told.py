@@ -1,0 +1,222 @@
+"""What sinks and targets are told: how it starts, on every backend, and that a request scores as it was evaluated."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ctrsink.batch import Batch
+from ctrsink.config import ReadoutSpec
+from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, StatisticsSpec
+from ctrsink.config.model import SinkSpec, TargetSpec
+from ctrsink.config.train import EvaluateSpec
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.prepare.build import prepare
+from ctrsink.dist import Topology
+from ctrsink.errors import InputError
+from ctrsink.evaluate.evaluator import Predictions, predict
+from ctrsink.export.package import export_run
+from ctrsink.features.registry import SIGNALS
+from ctrsink.model.ctr import CTRModel
+from ctrsink.model.signals import token_scale
+from ctrsink.serve import Scorer, request_of
+from ctrsink.train.restore import restore_run
+from tests.builders import form_batch, tiny_model, tiny_spec
+from tests.data_fixtures import make_events, prepare_spec, table_source
+from tests.serving_fixtures import Prepared, run_spec, write_run
+
+OF_SINKS = tuple(name for name, signal in SIGNALS.items() if "behaviour" in signal.sides)
+OF_TARGETS = tuple(name for name, signal in SIGNALS.items() if "target" in signal.sides)
+
+
+def rms(vectors: torch.Tensor) -> float:
+    return float(vectors.detach().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("signal", OF_SINKS)
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+def test_a_sink_starts_at_the_scale_of_token_embeddings(signal: str, spread: float) -> None:
+    """Whatever the backbone's is."""
+    sinks = SinkSpec(signals=(signal,), buckets=100, embedding_size=64)
+    fields = {"hidden_size": 128, "initializer_range": spread}
+    model = tiny_model(tiny_spec(fields=fields, sinks=False).model_copy(update={"sinks": sinks}))
+    assert model.sinks is not None
+    categories, numbers = torch.arange(100)[:, None], torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
+    vectors = model.sinks(categories, numbers)
+    assert 0.5 < rms(vectors) / token_scale(model.backbone) < 2
+    assert token_scale(model.backbone) == pytest.approx(spread, rel=0.1)
+
+
+def told(batch: Batch, seed: int) -> Batch:
+    """The batch with similarities and numbers of its own."""
+    chance = torch.Generator().manual_seed(seed)
+    shape = (*batch.asked_valid.shape, batch.sink_valid.shape[1])
+    numbers = {
+        name: torch.randn(*getattr(batch, of).shape, 2, generator=chance)
+        for name, of in (("sink_numbers", "sink_valid"), ("asked_numbers", "asked_valid"), ("readout_numbers", "readout_valid"))
+    }
+    return dataclasses.replace(batch, similarity=torch.randn(shape, generator=chance) / 10, **numbers)
+
+
+def told_model(attention: str, **more: Any) -> CTRModel:
+    spec = tiny_spec(fields={"hidden_size": 64}, similarity="neighbours", attention=attention, **more)
+    assert spec.sinks is not None
+    sinks = spec.sinks.model_copy(update={"signals": ("previous_gap", "item_mean", "item_count")})
+    target = TargetSpec(signals=("item_mean", "item_count"), dropout=0)
+    model = tiny_model(spec.model_copy(update={"sinks": sinks, "target": target}))
+    chance = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.head.parameters():  # as after training: at the start it hardly reads the state
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=chance))
+    return model
+
+
+@pytest.mark.parametrize("examples", ["per_user", "per_request", "per_target"])
+@pytest.mark.parametrize("more", [{}, {"temporal": True}, {"window": 3}], ids=str)
+def test_every_backend_gives_the_same(examples: str, more: dict[str, Any]) -> None:
+    batch = told(form_batch(examples, 3, (9, 1, 4)), 4)
+    results = []
+    for attention in ("sdpa", "blocks", "flex"):
+        model = told_model(attention, **more)
+        if more.get("temporal"):
+            for bias in model.temporal:
+                torch.nn.init.normal_(bias.slope, generator=torch.Generator().manual_seed(1))  # pyright: ignore[reportArgumentType]
+        if attention == "flex":  # no backward pass on a CPU
+            with torch.no_grad():
+                results.append((model(batch, ReadoutSpec())[1], None))
+            continue
+        loss, logits = model(batch, ReadoutSpec())
+        loss.backward()
+        results.append((logits.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (first, gradients), *others = results
+    valid = batch.readout_valid
+    assert float(first[valid].std()) > 0.01
+    for logits, found in others:
+        torch.testing.assert_close(logits[valid], first[valid], atol=1e-5, rtol=1e-5)
+        for name, gradient in (found or {}).items():
+            expected = gradients[name]  # pyright: ignore[reportOptionalSubscript]
+            torch.testing.assert_close(gradient, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=1e-4)
+
+
+@pytest.mark.parametrize("examples", ["per_user", "per_request", "per_target"])
+def test_similarity_moves_the_attention_of_those_asked_alone(examples: str) -> None:
+    """With slopes of 0 it changes nothing; with others it changes logits, and a larger similarity draws attention to its sink."""
+    batch = told(form_batch(examples, 3, (9, 5)), 4)
+    model = told_model("sdpa")
+    plain = dataclasses.replace(batch, similarity=torch.zeros_like(batch.similarity))
+    with torch.no_grad():
+        moved = (model(batch, ReadoutSpec())[1] - model(plain, ReadoutSpec())[1])[batch.readout_valid]
+        for bias in model.similarity:
+            bias.slope.zero_()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue, reportAttributeAccessIssue]
+        same = (model(batch, ReadoutSpec())[1] - model(plain, ReadoutSpec())[1])[batch.readout_valid]
+    assert float(moved.abs().max()) > 1e-3
+    assert float(same.abs().max()) == 0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """A log of users who meet items again, with a field of several values and a table of neighbours."""
+    folder = tmp_path_factory.mktemp("told")
+    source = table_source(folder / "raw", make_events(9, 12))
+    source = source.model_copy(update={"columns": source.columns.model_copy(update={"request": None})})
+    column = "genres"
+    spec = prepare_spec(source).model_copy(
+        update={
+            "statistics": StatisticsSpec(period="hour", fields=(FieldSpec(column=column, separator=" "),), user_events=5),
+            "neighbours": NeighboursSpec(partners=3, shrink=2.0),
+        }
+    )
+    prepare(PrepareSpec.model_validate(spec.model_dump()), str(folder / "data"))
+    return Prepared(str(folder / "data"), spec)
+
+
+def spec_of(data: Prepared, run_dir: str, examples: str, **sequences: Any) -> Any:
+    of_sinks = [name for name in OF_SINKS if examples != "per_user" or not SIGNALS[name].depends_on_target]
+    of_sinks = [name for name in of_sinks if name != "similarity"]
+    model = {
+        "sinks": {"signals": of_sinks, "buckets": 30, "embedding_size": 8},
+        "target": {"signals": list(OF_TARGETS)},
+        "similarity": "neighbours",
+        "temporal": True,
+    }
+    return run_spec(data, run_dir, model=model, examples=examples, **sequences)
+
+
+def evaluated(run_dir: str, split: str) -> Predictions:
+    run = restore_run(run_dir)
+    return predict(lambda batch: run.model(batch, run.readout)[1], run.dataset, split, run.layout, EvaluateSpec(), Topology())
+
+
+@pytest.mark.parametrize(
+    ("examples", "sequences"),
+    [
+        ("per_target", {}),
+        ("per_target", {"text_history": 1}),
+        ("per_request", {"targets": 3, "text_history": 0}),
+        ("per_user", {"targets": 3, "history": 2}),
+        ("per_user", {"targets": 3, "history": 2, "text_history": 0}),
+    ],
+    ids=str,
+)
+def test_a_request_scores_as_it_was_evaluated_with_all_signals(
+    data: Prepared, tmp_path: Path, examples: str, sequences: dict[str, Any]
+) -> None:
+    spec = spec_of(data, str(tmp_path / "run"), examples, **sequences)
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(data.uri)
+    compared = 0
+    for split in ("valid", "test"):
+        expected = evaluated(spec.run_dir, split)
+        for number, (user, event) in enumerate(zip(expected.users.tolist(), expected.events.tolist(), strict=True)):
+            if examples == "per_user":
+                # The last target of a whole piece of three sees what a request shows: two behaviours, then two that were targets.
+                place = number - int(np.flatnonzero(expected.users == user)[0])
+                if place % 3 != 2 or event < 4:
+                    continue
+            request = json.loads(json.dumps(request_of(dataset, user, event)))
+            assert scorer.score(request)[0] == pytest.approx(expected.probabilities[number], abs=1e-5)
+            compared += 1
+    assert compared >= 4
+
+
+def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -> None:
+    spec = spec_of(data, str(tmp_path / "run"), "per_target")
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(data.uri)
+    request = request_of(dataset, 0, 8)
+    fields = {key: value for key, value in request["candidates"][0].items() if key not in ("item_mean", "item_count")}
+    new = scorer.score({"candidates": [fields | {"id": "never seen"}], "timestamp": request["timestamp"]})
+    assert 0 < new[0] < 1
+    known, overridden = (
+        scorer.score(request | {"candidates": [fields | more]})[0] for more in ({}, {"item_mean": 1.0, "item_count": 500})
+    )
+    assert known != overridden  # fresher statistics are believed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["candidates"][0].pop("id"), "candidates.0 has no field 'id'"),
+        (lambda r: r["candidates"][0].pop("genres"), "candidates.0 has no field 'genres'"),
+        (lambda r: r["candidates"][0].update(item_mean="high"), "candidates.0.item_mean is no number"),
+        (lambda r: r["candidates"][0].update(item_count=-1), "candidates.0.item_count is below 0"),
+        (lambda r: r["history"][0].pop("label"), "history.0 has no label"),
+    ],
+)
+def test_what_the_signals_need_is_asked_for(data: Prepared, tmp_path: Path, change: Any, message: str) -> None:
+    spec = spec_of(data, str(tmp_path / "run"), "per_target")
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(data.uri)
+    request = request_of(dataset, 0, 8)
+    change(request)
+    assert scorer.knowledge is not None
+    scorer.knowledge = dataclasses.replace(scorer.knowledge, labelled=True)  # as for a log with a column of clicks
+    with pytest.raises(InputError, match=message):
+        scorer.score(request)
