@@ -63,14 +63,14 @@ def dense_attention(
             pieces.append(torch.zeros(length, length).index_put((at[:, None], at[None, :]), chosen))
         bias = torch.stack(pieces)
     bias = bias[:, None].expand(b, heads, length, length)
-    if module.layer_idx in plan.at_readouts:
-        bias = bias + dense_at_readouts(plan, plan.at_readouts[module.layer_idx], length)
+    if module.layer_idx in plan.at_asked:
+        bias = bias + dense_at_asked(plan, plan.at_asked[module.layer_idx], length)
     logits = query @ key.transpose(2, 3) * scaling + bias
     weights = logits.masked_fill(~module.plain_mask[:, None], float("-inf")).softmax(-1)
     return plan.packing.pack((weights @ value).transpose(1, 2))[None], None
 
 
-def dense_at_readouts(plan: attention.SdpaPlan, table: torch.Tensor, length: int) -> torch.Tensor:
+def dense_at_asked(plan: attention.SdpaPlan, table: torch.Tensor, length: int) -> torch.Tensor:
     """The bias [B, H, R, K] of the rows of targets at the sinks, in its places of [B, H, L, L]."""
     assert plan.targets is not None
     rows = nn.functional.one_hot(plan.targets.positions, length).float() * (plan.targets.positions < length - 1)[:, :, None]

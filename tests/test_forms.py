@@ -237,7 +237,7 @@ def test_requests_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset,
     assert len(found) == dataset.manifest.splits[split].impressions  # pyright: ignore[reportArgumentType]
     for batch in batches:
         for row in range(len(batch.input_ids)):
-            assert len(set(batch.readout_times[row][batch.readout_valid[row]].tolist())) == 1
+            assert len(set(batch.asked_times[row][batch.asked_valid[row]].tolist())) == 1
 
 
 def test_the_data_set_has_requests_of_several_impressions(dataset: Dataset) -> None:

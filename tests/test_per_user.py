@@ -189,17 +189,17 @@ def test_the_temporal_bias_starts_as_the_model_without_it(readout: ReadoutSpec) 
 
 def test_the_time_of_a_target_matters_to_that_target_only() -> None:
     batch = random_batch(2, layout_of(), (8, 4))
-    later = batch.readout_times.clone()
+    later = batch.asked_times.clone()
     later[0, 1] += 7 * 3600
     model = model_of(temporal=True)
     with torch.no_grad():
-        before, after = model(batch, ALL)[1], model(dataclasses.replace(batch, readout_times=later), ALL)[1]
+        before, after = model(batch, ALL)[1], model(dataclasses.replace(batch, asked_times=later), ALL)[1]
     moved = (before - after).abs() > 1e-6
     # The state at a target's last token is read by what follows it.
     assert moved.nonzero().tolist() == [[0, 1], [0, 2]]
     one = model_of(layers=1, temporal=True)
     with torch.no_grad():
-        before, after = one(batch, ALL)[1], one(dataclasses.replace(batch, readout_times=later), ALL)[1]
+        before, after = one(batch, ALL)[1], one(dataclasses.replace(batch, asked_times=later), ALL)[1]
     assert ((before - after).abs() > 1e-6).nonzero().tolist() == [[0, 1]]
 
 

@@ -23,7 +23,7 @@ close = torch.testing.assert_close
 
 
 def dense_shares(model: CTRModel, batch: Batch, readout: ReadoutSpec, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """By whole [L, L] softmaxes, pair by pair: in each layer, of what readouts give to other events, what sinks get."""
+    """By whole [L, L] softmaxes, pair by pair: in each layer, of what those asked give to other events, what sinks get."""
     real = AttentionInterface()[BACKENDS["sdpa"]]
     every = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
     mask = visible(batch, every, readout.through_sinks, model.window)
@@ -37,12 +37,12 @@ def dense_shares(model: CTRModel, batch: Batch, readout: ReadoutSpec, monkeypatc
         for head in range(q.shape[1]):
             to_sinks = to_history = 0.0
             for row in range(len(batch.kinds)):
-                for slot, at in enumerate(batch.readout_positions[row].tolist()):
-                    if not batch.readout_valid[row, slot]:
+                for slot, at in enumerate(batch.asked_positions[row].tolist()):
+                    if not batch.asked_valid[row, slot]:
                         continue
                     line = logits[row, head, at].clone()
                     if model.temporal:
-                        times = batch.readout_times[row : row + 1, slot : slot + 1], batch.sink_times[row : row + 1]
+                        times = batch.asked_times[row : row + 1, slot : slot + 1], batch.sink_times[row : row + 1]
                         bias = model.temporal[module.layer_idx](*times)[0, head, 0]
                         for sink, column in enumerate(batch.sink_positions[row].tolist()):
                             line[column] += bias[sink] * batch.sink_valid[row, sink]
