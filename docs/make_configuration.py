@@ -76,7 +76,7 @@ def _type(annotation: Any, key: str, limits: str = "") -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("null" if a is types.NoneType else _type(a, key, limits) for a in arguments)
     if origin is Annotated:
-        return _type(arguments[0], key, _limits(arguments[1]))
+        return _type(arguments[0], key, _limits(arguments[1]) if isinstance(arguments[1], FieldInfo) else "")
     if origin is tuple:
         if arguments[-1] is not Ellipsis:
             return f"[{', '.join(_type(a, key) for a in arguments)}]"
