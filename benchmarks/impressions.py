@@ -89,12 +89,20 @@ def to_batch(samples: Samples, signals: int) -> Batch:
         "sink_positions": sink_positions,
         "sink_valid": sink_valid,
         "signals": buckets,
-        "sink_times": np.zeros((rows, slots), np.int64),  # no sample holds times: the runs compared have no use for them
+        # No sample holds times or numbers: the runs compared have no use for them.
+        "sink_numbers": np.zeros((rows, slots, 0), np.float32),
+        "sink_times": np.zeros((rows, slots), np.int64),
         "readout_positions": lengths[:, None] - 1,
         "readout_valid": np.ones((rows, 1), np.bool_),
-        "readout_times": np.zeros((rows, 1), np.int64),
+        "readout_numbers": np.zeros((rows, 1, 0), np.float32),
+        "asked_positions": lengths[:, None] - 1,
+        "asked_valid": np.ones((rows, 1), np.bool_),
+        "asked_times": np.zeros((rows, 1), np.int64),
+        "asked_signals": np.zeros((rows, 1, 0), np.int64),
+        "asked_numbers": np.zeros((rows, 1, 0), np.float32),
         "labels": samples.head[:, 2:].astype(np.float32),
         "targets": samples.head[:, None, :2].copy(),
+        "similarity": np.zeros((rows, 1, 0), np.float32),
     }
     return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 

@@ -25,6 +25,7 @@ from ctrsink.data.layout import Layout
 from ctrsink.data.tokenize import make_tokenizer
 from ctrsink.model.hf import CTRSinkConfig, CTRSinkModel
 from ctrsink.serve import Scorer
+from ctrsink.serve.load import Loaded
 from ctrsink.serve.requests import Request
 
 WORDS = ("iron", "river", "the", "long", "night", "of", "glass", "seven", "winters", "home")
@@ -110,7 +111,7 @@ def scorer_of(shape: str, history: int) -> Scorer:
         prefix_tokens=[],
     )
     torch.manual_seed(0)
-    return Scorer(CTRSinkModel(config).eval(), tokenizer)
+    return Scorer(Loaded(CTRSinkModel(config).eval(), tokenizer, encoder=None, knowledge=None))
 
 
 def request_tree(chance: np.random.Generator, history: int, candidates: int) -> dict[str, Any]:

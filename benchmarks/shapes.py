@@ -38,7 +38,7 @@ def random_spec(
     return ModelSpec(
         backbone=BackboneSpec(config=fields),
         attention=attention,
-        sinks=SinkSpec() if sinks else None,
+        sinks=SinkSpec(signals=("previous_gap",)) if sinks else None,
         bias=BiasSpec(layers=bias_layers) if bias_layers else None,
         lora=LoraSpec(),
     )

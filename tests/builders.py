@@ -90,9 +90,9 @@ def random_batch(seed: int, layout: Layout, events: tuple[int, ...]) -> Batch:
 
 
 def layout_of(
-    examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[str, ...] = ("previous_gap",)
+    examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[str, ...] = ("previous_gap",), **more: Any
 ) -> Layout:
-    return Layout(examples, history, targets if examples == "per_user" else 1, signals, 10)
+    return Layout(examples, history, targets if examples == "per_user" else 1, signals, 10, **more)
 
 
 def tiny_spec(
@@ -125,9 +125,9 @@ def tiny_model(spec: ModelSpec, seed: int = 1, precision: str = "fp32") -> CTRMo
     return build_model(spec, VOCABULARY, seed, precision).eval()
 
 
-def form_batch(examples: str, seed: int, events: tuple[int, ...]) -> Batch:
-    """A row per entry of `events`; under `per_request` with up to three candidates behind one history."""
-    layout = layout_of(examples)
+def form_batch(examples: str, seed: int, events: tuple[int, ...], **more: Any) -> Batch:
+    """A row per entry of `events`; under `per_request` with up to three candidates behind one history; `more` of the layout."""
+    layout = layout_of(examples, **more)
     if examples != "per_request":
         return random_batch(seed, layout, events)
     chance, sequences = np.random.default_rng(seed), []

@@ -77,12 +77,7 @@ def test_appending_changes_nothing_that_is_there(appended: tuple[Path, Manifest]
     assert not (folder / WORK).exists()
     names = {path.name for path in folder.rglob("*.parquet")}
     assert {"index.parquet", "items.parquet", "00000.parquet"} < names
-    for entry in [
-        before.index,
-        before.items,
-        *before.tokenizer,
-        *(f for s in before.shards for f in (s.events_file, s.tokens_file)),
-    ]:
+    for entry in [*before.common_files, *(f for s in before.shards for f in (s.events_file, s.tokens_file))]:
         assert read_file(str(folder), entry)
     assert (after.events, before.events) == (len(ROWS), HALF)
     assert after.splits["train"].impressions == sum(part.splits["train"].impressions for part in after.parts)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ctrsink.batch import FEEDBACK, PREFIX, SINK, TEXT, Batch
-from ctrsink.config.model import BiasSpec
+from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model import attention
 from ctrsink.model.bias import InterSinkBias
@@ -64,13 +64,13 @@ def dense_attention(
         bias = torch.stack(pieces)
     bias = bias[:, None].expand(b, heads, length, length)
     if module.layer_idx in plan.at_asked:
-        bias = bias + dense_temporal(plan, plan.at_asked[module.layer_idx], length)
+        bias = bias + dense_at_asked(plan, plan.at_asked[module.layer_idx], length)
     logits = query @ key.transpose(2, 3) * scaling + bias
     weights = logits.masked_fill(~module.plain_mask[:, None], float("-inf")).softmax(-1)
     return plan.packing.pack((weights @ value).transpose(1, 2))[None], None
 
 
-def dense_temporal(plan: attention.SdpaPlan, table: torch.Tensor, length: int) -> torch.Tensor:
+def dense_at_asked(plan: attention.SdpaPlan, table: torch.Tensor, length: int) -> torch.Tensor:
     """The bias [B, H, R, K] of the rows of targets at the sinks, in its places of [B, H, L, L]."""
     assert plan.targets is not None
     rows = nn.functional.one_hot(plan.targets.positions, length).float() * (plan.targets.positions < length - 1)[:, :, None]
@@ -318,12 +318,29 @@ def test_no_layer_computes_on_padding(readout: ReadoutSpec) -> None:
     assert batch.tokens < batch.kinds.numel()
 
 
-@pytest.mark.parametrize("signals", [("previous_gap",), ("previous_gap", "random")])
-def test_gradients_reach_every_part(signals: tuple[str, ...], readout: ReadoutSpec) -> None:
-    spec = tiny_spec(layers=3, bias=BiasSpec(layers=0.67))
-    assert spec.sinks is not None
-    model = tiny_model(spec.model_copy(update={"sinks": spec.sinks.model_copy(update={"signals": signals})}))
-    _, grads = run(model, random_batch(5, layout_of(signals=signals), (8, 4)), readout)
+@pytest.mark.parametrize(
+    ("categories", "numbers", "target"),
+    [
+        (("previous_gap",), (), None),
+        (("previous_gap", "random"), (), None),
+        ((), ("deviation",), TargetSpec(signals=("weekday",))),
+        (("feedback", "hour"), ("deviation", "item_mean"), TargetSpec(signals=("hour", "item_mean", "weekday", "item_count"))),
+    ],
+)
+def test_gradients_reach_every_part(
+    categories: tuple[str, ...], numbers: tuple[str, ...], target: TargetSpec | None, readout: ReadoutSpec
+) -> None:
+    spec = tiny_spec(layers=3, bias=BiasSpec(layers=0.67), target=target, similarity="vectors" if target else None)
+    sinks = SinkSpec(signals=(*categories, *numbers), buckets=24, embedding_size=8)
+    model = tiny_model(spec.model_copy(update={"sinks": sinks}))
+    layout = layout_of(
+        signals=categories,
+        numbers=numbers,
+        target_signals=target.categories if target else (),
+        target_numbers=target.numbers if target else (),
+        similarity=spec.similarity,
+    )
+    _, grads = run(model, random_batch(5, layout, (8, 4)), readout)
     assert grads.keys() == dict(model.named_parameters()).keys()
     for name, grad in grads.items():
         if name.startswith("biases") and name.endswith("key.bias"):

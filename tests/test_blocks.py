@@ -44,12 +44,15 @@ def run(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
-@pytest.mark.parametrize(("temporal", "window"), [(False, None), (True, None), (True, 2)])
+@pytest.mark.parametrize(
+    ("temporal", "similarity", "window"),
+    [(False, None, None), (True, None, None), (False, "vectors", None), (True, "vectors", 2)],
+)
 def test_results_and_gradients_equal_those_of_sdpa(
-    queries: int, examples: str, readout: ReadoutSpec, temporal: bool, window: int | None
+    queries: int, examples: str, readout: ReadoutSpec, temporal: bool, similarity: str | None, window: int | None
 ) -> None:
-    sdpa, ours = pair(temporal=temporal, window=window, bias=BiasSpec(layers=0.5, gamma=2.0))
-    batch = form_batch(examples, 4, (8, 1, 5))
+    sdpa, ours = pair(temporal=temporal, similarity=similarity, window=window, bias=BiasSpec(layers=0.5, gamma=2.0))
+    batch = form_batch(examples, 4, (8, 1, 5), similarity=similarity)
     logits, grads = run(ours, batch, readout)
     expected, expected_grads = run(sdpa, batch, readout)
     close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -72,8 +75,8 @@ def test_results_and_gradients_equal_those_of_sdpa(
 def test_any_batch_and_any_size_of_block_equal_sdpa(
     seed: int, events: list[int], examples: str, readout: ReadoutSpec, kv_heads: int, window: int | None, size: int
 ) -> None:
-    sdpa, ours = pair(temporal=True, window=window, kv_heads=kv_heads, bias=BiasSpec(layers=1.0, gamma=2.0))
-    batch = form_batch(examples, seed, tuple(events))
+    sdpa, ours = pair(temporal=True, similarity="vectors", window=window, kv_heads=kv_heads, bias=BiasSpec(layers=1.0, gamma=2.0))
+    batch = form_batch(examples, seed, tuple(events), similarity="vectors")
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(blocks, "QUERIES", size)
         close(ours(batch, readout)[1], sdpa(batch, readout)[1], atol=1e-5, rtol=1e-5)

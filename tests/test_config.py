@@ -42,7 +42,7 @@ def test_the_smallest_run_is_whole() -> None:
     spec = parse_run(run_tree(), "x")
     assert spec.accumulation(spec.stages[0], 1) == 4
     assert spec.model.sinks is not None
-    assert spec.model.sinks.signals == ("previous_gap",)
+    assert spec.model.sinks.signals == ("feedback", "deviation", "item_mean", "item_count")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,16 @@ def test_the_smallest_run_is_whole() -> None:
             "data.examples=per_targt",
             "'per_targt' is not allowed, did you mean per_target? (allowed: 'per_target', 'per_request' or 'per_user')",
         ),
-        ("model.sinks.signals=[previous_gab]", "signals.0: 'previous_gab' is not allowed, did you mean previous_gap?"),
+        (
+            "model.sinks.signals=[previous_gab]",
+            "signals.0: there is no signal 'previous_gab', did you mean previous_gap? (allowed: recency_rank, time_gap, ",
+        ),
+        ("model.sinks.signals=[zzz]", "signals.0: there is no signal 'zzz' (allowed: recency_rank, time_gap, "),
+        ("model.sinks={signals: [hour], buckets: 20}", "model.sinks: hour has 24 values, more than buckets 20"),
+        ("model.sinks.signals=[affinity]", "affinity cannot be told of a behaviour; allowed: recency_rank, time_gap, "),
+        ("model.target.signals=[deviation]", "deviation cannot be told of a target; allowed: hour, weekday, item_mean, "),
+        ("model.target.signals=[]", "name at least one signal, each once; for none set model.target to null"),
+        ("model={sinks: null, bias: null, similarity: vectors}", "set it to null where sinks is null"),
         ("train.zero_stage=4", "train.zero_stage: 4 is not allowed (allowed: 0, 1, 2 or 3)"),
         ("runtime=slurm", "runtime.kind: 'slurm' is not allowed (allowed: 'local' or 'ray')"),
         ("train.batch_size=many", "train.batch_size: Input should be a valid integer"),
@@ -124,11 +133,13 @@ def test_rules_between_sections() -> None:
     assert "readout over sinks needs sinks" in mistake(run_tree(model=plain, stages=[head | {"readout": {"over": "sinks"}}]))
     both = stage(trainable=["lora", "backbone"], lr={"lora": 1, "backbone": 1})
     assert "train the same weights twice" in mistake(run_tree(model={"backbone": backbone, "lora": {}}, stages=[both]))
+    bare = mistake(run_tree(model=plain, stages=[head]), "data.text_history=3")
+    assert "data.text_history: behaviours without a text are their sinks alone, but model.sinks is null" in bare
     assert "two stages have the same name" in mistake(run_tree(stages=[stage(), stage()]))
     assert "stages" in mistake(run_tree(stages=[]))
 
 
-@pytest.mark.parametrize("signal", ["time_gap", "recency_rank"])
+@pytest.mark.parametrize("signal", ["time_gap", "recency_rank", "similarity"])
 def test_per_user_refuses_signals_that_depend_on_the_target(signal: str) -> None:
     message = mistake(run_tree(), "data.examples=per_user", f"model.sinks.signals=[none, {signal}]")
     assert f"model.sinks.signals: {signal} depends on the target" in message
@@ -278,7 +289,7 @@ def test_merging_lets_the_top_win_and_changes_neither(a: dict[str, Any], b: dict
 @given(
     st.sampled_from([None, {"rank": 3}]),
     st.sampled_from(["per_target", "per_user"]),
-    st.lists(st.sampled_from(["previous_gap", "random", "none"]), min_size=1, max_size=3, unique=True),
+    st.lists(st.sampled_from(["previous_gap", "random", "none", "feedback", "deviation"]), min_size=1, max_size=3, unique=True),
     st.floats(1e-8, 1),
     st.sampled_from(["plain", "1e-5", "no", "ünï", " x ", "2024-01-01"]),
     st.booleans(),

@@ -89,7 +89,7 @@ def test_every_item_is_encoded_once_and_shards_carry_what_they_mention(
     assert sorted(encoded) == sorted(texts)
     expected = Encoder(tiny, 32, "tiny").encode(texts)
     assert dataset.shard(0).vectors is None
-    dataset.use_vectors()
+    dataset.use(Layout("per_target", 1, 1, ("similarity",), 10))
     for number in range(len(manifest.shards)):
         shard = dataset.shard(number)
         assert shard.vectors is not None
@@ -285,7 +285,7 @@ def test_a_real_encoder_from_a_package_tells_what_is_alike(tmp_path: Path) -> No
     spec = data.spec.model_copy(update={"encoder": EncoderSpec(path=str(folder))})
     prepare(spec, data.uri, overwrite=True)
     dataset = Dataset(data.uri)
-    dataset.use_vectors()
+    dataset.use(Layout("per_target", 1, 1, ("similarity",), 10))
     shard = dataset.shard(0)
     assert shard.vectors is not None
     assert shard.vectors.shape[1] == 384

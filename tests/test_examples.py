@@ -46,12 +46,16 @@ def layouts(draw: st.DrawFn) -> Layout:
         target_signals=draw(st.sampled_from([(), ("weekday",), ("hour", "weekday")])),
         target_numbers=draw(st.sampled_from(NUMBERS)),
         utc_offset_hours=draw(st.sampled_from([0.0, -3.5])),
-        asked_history=draw(st.integers(0, 3)) if per_user else 0,
     )
     if not layout.sinks:
         return layout
-    text_history = draw(st.none() | st.integers(layout.asked_history, 6))
-    return dataclasses.replace(layout, text_history=text_history, similarity=draw(st.sampled_from(SIMILARITY)))
+    text_history = draw(st.none() | st.integers(0, 6))
+    return dataclasses.replace(
+        layout,
+        text_history=text_history,
+        similarity=draw(st.sampled_from(SIMILARITY)),
+        asked_history=draw(st.integers(0, 2 if text_history is None else text_history)) if per_user else 0,
+    )
 
 
 @st.composite
@@ -95,9 +99,10 @@ def plain_similarity(one: int, other: int) -> float:
 
 def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: list[int]) -> dict[str, list[Any]]:
     """The sequence, position by position."""
-    names = ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids", "sink_positions", "readout_positions")
+    names = ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids", "sink_positions")
     out: dict[str, list[Any]] = {name: [] for name in names}
     told, sinks = events_of(chronology, layout), bool(layout.signals or layout.numbers)
+    ends: dict[int, int] = {}
 
     def put(ids: list[int], kind: int, event: int, aligned: bool = False, last: bool = False) -> None:
         for place, token in enumerate(ids):
@@ -113,19 +118,12 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
     past = targets[0] if chronology.known is None else int(chronology.known[targets[0]])
     history = list(range(max(0, past - layout.history), past))
     bare = [] if layout.text_history is None else history[: max(0, len(history) - layout.text_history)]
-    asked = targets
-    if layout.examples == "per_user":
-        asked = history[max(0, len(history) - layout.asked_history) :] + list(range(past, targets[-1] + 1))
-    out["asked_positions"] = []
     window = history + (list(range(past, targets[-1] + 1)) if layout.examples == "per_user" else targets)
     for number, event in enumerate(window, start=1):
         last = event == targets[-1] if layout.examples == "per_user" else event in targets
         if event not in bare:
             put(row(TEXTS, chronology.texts[event]), TEXT, number, last or layout.examples == "per_user", last)
-        if event in targets:
-            out["readout_positions"].append(len(out["input_ids"]) - 1)
-        if event in asked:
-            out["asked_positions"].append(len(out["input_ids"]) - 1)
+            ends[event] = len(out["input_ids"]) - 1
         if not last:
             if event not in bare:
                 put(row(FEEDBACKS, chronology.feedbacks[event]), FEEDBACK, number)
@@ -147,14 +145,18 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
     out["signals"] = [[signal(name, e) for name in layout.signals] for e in behaviours]
     out["sink_numbers"] = [told.numbers[e].tolist() for e in behaviours]
     out["sink_times"] = [int(chronology.timestamps[e]) for e in behaviours]
+    out["readout_positions"] = [ends[t] for t in targets]
+    out["readout_numbers"] = [told.target_numbers[t].tolist() for t in targets]
+    # A per_user event is a target and then a behaviour: all of them from the first target on, and as many before it as asked for.
+    asked = window[max(0, len(history) - layout.asked_history) :] if layout.examples == "per_user" else targets
+    out["asked_positions"] = [ends[e] for e in asked]
     out["asked_times"] = [int(chronology.timestamps[e]) for e in asked]
     out["asked_signals"] = [[signal(name, e) for name in layout.target_signals] for e in asked]
     out["asked_numbers"] = [told.target_numbers[e].tolist() for e in asked]
-    out["readout_numbers"] = [told.target_numbers[t].tolist() for t in targets]
     out["labels"] = [int(chronology.labels[t]) for t in targets]
     out["targets"] = targets
-    pairs = [(t, e) for t in asked for e in behaviours] if layout.similarity else []
-    out["similarity"] = [plain_similarity(*chronology.texts[[t, e]].tolist()) if e < t else 0.0 for t, e in pairs]
+    pairs = [(a, e) for a in asked for e in behaviours] if layout.similarity else []
+    out["similarity"] = [plain_similarity(*chronology.texts[[a, e]].tolist()) if e < a else 0.0 for a, e in pairs]
     return out
 
 
@@ -170,8 +172,9 @@ def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[Chronology, np.n
     assert (built.labels >= 0).all()
     assert built.signals.shape == (len(built.sink_positions), len(layout.signals))
     assert built.sink_numbers.shape == (len(built.sink_positions), len(layout.numbers))
-    assert built.asked_signals.shape == (len(built.asked_positions), len(layout.target_signals))
     assert built.readout_numbers.shape == (len(targets), len(layout.target_numbers))
+    assert built.asked_signals.shape == (len(built.asked_positions), len(layout.target_signals))
+    assert built.asked_numbers.shape == (len(built.asked_positions), len(layout.target_numbers))
 
 
 @given(cases())
@@ -200,13 +203,14 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
         assert other.sink_positions[:known].tolist() == built.sink_positions[:known].tolist()
         for name in ("signals", "sink_numbers", "sink_times"):
             assert getattr(other, name)[:known].tolist() == getattr(built, name)[:known].tolist()
-        assert other.readout_numbers[slot].tolist() == built.readout_numbers[slot].tolist()
         asked = int((built.asked_positions <= end).sum())
+        assert built.asked_positions[asked - 1] == end
         for name in ("asked_positions", "asked_times", "asked_signals", "asked_numbers"):
             assert getattr(other, name)[:asked].tolist() == getattr(built, name)[:asked].tolist()
+        assert other.readout_numbers[: slot + 1].tolist() == built.readout_numbers[: slot + 1].tolist()
         if layout.similarity:
-            shape = (len(built.asked_positions), len(built.sink_positions))
-            found, expected = (s.similarity.reshape(shape)[:asked] for s in (other, built))
+            size = len(built.asked_positions), len(built.sink_positions)
+            found, expected = (s.similarity.reshape(size)[:asked] for s in (other, built))
             assert found.tolist() == expected.tolist()
             assert not found[:, known:].any()
 
@@ -249,33 +253,26 @@ def test_a_batch_holds_its_sequences_and_padding_only(seed: int, events: list[in
     assert batch.impressions == sum(len(s.targets) for s in sequences)
     assert batch.similarity.shape[2] in (0, batch.sink_valid.shape[1])
     for i, s in enumerate(sequences):
-        n, k, t = len(s.input_ids), len(s.sink_positions), len(s.targets)
+        n, k, t, m = len(s.input_ids), len(s.sink_positions), len(s.targets), len(s.asked_positions)
         for name in ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids"):
             assert getattr(batch, name)[i, :n].tolist() == getattr(s, name).tolist()
             assert not getattr(batch, name)[i, n:].any()
-        assert batch.sink_valid[i].tolist() == [True] * k + [False] * (batch.sink_valid.shape[1] - k)
-        assert batch.sink_positions[i, :k].tolist() == s.sink_positions.tolist()
-        assert (batch.sink_positions[i, k:] == length - 1).all()
-        assert batch.readout_valid[i].tolist() == [True] * t + [False] * (batch.readout_valid.shape[1] - t)
-        assert batch.readout_positions[i, :t].tolist() == s.readout_positions.tolist()
-        assert (batch.readout_positions[i, t:] == length - 1).all()
-        of_sinks, of_targets = (
-            ("signals", "sink_numbers", "sink_times"),
-            ("readout_numbers", "labels"),
-        )
-        of_asked = ("asked_times", "asked_signals", "asked_numbers")
-        m = len(s.asked_positions)
-        assert batch.asked_valid[i].tolist() == [True] * m + [False] * (batch.asked_valid.shape[1] - m)
-        assert batch.asked_positions[i, :m].tolist() == s.asked_positions.tolist()
-        assert (batch.asked_positions[i, m:] == length - 1).all()
-        for count, names in ((k, of_sinks), (t, of_targets), (m, of_asked)):
+        for count, owner, names in (
+            (k, "sink", ("signals", "sink_numbers", "sink_times")),
+            (t, "readout", ("readout_numbers", "labels")),
+            (m, "asked", ("asked_times", "asked_signals", "asked_numbers")),
+        ):
+            valid, positions = getattr(batch, f"{owner}_valid")[i], getattr(batch, f"{owner}_positions")[i]
+            assert valid.tolist() == [True] * count + [False] * (len(valid) - count)
+            assert positions[:count].tolist() == getattr(s, f"{owner}_positions").tolist()
+            assert (positions[count:] == length - 1).all()
             for name in names:
                 assert getattr(batch, name)[i, :count].tolist() == getattr(s, name).tolist()
                 assert not getattr(batch, name)[i, count:].any()
         assert batch.targets[i, :t].tolist() == [[10 + i, e] for e in s.targets]
         assert (batch.targets[i, t:] == -1).all()
-        assert batch.similarity[i, :t, :k].flatten().tolist() == s.similarity.tolist()
-        assert not batch.similarity[i, t:].any()
+        assert batch.similarity[i, :m, :k].flatten().tolist() == s.similarity.tolist()
+        assert not batch.similarity[i, m:].any()
         assert not batch.similarity[i, :, k:].any()
 
 
@@ -293,7 +290,7 @@ def test_a_row_that_only_fills_the_batch_has_no_impression() -> None:
     chance = np.random.default_rng(0)
     sequences = [random_sequence(chance, layout_of(), n) for n in (4, 6)]
     batch = collate(sequences, [0, 1], counted=[True, False])
-    assert batch.readout_valid.tolist() == [[True] * 3, [False] * 3]
+    assert batch.readout_valid.tolist() == batch.asked_valid.tolist() == [[True] * 3, [False] * 3]
 
 
 def test_a_batch_moves_whole() -> None:

@@ -56,12 +56,15 @@ def run(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
-@pytest.mark.parametrize(("temporal", "window"), [(False, None), (True, None), (True, 2)])
+@pytest.mark.parametrize(
+    ("temporal", "similarity", "window"),
+    [(False, None, None), (True, None, None), (False, "vectors", None), (True, "vectors", 2)],
+)
 def test_results_and_gradients_equal_those_of_sdpa(
-    examples: str, readout: ReadoutSpec, temporal: bool, window: int | None
+    examples: str, readout: ReadoutSpec, temporal: bool, similarity: str | None, window: int | None
 ) -> None:
-    sdpa, other = pair(temporal=temporal, window=window, bias=BiasSpec(layers=0.5, gamma=2.0))
-    batch = form_batch(examples, 4, (8, 1, 5))
+    sdpa, other = pair(temporal=temporal, similarity=similarity, window=window, bias=BiasSpec(layers=0.5, gamma=2.0))
+    batch = form_batch(examples, 4, (8, 1, 5), similarity=similarity)
     logits, grads = run(other, batch, readout)
     expected, expected_grads = run(sdpa, batch, readout)
     close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -84,8 +87,10 @@ def test_any_batch_equals_sdpa(
     seed: int, events: list[int], examples: str, readout: ReadoutSpec, kv_heads: int, window: int | None
 ) -> None:
     """No sink, one and many, in one batch or alone; heads that share keys."""
-    sdpa, other = pair(temporal=True, window=window, kv_heads=kv_heads, bias=BiasSpec(layers=1.0, gamma=2.0))
-    batch = form_batch(examples, seed, tuple(events))
+    sdpa, other = pair(
+        temporal=True, similarity="vectors", window=window, kv_heads=kv_heads, bias=BiasSpec(layers=1.0, gamma=2.0)
+    )
+    batch = form_batch(examples, seed, tuple(events), similarity="vectors")
     with torch.no_grad():
         close(other(batch, readout)[1], sdpa(batch, readout)[1], atol=1e-5, rtol=1e-5)
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from ctrsink.batch import Batch
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TokenizerSpec
-from ctrsink.config.model import BiasSpec, ModelSpec, SinkSpec
+from ctrsink.config.model import BiasSpec, ModelSpec, SinkSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Chronology, build_sequence, build_sequences
+from ctrsink.data.examples import Chronology, build_sequences
 from ctrsink.data.layout import Layout
 from ctrsink.data.prepare.build import prepare
 from ctrsink.data.stream import SequenceSource, TrainStream
@@ -30,26 +30,34 @@ from ctrsink.evaluate.evaluator import predict
 from ctrsink.features.ragged import Ragged
 from ctrsink.model.build import build_model
 from ctrsink.model.ctr import CTRModel
-from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, make_log, tiny_spec
+from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, events_of, make_log, tiny_spec, told_sequence
 
 SIGNALS: tuple[str, ...] = ("time_gap", "recency_rank", "previous_gap")
+NUMBERS: tuple[str, ...] = ("deviation", "item_mean")
+TARGET = TargetSpec(signals=("weekday", "item_mean", "item_count"))
 READOUTS = [ReadoutSpec(over=over, form=form) for over in ("all", "sinks") for form in ("attend", "pool")]
 close = torch.testing.assert_close
 
 
-def spec_of(kind: str = "llama", temporal: bool = False, window: int | None = None) -> ModelSpec:
+def spec_of(kind: str, temporal: bool, window: int | None, similarity: str | None) -> ModelSpec:
     spec = tiny_spec(kind, bias=BiasSpec(layers=1.0, gamma=2.0))
-    sinks = SinkSpec(signals=SIGNALS, buckets=10, embedding_size=8)
-    return spec.model_copy(update={"sinks": sinks, "temporal": temporal, "window": window})
+    sinks = SinkSpec(signals=(*SIGNALS, *NUMBERS), buckets=10, embedding_size=8)
+    return spec.model_copy(
+        update={"sinks": sinks, "target": TARGET, "temporal": temporal, "window": window, "similarity": similarity}
+    )
 
 
 @lru_cache
-def model_of(kind: str, temporal: bool, window: int | None = None, vocabulary: int = VOCABULARY) -> CTRModel:
-    """A tiny model whose temporal bias is random."""
-    model = build_model(spec_of(kind, temporal, window), vocabulary, 1).eval()
+def model_of(
+    kind: str, temporal: bool, window: int | None = None, vocabulary: int = VOCABULARY, similarity: str | None = None
+) -> CTRModel:
+    """A tiny model whose temporal bias is random, and whose head hears the state louder than at the start."""
+    model = build_model(spec_of(kind, temporal, window, similarity), vocabulary, 1).eval()
     generator = torch.Generator().manual_seed(2)
     for parameter in model.temporal.parameters():
         parameter.data.normal_(generator=generator)
+    for parameter in model.head.parameters():
+        parameter.data.mul_(3)
     return model
 
 
@@ -67,18 +75,31 @@ def asked(draw: st.DrawFn) -> Chronology:
     return dataclasses.replace(chronology, known=known, timestamps=np.sort(times))
 
 
+def layout_of(examples: str, targets: int = 1, history: int = 4, similarity: str | None = None) -> Layout:
+    return Layout(
+        examples,  # pyright: ignore[reportArgumentType]
+        history,
+        targets,
+        SIGNALS,
+        10,
+        numbers=NUMBERS,
+        target_signals=TARGET.categories,
+        target_numbers=TARGET.numbers,
+        similarity=similarity,  # pyright: ignore[reportArgumentType]
+        scales=tuple((name, 1.0, 2.0) for name in dict.fromkeys((*NUMBERS, *TARGET.numbers))),
+    )
+
+
 def cuts_of(chronology: Chronology, targets: np.ndarray) -> Cuts:
-    c = chronology
-    assert c.known is not None
-    events = Events(c.texts, c.feedbacks, c.timestamps, c.labels, c.known, TEXTS)
+    events = events_of(chronology, layout_of("per_request"))
     return Cuts([events], np.array([1]), np.array([0]), Ragged.of([targets]))
 
 
 def both_forms(chronology: Chronology, history: int) -> tuple[Batch, Batch]:
     """All impressions, one sequence each and one per request."""
     targets = np.flatnonzero(chronology.labels >= 0)
-    layout = Layout("per_target", history, 1, SIGNALS, 10)
-    apart = [build_sequence(chronology, targets[i : i + 1], layout, TEXTS, FEEDBACKS, PREFIX) for i in range(len(targets))]
+    layout = layout_of("per_target", history=history, similarity="vectors")
+    apart = [told_sequence(chronology, targets[i : i + 1], layout) for i in range(len(targets))]
     cuts, _ = split_requests(cuts_of(chronology, targets))
     built = build_sequences(cuts, dataclasses.replace(layout, examples="per_request"), FEEDBACKS, PREFIX)
     together = [built[i] for i in range(len(cuts.targets.offsets) - 1)]
@@ -107,7 +128,7 @@ def results(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.
 def test_per_request_equals_per_target_in_logits_and_gradients(
     chronology: Chronology, history: int, kind: str, temporal: bool, window: int | None, readout: ReadoutSpec
 ) -> None:
-    model = model_of(kind, temporal, window)
+    model = model_of(kind, temporal, window, similarity="vectors")
     apart, together = both_forms(chronology, history)
     assert together.tokens <= apart.tokens
     expected, gradients = results(model, apart, readout)
@@ -194,10 +215,6 @@ def make_requests(folder: Path, second: bool = False) -> str:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset(make_requests(tmp_path_factory.mktemp("requests")))
-
-
-def layout_of(examples: str, targets: int = 1) -> Layout:
-    return Layout(examples, 4, targets, SIGNALS, 10)  # pyright: ignore[reportArgumentType]
 
 
 def targets_of(batch: Batch) -> list[tuple[int, int]]:

@@ -47,11 +47,13 @@ def model_of(layers: int = 2, window: int | None = None, temporal: bool = False,
     st.sampled_from([ALL, SINKS]),
     st.sampled_from([None, 1, 2, 4]),
     st.booleans(),
+    st.sampled_from([None, "vectors"]),
 )
-def test_windows_and_temporal_bias_equal_the_dense_form(
-    seed: int, events: list[int], examples: str, readout: ReadoutSpec, window: int | None, temporal: bool
+def test_windows_and_biases_of_readouts_equal_the_dense_form(
+    seed: int, events: list[int], examples: str, readout: ReadoutSpec, window: int | None, temporal: bool, similarity: str | None
 ) -> None:
-    model, batch = model_of(window=window, temporal=temporal), random_batch(seed, layout_of(examples), tuple(events))
+    model = model_of(window=window, temporal=temporal, similarity=similarity)
+    batch = random_batch(seed, layout_of(examples, similarity=similarity), tuple(events))
     (logits, grads), (expected, others) = run(model, batch, readout), run_dense(model, batch, readout)
     close(logits, expected, atol=1e-5, rtol=1e-5)
     for name, grad in grads.items():

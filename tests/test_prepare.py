@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctrsink import storage
-from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, TextSpec, TokenizerSpec
+from ctrsink.config.data import ColumnSpec, NeighboursSpec, PrepareSpec, SourceSpec, TextSpec, TokenizerSpec
 from ctrsink.data import tokenize
 from ctrsink.data.manifest import INDEX_SCHEMA, SHARD_SCHEMA, TOKENS_SCHEMA, FileEntry, read_file, read_manifest
 from ctrsink.data.prepare.build import prepare
@@ -195,8 +195,9 @@ def test_fingerprint_sees_rules_as_well_as_vocabulary() -> None:
 
 def test_damaged_files_are_found(tmp_path: Path) -> None:
     to = tmp_path / "data"
-    manifest = prepare(prepare_spec(table_source(tmp_path, EVENTS)), str(to))
-    entries: list[FileEntry] = [manifest.index, manifest.items, *manifest.tokenizer]
+    spec = prepare_spec(table_source(tmp_path, EVENTS)).model_copy(update={"neighbours": NeighboursSpec()})
+    manifest = prepare(spec, str(to))
+    entries: list[FileEntry] = [*manifest.common_files]
     entries += [entry for shard in manifest.shards for entry in (shard.events_file, shard.tokens_file)]
     assert sorted([*(e.path for e in entries), "manifest.json"]) == sorted(contents(to))
     for entry in entries:

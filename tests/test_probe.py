@@ -23,7 +23,7 @@ close = torch.testing.assert_close
 
 
 def dense_shares(model: CTRModel, batch: Batch, readout: ReadoutSpec, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """By whole [L, L] softmaxes, pair by pair: in each layer, of what readouts give to other events, what sinks get."""
+    """By whole [L, L] softmaxes, pair by pair: in each layer, of what those asked give to other events, what sinks get."""
     real = AttentionInterface()[BACKENDS["sdpa"]]
     every = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
     mask = visible(batch, every, readout.through_sinks, model.window)

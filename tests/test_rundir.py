@@ -52,7 +52,10 @@ def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
         ({"train": {"batch_size": 64}}, "train.batch_size was 32, is 64"),
         ({"train": {"weight_decay": 0.5}}, "train.weight_decay was 0.01, is 0.5"),
         ({"data": {"history": 3}}, "data.history was 50, is 3"),
-        ({"model": {"sinks": {"signals": ["none"]}}}, "model.sinks.signals was ['previous_gap'], is ['none']"),
+        (
+            {"model": {"sinks": {"signals": ["none"]}}},
+            "model.sinks.signals was ['feedback', 'deviation', 'item_mean', 'item_count'], is ['none']",
+        ),
         ({"model": {"bias": None}}, "model.bias"),
         ({"model": {"lora": {"rank": 4}}}, "model.lora"),
         ({"model": {"backbone": {"config": {"hidden_size": 8}}}}, "model.backbone.config.hidden_size was None, is 8"),

@@ -156,6 +156,23 @@ def test_a_step_depends_on_its_position_alone(uri: str) -> None:
     assert same_steps(used.step(24), used.step(24))
 
 
+def test_sources_of_two_layouts_share_a_data_set(uri: str) -> None:
+    """Each builds what its own layout tells, whichever was made last."""
+    dataset = Dataset(uri)
+    scales = tuple((name, scale.mean, scale.deviation) for name, scale in dataset.manifest.numbers.items())
+    layouts = [
+        layout_of("per_target", signals=(), numbers=numbers, scales=scales)
+        for numbers in (("deviation", "item_mean"), ("item_mean", "deviation"))
+    ]
+    sources = [SequenceSource(dataset, "train", layout) for layout in layouts]
+    ids = np.arange(40)
+    first, second = (source.build(ids) for source in sources)
+    assert float(first.sink_numbers[..., 0].std()) > 0
+    assert torch.equal(first.sink_numbers, second.sink_numbers.flip(-1))
+    assert not torch.equal(first.sink_numbers, second.sink_numbers)
+    assert equal(sources[0].build(ids), first)
+
+
 def test_steps_are_the_steps_one_after_another(dataset: Dataset) -> None:
     stream = stream_of(dataset, 2, 1, 2)
     ahead = list(stream.steps(7, 4))

@@ -91,7 +91,7 @@ def test_every_damaged_file_has_its_line_and_the_rest_is_checked_all_the_same(da
     Path(data, flipped).write_bytes(bits)
     Path(data, gone).unlink()
     result = call("data", "verify", data)
-    total = len(read_manifest(data).tokenizer) + 3 + 2 * len(shards)
+    total = len(read_manifest(data).common_files) + 1 + 2 * len(shards)
     refused(result, f"3 of {total} files are bad: {cut}, {flipped}, {gone}; ")
     bad = lines(result, "bad")
     assert len(bad) == 3
@@ -109,7 +109,7 @@ def test_files_beside_the_shards_are_checked(data: str, which: str) -> None:
     entry = {"index": manifest.index, "items": manifest.items, "tokenizer": manifest.tokenizer[0]}[which]
     Path(data, entry.path).write_bytes(b"x" * entry.bytes)
     result = call("data", "verify", data)
-    refused(result, f"1 of {2 + len(manifest.tokenizer) + 1 + 2 * len(manifest.shards)} files are bad: {entry.path};")
+    refused(result, f"1 of {len(manifest.common_files) + 1 + 2 * len(manifest.shards)} files are bad: {entry.path};")
     assert [line.split(": ")[1] for line in lines(result, "bad")] == [f"{data}/{entry.path}"]
 
 
@@ -271,7 +271,7 @@ def test_on_s3(data: str, s3_server: SeaweedServer) -> None:
     other = storage.read_bytes(f"{uri}/{shards[1].events_file.path}")
     storage.write_bytes(f"{uri}/{shards[0].events_file.path}", other)
     result = call("data", "verify", uri)
-    refused(result, f"2 of {3 + len(read_manifest(uri).tokenizer) + 2 * len(shards)} files are bad: ")
+    refused(result, f"2 of {len(read_manifest(uri).common_files) + 1 + 2 * len(shards)} files are bad: ")
     assert [line.split(": ")[1] for line in lines(result, "bad")] == [
         f"{uri}/{shards[0].events_file.path}",
         f"{uri}/{shards[3].tokens_file.path}",

@@ -116,6 +116,7 @@ class SequenceSource:
         shards = self.dataset.index["shard"][users]
         by_shard = shards.argsort(kind="stable")
         numbers, starts = np.unique(shards[by_shard], return_index=True)
+        self.dataset.use(self.layout)  # another source may have used it since
         opened = self.dataset.shards(numbers.tolist())
         cuts = self._cuts(opened, np.append(starts[1:], len(ids)) - starts, users[by_shard], pieces[by_shard])
         owner = np.arange(len(ids))
