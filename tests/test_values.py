@@ -239,3 +239,16 @@ def test_python_objects_are_scored_as_the_json_that_they_are(model: str) -> None
         assert price(value) == expected
     assert price(None) == price(math.nan) == price([]) != expected
     assert price(True) == price(np.bool_(True)) == price("True") != expected
+
+
+def test_an_item_without_any_text_is_named_whatever_else_it_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    log = write_jsonl(tmp_path / "log.jsonl", log_rows(["u"]))
+    shop_items(tmp_path / "shop.jsonl")
+    spec = spec_for(log, tmp_path / "shop.jsonl")
+    prepare(spec, str(tmp_path / "data"))
+    run = run_spec(Prepared(str(tmp_path / "data"), spec), str(tmp_path / "run"))
+    write_run(run)
+    export_run(run.run_dir, str(folder))
+    with pytest.raises(InputError, match=r'request: the text of the item \{"title": ""\} is empty'):
+        Scorer.load(str(folder)).score({"candidates": [{"title": math.nan, "picture": object()}], "timestamp": 5})
