@@ -5,6 +5,7 @@ import datetime
 import decimal
 import json
 import math
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def test_a_typed_value_is_one_text_with_the_object_that_it_is_in_python(
         (np.float32(6.1), "6.1"), (np.array([6.1, np.nan], np.float32), "6.1"),
         (np.int64(7), "7"), (np.array([1.0, 2.5]), "1 2.5"), (decimal.Decimal("6.50"), "6.5"),
         (datetime.date(1995, 3, 1), "1995-03-01"), (datetime.datetime(1995, 3, 1, 2, 3), "1995-03-01 02:03:00"),
-        ("caf\u00e9".encode(), "caf\u00e9"), ((1, "x"), "1 x"),
+        ("caf\u00e9".encode(), "caf\u00e9"), ((1, "x"), "1 x"), (uuid.UUID(int=7), "00000000-0000-0000-0000-000000000007"),
     ],
 )  # fmt: skip
 def test_the_text_of_a_value(value: Any, expected: str | None) -> None:
