@@ -69,7 +69,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3), max_le
 
 
 @given(given=st.lists(values, min_size=1, max_size=4))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_a_json_value_is_one_text_in_preparation_and_request(folder: Path, given: list[Any]) -> None:
     found = prepared_texts(jsonl(folder, [json.dumps(value) for value in given]))
     assert found == request_texts([json.loads(json.dumps(value)) for value in given])
@@ -77,6 +77,7 @@ def test_a_json_value_is_one_text_in_preparation_and_request(folder: Path, given
 
 
 @given(literals=st.lists(written.filter(lambda number: math.isfinite(float(number))), min_size=1, max_size=4))
+@settings(max_examples=40)
 def test_a_number_is_one_text_however_it_is_written(folder: Path, literals: list[str]) -> None:
     expected = request_texts([json.loads(literal) for literal in literals])
     assert prepared_texts(jsonl(folder, literals)) == expected
@@ -87,6 +88,7 @@ def test_a_number_is_one_text_however_it_is_written(folder: Path, literals: list
 
 
 @given(given=st.lists(st.one_of(st.none(), st.booleans(), numbers.filter(lambda n: n == n), words), min_size=1, max_size=4))
+@settings(max_examples=40)
 def test_a_cell_of_a_csv_file_is_one_text_with_the_value_it_was_written_from(folder: Path, given: list[Any]) -> None:
     path = folder / "items.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -115,7 +117,7 @@ columns = st.one_of(
 
 
 @given(column=columns)
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_a_typed_value_is_one_text_with_the_object_that_it_is_in_python(
     folder: Path, column: tuple[pa.DataType, list[Any]]
 ) -> None:
