@@ -65,7 +65,7 @@ written = st.from_regex(r"-?(0|[1-9][0-9]{0,20})(\.[0-9]{1,20})?([eE][+-]?[0-9]{
 words = st.one_of(letters, written, st.sampled_from(["True", "false", "NaN", "None", "e\u0301", "007", "1.10", " 2.0"]))
 numbers = st.one_of(st.integers(-(10**25), 10**25), st.floats(allow_infinity=False))
 scalars = st.one_of(st.none(), st.booleans(), numbers, words)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
+values = st.one_of(scalars, st.lists(st.one_of(scalars, st.lists(scalars, max_size=3)), max_size=3))
 
 
 @given(given=st.lists(values, min_size=1, max_size=4))
