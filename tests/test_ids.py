@@ -3,6 +3,7 @@
 import csv
 import datetime
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,14 @@ def test_columns_of_other_types_hold_no_ids(tmp_path: Path, kind: pa.DataType, v
     pq.write_table(table, tmp_path / "log.parquet")
     with pytest.raises(InputError, match=r"log\.parquet: column user must hold ids, but it is of type"):
         prepare(spec_for(tmp_path / "log.parquet"), str(tmp_path / "data"))
+
+
+def test_uuids_are_ids(tmp_path: Path) -> None:
+    known = [uuid.UUID(int=n) for n in range(3)]
+    users = pa.array([known[n % 3].bytes for n in range(60)], pa.binary(16)).cast(pa.uuid())
+    pq.write_table(pa.table(log_rows(["u"]) | {"user": users}), tmp_path / "log.parquet")
+    prepare(spec_for(tmp_path / "log.parquet"), str(tmp_path / "data"))
+    assert users_of(str(tmp_path / "data")) == {str(user) for user in known}
 
 
 @pytest.mark.parametrize(

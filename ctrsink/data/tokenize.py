@@ -103,7 +103,8 @@ def encode_own(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     """Token ids of texts from the configuration, without special tokens but for those that stand in them, which are meant."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    found: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_attention_mask=False)
+    return found["input_ids"]
 
 
 def encode_items(tokenizer: PreTrainedTokenizerBase, template: str, items: pa.Table, texts: list[str]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ def text(value: Any) -> str | None:
         return _digits(value)
     if isinstance(value, float | decimal.Decimal):
         return _number(value)
+    if isinstance(value, uuid.UUID):
+        return str(value)
     if isinstance(value, datetime.date | datetime.time):
         return column_texts(pa.array([value]))[0][0].as_py()
     kind = "an object" if isinstance(value, dict) else f"a value of type {type(value).__name__}"
@@ -76,7 +79,7 @@ def column_texts(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
     """The texts of a column (see `text`), null where there is none, and the rows whose value has none, with the reason."""
     kind = cells.type
     if isinstance(kind, pa.BaseExtensionType):
-        return column_texts(cells.storage)
+        return _one_by_one(cells.to_pylist(), text)
     if pa.types.is_floating(kind):
         wide = pc.cast(cells, pa.float64())
         finite = pc.is_finite(wide)
@@ -110,7 +113,7 @@ def column_ids(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
     """
     kind = cells.type
     if isinstance(kind, pa.BaseExtensionType):
-        return column_ids(cells.storage)
+        return _one_by_one(cells.to_pylist(), id_text)
     if pa.types.is_floating(kind):
         bits = _EXACT_BITS[kind]
         numbers = pc.cast(cells, pa.float64()).to_numpy(zero_copy_only=False)

@@ -92,7 +92,7 @@ class Scorer:
         items = [*(b.item for b in request.history), *request.candidates]
         fields = item_table(items, self.fields)
         item_text = item_texts(self.text.item, fields)
-        texts = self._item_tokens(items, fields, item_text)
+        texts = self._item_tokens(fields, item_text)
         vectors = self.encoder and self.encoder.encode(item_text)
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
         rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
@@ -124,12 +124,13 @@ class Scorer:
         numbers = {text: number for number, text in enumerate(self.model.config.feedback_texts or ())}
         return np.array([numbers.get(text, 0) for text in rendered], np.int64)
 
-    def _item_tokens(self, items: list[dict[str, Any]], fields: pa.Table, texts: list[str]) -> Ragged:
+    def _item_tokens(self, fields: pa.Table, texts: list[str]) -> Ragged:
         rendered = encode_items(self.tokenizer, self.text.item, fields, texts)
         tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in rendered]
         empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
         if empty is not None:
-            raise InputError(f"the text of the item {json.dumps(items[empty], ensure_ascii=False)} is empty: fill in its fields")
+            item = {name: fields.column(name)[empty].as_py() for name in self.fields}
+            raise InputError(f"the text of the item {json.dumps(item, ensure_ascii=False)} is empty: fill in its fields")
         return Ragged.of(tokens)
 
 

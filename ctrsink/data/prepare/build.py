@@ -386,7 +386,7 @@ class _Build:
     def _warn_of_forms(self, totals: Totals, items: Items | None) -> None:
         """Ids that are whole numbers are written in one way, here and in the data set that is appended to."""
         columns = self.spec.source.columns
-        if self.base is not None and items is not None and totals.forms:
+        if self.base is not None and items is not None and any(totals.forms.values()):
             newest = pq.read_table(io.BytesIO(read_file(self.to, self.base.shards[-1].events_file)), columns=["user"])
             for name, ids in ((columns.user, newest.column("user")), (columns.item, items.ids)):
                 totals.forms[name] = forms_of(ids) | totals.forms.get(name, {})
