@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 from ctrsink import storage
 from ctrsink.data.encoder import write_files
 from ctrsink.data.manifest import read_file
+from ctrsink.data.stream import SequenceSource
 from ctrsink.errors import InputError
 from ctrsink.export.card import CARD_NAME, model_card
 from ctrsink.export.merge import merge_lora
@@ -38,12 +39,14 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
         `model` (the folder), `step`, `dtype`, `parameters`, `merged_layers` and the size in `bytes`.
 
     Raises:
-        InputError: there is no such run or checkpoint, or `to` holds something already.
+        InputError: there is no such run or checkpoint, it gives no finite predictions, or `to` holds something already.
     """
     if storage.exists(to) and (storage.list_files(to) or storage.list_dirs(to)):
         raise InputError(f"{to} is not empty: choose a new folder for the exported model")
     run = restore_run(run_dir, checkpoint)
+    _require_finite_weights(run)
     merged = merge_lora(run.model)
+    _require_predictions(run)
     config = _config(run, DTYPES[dtype])
     weights = _weights(run, config, DTYPES[dtype])
     with _published(to) as folder:
@@ -64,6 +67,26 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
         "merged_layers": merged,
         "bytes": size,
     }
+
+
+def _require_finite_weights(run: TrainedRun) -> None:
+    dead = next((name for name, value in run.checkpoint.parameters.items() if not value.isfinite().all()), None)
+    if dead is not None:
+        raise InputError(_dead(run, f"its weights {dead} are not finite"))
+
+
+def _require_predictions(run: TrainedRun) -> None:
+    """Finite weights may be so large that what they compute is not."""
+    source = SequenceSource(run.dataset, "train", run.layout)
+    batch = source.build(source.some())
+    with torch.inference_mode():
+        logits = run.model(batch, run.readout)[1][batch.readout_valid]
+    if not logits.isfinite().all():
+        raise InputError(_dead(run, "its predictions are not finite"))
+
+
+def _dead(run: TrainedRun, why: str) -> str:
+    return f"the checkpoint of step {run.checkpoint.step} of {run.spec.run_dir} is no model: {why}; name another with --checkpoint"
 
 
 def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
