@@ -46,7 +46,7 @@ def test_weights_that_overflow_in_the_last_step_end_the_run_before_its_checkpoin
     data: str, tmp_path: Path, zero_stage: int
 ) -> None:
     """Beyond the range of fp32; the good checkpoint stays although only one is kept."""
-    spec = run_with_a_last_step(data, tmp_path / "run", 1e39, zero_stage=zero_stage)
+    spec = run_with_a_last_step(data, tmp_path / "run", 1e37, zero_stage=zero_stage, weight_decay=100)
     with pytest.raises(Diverged, match=r"^rank 0, step 21, stage last, checkpoint: the weights are not finite after this step"):
         start(spec)
     kept = find_checkpoint(spec.run_dir)
@@ -58,7 +58,9 @@ def test_weights_that_overflow_in_the_last_step_end_the_run_before_its_checkpoin
 
 def test_finite_weights_whose_predictions_overflow_are_neither_measured_nor_exported(data: str, tmp_path: Path) -> None:
     spec = run_with_a_last_step(data, tmp_path / "run", 1e30)
-    with pytest.raises(Diverged, match=r"^rank 0, step 21, stage last, evaluation: \d+ of \d+ predictions on the split valid are"):
+    with pytest.raises(
+        Diverged, match=r"^rank 0, step 21, stage last, evaluation: \d+ of \d+ predictions on the split valid are"
+    ):
         start(spec)
     with pytest.raises(InputError, match=r"run, checkpoint of step 21: .* on the split test are not finite.*--checkpoint"):
         evaluate_run(spec.run_dir, ("test",))
@@ -77,7 +79,9 @@ def test_a_dead_model_is_never_the_best_one(data: str, tmp_path: Path, plateau: 
         tree = spec.model_dump(mode="json")
         tree["stages"][2] |= {"plateau": plateau}
         spec = parse_run(tree, "test")
-    with pytest.raises(Diverged, match=r"^rank 0, step 21, stage last, validation: 1\d of 1\d predictions|.*validation: .* are not finite"):
+    with pytest.raises(
+        Diverged, match=r"^rank 0, step 21, stage last, validation: \d+ of \d+ predictions on the split valid are"
+    ):
         start(spec)
     best = json.loads((tmp_path / "run" / "checkpoints" / BEST).read_bytes())
     assert best["step"] <= 20

@@ -99,8 +99,8 @@ def test_the_unweighted_forms_equal_a_loop_over_the_users_they_keep(table: list[
 
 
 def test_the_three_forms_differ_and_constant_scores_count_a_half() -> None:
-    labels = np.array([1, 0] + [1, 1, 0, 0, 0, 0] + [1, 1, 1] + [1, 0, 1, 0])
-    scores = np.array([0.2, 0.9] + [0.9, 0.8, 0.1, 0.2, 0.3, 0.4] + [0.1, 0.2, 0.3] + [0.5] * 4)
+    labels = np.concatenate([[1, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1], [1, 0, 1, 0]])
+    scores = np.concatenate([[0.2, 0.9], [0.9, 0.8, 0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3], [0.5] * 4])
     users = np.repeat(["one each", "sorted", "positive only", "constant"], [2, 6, 3, 4])
     found = user_metrics(labels, scores, users)
     assert found == {
@@ -229,6 +229,12 @@ def test_one_class_gives_no_warning_and_no_wild_number(label: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = all_metrics(np.full(5, label, np.int8), np.linspace(0.1, 0.9, 5), np.arange(5) // 2)
-    assert [name for name, value in found.items() if math.isnan(value)] == ["auc", "gauc", "uauc", "uauc_two", "normalised_entropy"]
+    assert [name for name, value in found.items() if math.isnan(value)] == [
+        "auc",
+        "gauc",
+        "uauc",
+        "uauc_two",
+        "normalised_entropy",
+    ]
     assert (found["users"], found["users_two"]) == (0, 0)
     assert 0 < found["logloss"] < 3

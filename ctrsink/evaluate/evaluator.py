@@ -77,7 +77,9 @@ def predict(
     rows = gather_rows(np.concatenate(parts), topology)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     if dead := int((~np.isfinite(rows[:, 3])).sum()):
-        raise Diverged(f"{dead} of {len(rows)} predictions on the split {split} are not finite: the model's weights have overflowed")
+        raise Diverged(
+            f"{dead} of {len(rows)} predictions on the split {split} are not finite: the model's weights have overflowed"
+        )
     return Predictions(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int8), rows[:, 3])
 
 

@@ -65,8 +65,8 @@ def user_metrics(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> d
     """The mean AUC of users in three forms, and how many users each is over; constant scores count 0.5.
 
     `gauc` weighs users by their impressions (GAUC, arXiv 1703.02091), `uauc` weighs them equally (UAUC, arXiv 2310.19488); both
-    are over the `users` that have both classes. `uauc_two` is as `uauc` over the `users_two` that have at least two impressions of
-    each class: the AUC of one against one is 0 or 1.
+    are over the `users` that have both classes. `uauc_two` is as `uauc`, over the `users_two` that have at least two impressions
+    of each class: the AUC of one against one is 0 or 1.
     """
     if not np.isfinite(scores).all():
         return dict.fromkeys(("gauc", "uauc", "users", "uauc_two", "users_two"), math.nan)

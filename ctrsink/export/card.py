@@ -125,8 +125,8 @@ def _metrics(run: TrainedRun) -> str:
                 notes.append(f"\n**On {split} the model is {found}.**")
             if values.get("users") is not None:
                 notes.append(
-                    f"\nBy user on {split}: GAUC and UAUC are over the {values['users']:,} users with both classes, the last column "
-                    f"of them over the {values['users_two']:,} with at least two impressions of each."
+                    f'\nOn {split} GAUC and UAUC are over the {values["users"]:,} users with both classes, "two of each" over the '
+                    f"{values['users_two']:,} with at least two impressions of each."
                 )
     if not rows:
         return "None: this checkpoint was not measured."

@@ -86,7 +86,9 @@ def _require_predictions(run: TrainedRun) -> None:
 
 
 def _dead(run: TrainedRun, why: str) -> str:
-    return f"the checkpoint of step {run.checkpoint.step} of {run.spec.run_dir} is no model: {why}; name another with --checkpoint"
+    return (
+        f"the checkpoint of step {run.checkpoint.step} of {run.spec.run_dir} is no model: {why}; name another with --checkpoint"
+    )
 
 
 def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:

@@ -21,4 +21,6 @@ def evaluate_run(run_dir: str, splits: tuple[Split, ...], step: int | None = Non
     try:
         return evaluate_splits(forward, run.dataset, run.layout, spec, run_dir, run.checkpoint.step, Topology())
     except Diverged as error:
-        raise InputError(f"{run_dir}, checkpoint of step {run.checkpoint.step}: {error}; name another with --checkpoint") from None
+        raise InputError(
+            f"{run_dir}, checkpoint of step {run.checkpoint.step}: {error}; name another with --checkpoint"
+        ) from None

@@ -80,8 +80,8 @@ class Scorer:
         dead = next((i for i, probability in enumerate(out) if not math.isfinite(probability)), None)
         if dead is not None:
             raise InputError(
-                f"{where}: the model's probability of candidates.{dead} is not finite: its weights have overflowed, export another "
-                "checkpoint"
+                f"{where}: the model's probability of candidates.{dead} is not finite: its weights have overflowed, export "
+                "another checkpoint"
             )
         return out
 

@@ -15,8 +15,8 @@ def advice(spec: RunSpec, sequences: int, steps: int | None) -> list[str]:
         steps: optimiser steps of all stages; None where a plateau alone ends one of them.
     """
     found = [
-        f"stages.{stage.name}: a batch of {spec.batch_size(stage)} sequences is larger than the train split, which has {sequences}: "
-        f"every step repeats them; lower {_batch_key(spec, number)} to {max(1, sequences // 10)} or less"
+        f"stages.{stage.name}: a batch of {spec.batch_size(stage)} sequences is larger than the train split, which has "
+        f"{sequences}: every step repeats them; lower {_batch_key(spec, number)} to {max(1, sequences // 10)} or less"
         for number, stage in enumerate(spec.stages)
         if spec.batch_size(stage) > sequences
     ]
@@ -25,8 +25,8 @@ def advice(spec: RunSpec, sequences: int, steps: int | None) -> list[str]:
         smaller = max(1, largest * steps // FEW_STEPS)
         lower = f"lower train.batch_size from {largest} to {smaller} or so, or " if smaller < largest else ""
         found.append(
-            f"the run makes {steps} optimiser steps, and with fewer than {FEW_STEPS} a model seldom learns more than the mean click "
-            f"rate: {lower}raise epochs or steps of the stages"
+            f"the run makes {steps} optimiser steps, and with fewer than {FEW_STEPS} a model seldom learns more than the mean "
+            f"click rate: {lower}raise epochs or steps of the stages"
         )
     return found
 

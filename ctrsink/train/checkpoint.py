@@ -54,7 +54,7 @@ class Checkpoint:
     controller: dict[str, Any] = field(default_factory=dict)
     """State of the stage controller, as JSON has it."""
     metrics: dict[str, float | None] = field(default_factory=dict)
-    """Of the last validation before it; empty where there was none. None (nan until it is saved): the sample has no such metric."""
+    """Of the last validation before it; empty where there was none. nan, and None once saved: the sample has no such metric."""
     trained: dict[str, Any] = field(default_factory=dict)
     """Audit of what was trained on: counts and a checksum."""
     native: dict[str, int] = field(default_factory=dict)

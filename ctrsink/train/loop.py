@@ -105,7 +105,9 @@ class Trainer:
         stop_at = None if stop_after is None else self.controller.step + stop_after
         if self.topology.is_first:
             self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
-            for line in advice(self.spec, sum(self.source.per_shard), self.controller.last_step) if not self.controller.step else ():
+            for line in (
+                advice(self.spec, sum(self.source.per_shard), self.controller.last_step) if not self.controller.step else ()
+            ):
                 log.warning("%s", line)
         try:
             stopped = self._run_stages(stop_at)
