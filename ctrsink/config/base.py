@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-MOST_SEQUENCES = 2**24
+MOST_SEQUENCES = 10**7
 """Of a batch: every rank holds the numbers of its own."""
 
 

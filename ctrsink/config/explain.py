@@ -20,11 +20,11 @@ _EXPECTED = {
 }
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
+def explain(error: ValidationError, root: Any) -> str:
     """The first mistake in one line; the number of the others behind it.
 
     Args:
-        root: the section that was validated.
+        root: the type that was validated, a section for the most part.
     """
     # A misspelt key explains the one that is missing, not the other way round.
     errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
@@ -36,7 +36,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     return text + (f" [and {len(keys) - 1} more]" if len(keys) > 1 else "")
 
 
-def _line(first: ErrorDetails, root: type[BaseModel], key: tuple[int | str, ...]) -> str:
+def _line(first: ErrorDetails, root: Any, key: tuple[int | str, ...]) -> str:
     value = first["input"]
     match first["type"]:
         case "extra_forbidden":
@@ -57,14 +57,14 @@ def _line(first: ErrorDetails, root: type[BaseModel], key: tuple[int | str, ...]
             return message if isinstance(value, dict | BaseModel) else f"{message} (got {shown(value)})"
 
 
-def _key(root: type[BaseModel], loc: tuple[int | str, ...], unknown: bool) -> tuple[int | str, ...]:
+def _key(root: Any, loc: tuple[int | str, ...], unknown: bool) -> tuple[int | str, ...]:
     """`loc` without what pydantic puts in between for itself: the alternative of a union that it tried, `[key]`.
 
     Args:
         unknown: its last part is a key that does not exist.
     """
     found: list[int | str] = []
-    annotation: Any = root
+    annotation = root
     for number, part in enumerate(loc, start=1):
         below = _below(annotation, part)
         if below is not None or (unknown and number == len(loc)):
@@ -96,9 +96,9 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation] if isinstance(annotation, type) or origin in (tuple, list, dict) else []
 
 
-def _names_at(root: type[BaseModel], key: tuple[int | str, ...]) -> list[str]:
+def _names_at(root: Any, key: tuple[int | str, ...]) -> list[str]:
     """Names of the keys that are valid at `key`."""
-    annotation: Any = root
+    annotation = root
     for part in key:
         annotation = _below(annotation, part)
     sections = [kind for kind in _alternatives(annotation) if get_origin(kind) is None and issubclass(kind, BaseModel)]

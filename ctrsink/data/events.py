@@ -28,6 +28,8 @@ EVENTS_SCHEMA = pa.schema(
 )
 
 _NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+LARGEST_FEEDBACK = float(np.finfo(np.float32).max)
+"""Shards hold feedback as float32; what lies beyond would be infinite there."""
 _LATEST = 10**11  # the year 5138; what lies beyond was counted in milliseconds
 
 
@@ -100,6 +102,10 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
     timestamp = checks.timestamp(raw, columns.timestamp)
     rows = len(user)
     feedback = checks.number(raw, columns.feedback) if columns.feedback else np.full(rows, np.nan)
+    if columns.feedback:
+        beyond = np.abs(feedback) > LARGEST_FEEDBACK
+        checks.add(columns.feedback, beyond, raw.column(columns.feedback), "{value!r} is no feedback, it lies beyond float32")
+        feedback = np.where(beyond, np.nan, feedback)
     label = checks.label(raw, columns.label) if columns.label else np.full(rows, np.nan)
     request = _requests(raw.column(columns.request)) if columns.request else pa.nulls(rows, pa.string())
 

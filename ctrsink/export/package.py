@@ -1,6 +1,7 @@
 """A trained run becomes a folder that scores by itself: merged weights, configuration, tokenizer, model card."""
 
 import dataclasses
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -52,7 +53,8 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
     with _published(to) as folder:
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         for entry in run.dataset.manifest.tokenizer:
-            (folder / Path(entry.path).name).write_bytes(read_file(run.dataset.uri, entry))
+            name = Path(entry.path).name
+            (folder / name).write_bytes(portable(name, read_file(run.dataset.uri, entry)))
         for entry in run.dataset.manifest.encoder.files if config.encoder and run.dataset.manifest.encoder else ():
             write_files(folder, {entry.path: read_file(run.dataset.uri, entry)})
         (folder / CARD_NAME).write_text(model_card(run, dtype), "utf-8")
@@ -89,6 +91,18 @@ def _dead(run: TrainedRun, why: str) -> str:
     return (
         f"the checkpoint of step {run.checkpoint.step} of {run.spec.run_dir} is no model: {why}; name another with --checkpoint"
     )
+
+
+def portable(name: str, content: bytes) -> bytes:
+    """A tokenizer's file such as transformers 4 loads too: 5 has another name for its general class, and a list of tokens more."""
+    if name != "tokenizer_config.json":
+        return content
+    fields: dict[str, Any] = json.loads(content)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    return json.dumps(fields, indent=2, ensure_ascii=False).encode()
 
 
 def _config(run: TrainedRun, dtype: torch.dtype) -> CTRSinkConfig:
