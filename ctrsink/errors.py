@@ -22,6 +22,10 @@ class RunError(Exception):
     """The work itself failed although the input was good (exit code 1)."""
 
 
+class Diverged(RunError):
+    """Losses, gradients, weights or predictions are not finite; every rank found so, and starting again would not help."""
+
+
 class PeerLost(RunError):
     """Another rank, or the way to it, is gone or has failed; the failure itself is told there."""
 

@@ -28,6 +28,8 @@ A run is a YAML file that `ctrsink train --config FILE` and the other verbs take
 - `section.key=value` behind the verb changes single keys, also inside a list: `stages.0.epochs=2`.
 - An unknown key, or a value that is not allowed, is answered with one line that names it and what is allowed.
 
+A file may have 128 KiB, 50 levels and 100,000 values, aliases counted as often as they are used; whole numbers end at 2^53.
+
 `ctrsink config show FILE [section.key=value ...]` prints the configuration that results, with every default filled in.
 A configuration holds no credentials: those of `s3://` come from the environment.
 """

@@ -17,13 +17,12 @@ from ctrsink.data.layout import Layout
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.dist import Topology
-from ctrsink.errors import InputError, RunError
+from ctrsink.errors import Diverged, InputError, RunError
 from ctrsink.model.build import build_model
 from ctrsink.runtime.start import start
 from ctrsink.train.audit import Audit, expected
 from ctrsink.train.checkpoint import find_checkpoint, list_checkpoints
 from ctrsink.train.engine import Engine
-from ctrsink.train.failures import Diverged
 from ctrsink.train.loop import Trainer
 from ctrsink.train.rundir import read_result
 from ctrsink.train.telemetry import read_metrics

@@ -32,6 +32,8 @@ EVENTS_SCHEMA = pa.schema(
     ]
 )
 
+LARGEST_FEEDBACK = float(np.finfo(np.float32).max)
+"""Shards hold feedback as float32; what lies beyond would be infinite there."""
 Forms = dict[str, str]
 """Ids that are whole numbers as text: the first that is written as 5 (`whole`), and as 5.0 (`fraction`)."""
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
@@ -119,6 +121,10 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
     timestamp = checks.timestamp(raw, columns.timestamp)
     rows = len(user)
     feedback = checks.number(raw, columns.feedback) if columns.feedback else np.full(rows, np.nan)
+    if columns.feedback:
+        beyond = np.abs(feedback) > LARGEST_FEEDBACK
+        checks.add(columns.feedback, beyond, raw.column(columns.feedback), "{value!r} is no feedback, it lies beyond float32")
+        feedback = np.where(beyond, np.nan, feedback)
     label = checks.label(raw, columns.label) if columns.label else np.full(rows, np.nan)
     request = _unless_blank(checks.ids(raw, columns.request)) if columns.request else pa.nulls(rows, pa.string())
 

@@ -18,7 +18,8 @@ from ctrsink.data.dataset import Dataset
 from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource, evaluation_batches
 from ctrsink.dist import Topology, gather_rows
-from ctrsink.evaluate.metrics import all_metrics
+from ctrsink.errors import Diverged
+from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
 
 FOLDER = "evaluation"
 log = logging.getLogger("ctrsink.evaluate")
@@ -55,6 +56,9 @@ def predict(
 
     Args:
         forward: Batch -> logits [B, T]; called equally often on every rank.
+
+    Raises:
+        Diverged: a prediction is not finite, on every rank: whatever is measured of such a model is no result.
     """
     source = SequenceSource(dataset, split, layout, newest=True)
     parts = [np.empty((0, 4))]
@@ -72,6 +76,10 @@ def predict(
         parts.append(torch.cat(columns, dim=1).numpy())
     rows = gather_rows(np.concatenate(parts), topology)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    if dead := int((~np.isfinite(rows[:, 3])).sum()):
+        raise Diverged(
+            f"{dead} of {len(rows)} predictions on the split {split} are not finite: the model's weights have overflowed"
+        )
     return Predictions(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int8), rows[:, 3])
 
 
@@ -125,4 +133,6 @@ def evaluate_splits(
                 len(predictions.labels),
                 time.monotonic() - started,
             )
+            if (found := no_better_than_the_mean(out[split])) is not None:
+                log.warning("%s: the model is %s: train it longer, or look at data and learning rates", split, found)
     return out

@@ -9,6 +9,7 @@ from ctrsink.data.download import LICENCE
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.evaluate import evaluator
+from ctrsink.evaluate.metrics import no_better_than_the_mean
 from ctrsink.train.restore import TrainedRun
 
 CARD_NAME = "README.md"
@@ -110,21 +111,31 @@ def _stage_row(stage: StageSpec) -> str:
 
 def _metrics(run: TrainedRun) -> str:
     run_dir = run.spec.run_dir
-    rows = []
+    rows, notes = [], []
     for name in storage.list_files(storage.join(run_dir, evaluator.FOLDER)):
         if name.endswith(".json"):
             values = json.loads(storage.read_bytes(storage.join(run_dir, evaluator.FOLDER, name)))
             if values["step"] != run.checkpoint.step:
                 continue
             cells = [
-                "-" if values[key] is None else f"{values[key]:.4f}"
-                for key in ("auc", "gauc", "logloss", "normalised_entropy", "calibration_error")
+                "-" if values.get(key) is None else f"{values[key]:.4f}"
+                for key in ("auc", "gauc", "uauc", "uauc_two", "logloss", "normalised_entropy", "calibration_error")
             ]
-            rows.append(f"| {name.removesuffix('.json')} | {values['impressions']:,} | {' | '.join(cells)} |")
+            split = name.removesuffix(".json")
+            rows.append(f"| {split} | {values['impressions']:,} | {' | '.join(cells)} |")
+            if (found := no_better_than_the_mean(values)) is not None:
+                notes.append(f"\n**On {split} the model is {found}.**")
+            if values.get("users") is not None:
+                notes.append(
+                    f"\nOn {split} GAUC and UAUC are over the {values['users']:,} users with both classes, UAUC with two of each "
+                    f"over the {values['users_two']:,} with at least two impressions of each."
+                )
     if not rows:
         return "None: this checkpoint was not measured."
-    head = "| split | impressions | AUC | GAUC | log loss | normalised entropy | calibration error |"
-    return "\n".join([head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |", *rows])
+    head = (
+        "| split | impressions | AUC | GAUC | UAUC | UAUC with two of each | log loss | normalised entropy | calibration error |"
+    )
+    return "\n".join([head, "| --- |" + 8 * " ---: |", *rows, *notes])
 
 
 _USE = """\

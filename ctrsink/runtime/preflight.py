@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a worker is started: data set, tokenizer, a missing package."""
+"""What can be known to be wrong before a worker is started: data set, tokenizer, a backbone that cannot be, a missing package."""
 
 import logging
 
@@ -8,16 +8,17 @@ from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.tokenize import fingerprint, load_tokenizer
 from ctrsink.errors import InputError, first_line
+from ctrsink.model.build import check_model
 from ctrsink.train.mlflow_run import require_mlflow
 
 log = logging.getLogger("ctrsink.train")
 
 
 def check(spec: RunSpec) -> int:
-    """Check that the data set exists and was prepared with the model's tokenizer; returns the tokenizer's size.
+    """Check that the data set exists and was prepared with the model's tokenizer, and the model; returns the tokenizer's size.
 
     Raises:
-        InputError: it does not, or was not; or the run is to be in MLflow, which is not installed.
+        InputError: it does not, or was not; or the model cannot be built; or the run is to be in MLflow, which is not installed.
     """
     if spec.train.mlflow is not None:
         require_mlflow()
@@ -38,7 +39,9 @@ def check(spec: RunSpec) -> int:
         )  # fmt: skip
     backbone = spec.model.backbone
     if backbone.path is None:
-        return len(load_tokenizer(spec.data.uri))
+        vocabulary = len(load_tokenizer(spec.data.uri))
+        check_model(spec.model, vocabulary)
+        return vocabulary
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone.path, revision=backbone.revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import RuntimeSpec
-from ctrsink.errors import InputError, PeerLost, RunError, first_line
+from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
 from ctrsink.runtime import repeats
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.stopping import on_sigterm
@@ -166,7 +166,6 @@ def _worker(config: dict[str, Any]) -> None:
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
     from ctrsink.dist import Topology
     from ctrsink.runtime.stopping import StopRequests
-    from ctrsink.train.failures import Diverged
     from ctrsink.train.loop import Trainer
     from ctrsink.train.surroundings import Surroundings
 

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from ctrsink.config.base import Section
+from ctrsink.config.explain import explain
 from ctrsink.data.dataset import Dataset
+from ctrsink.data.events import LARGEST_FEEDBACK
 from ctrsink.data.manifest import read_file
 from ctrsink.data.render import template_fields
 from ctrsink.data.values import text
@@ -25,7 +27,7 @@ class Behaviour(Section):
 
     item: Item
     """Fields of the item, at least those that the model's template names."""
-    feedback: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    feedback: Annotated[float, Field(strict=True, ge=-LARGEST_FEEDBACK, le=LARGEST_FEEDBACK)] | None = None
     label: Literal[0, 1] | None = None
     """Whether it was a click, for models of a log with a label column; elsewhere it follows from the feedback."""
     timestamp: Timestamp
@@ -53,9 +55,7 @@ def parse_request(tree: Any, fields: Sequence[str], where: str) -> Request:
     try:
         request = Request.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where}: {f'{key}: ' if key else ''}{first['msg']}") from None
+        raise InputError(f"{where}: {explain(error, Request)}") from None
     named = [(f"history.{i}.item", b.item) for i, b in enumerate(request.history)]
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
         for field in fields:

@@ -1,6 +1,7 @@
 """The scorer: requests to probabilities, through the same text, tokens, sequences and batches as in training."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -74,7 +75,7 @@ class Scorer:
         return request
 
     def probabilities(self, request: Request, where: str) -> list[float]:
-        """As `score`, of a parsed request; errors name `where`."""
+        """As `score`, of a parsed request; errors name `where`, also where the model gives something that is no probability."""
         try:
             sequences = self._sequences(request)
         except InputError as error:
@@ -84,6 +85,12 @@ class Scorer:
             with torch.inference_mode():
                 logits = self.model(collate([sequence], [0]).to(self.model.device))
             out += logits[0].double().sigmoid().tolist()
+        dead = next((i for i, probability in enumerate(out) if not math.isfinite(probability)), None)
+        if dead is not None:
+            raise InputError(
+                f"{where}: the model's probability of candidates.{dead} is not finite: its weights have overflowed, export "
+                "another checkpoint"
+            )
         return out
 
     def _sequences(self, request: Request) -> list[Sequence]:

@@ -236,8 +236,11 @@ def _connect(pid: int, environment: tuple[str | None, ...], attempts: int) -> S3
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise InputError("AWS_ENDPOINT_URL is no address: it must start with http:// or https://")
+    # botocore itself knows AWS_DEFAULT_REGION only; AWS_REGION is what the other clients of AWS, and its machines, set.
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or None
     files = S3FileSystem(
         endpoint_url=endpoint,
+        client_kwargs={"region_name": region},
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load
 
-from ctrsink import storage
+from ctrsink import storage, strict_json
 from ctrsink.errors import InputError, RunError
 from ctrsink.train.tensor_file import to_safetensors
 
@@ -53,8 +53,8 @@ class Checkpoint:
     """Spent in training steps so far."""
     controller: dict[str, Any] = field(default_factory=dict)
     """State of the stage controller, as JSON has it."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last validation before it; empty where there was none."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Of the last validation before it; empty where there was none. nan, and None once saved: the sample has no such metric."""
     trained: dict[str, Any] = field(default_factory=dict)
     """Audit of what was trained on: counts and a checksum."""
     native: dict[str, int] = field(default_factory=dict)
@@ -96,7 +96,7 @@ def write_marker(folder: str, entries: dict[str, dict[str, Any]]) -> None:
 def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
     if name == STATE:
         kept = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments")]
-        return json.dumps({key: getattr(checkpoint, key) for key in kept}).encode()
+        return strict_json.dumps({key: getattr(checkpoint, key) for key in kept}).encode()
     return to_safetensors(checkpoint.parameters if name == PARAMETERS else checkpoint.moments)
 
 

@@ -19,10 +19,11 @@ from ctrsink.data.layout import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
 from ctrsink.dist import Topology, all_max, barrier
-from ctrsink.errors import InputError
+from ctrsink.errors import Diverged, InputError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.flops import FlopCount
+from ctrsink.train.advice import advice
 from ctrsink.train.audit import Audit
 from ctrsink.train.capacity import tokens_within
 from ctrsink.train.checkpoint import Checkpoint, require_data
@@ -104,6 +105,10 @@ class Trainer:
         stop_at = None if stop_after is None else self.controller.step + stop_after
         if self.topology.is_first:
             self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
+            for line in (
+                advice(self.spec, sum(self.source.per_shard), self.controller.last_step) if not self.controller.step else ()
+            ):
+                log.warning("%s", line)
         try:
             stopped = self._run_stages(stop_at)
             finished = self.controller.finished and stopped is None
@@ -326,6 +331,8 @@ class Trainer:
         return self.progress.trained + self.audit.over_ranks(self.topology)
 
     def _checkpoint(self, engine: Engine, metrics: dict[str, float]) -> None:
+        if not engine.is_finite():  # it would take the place of a good one, and nothing could go on from it
+            raise Diverged("the weights are not finite after this step: lower the learning rates, or look at the data")
         trained = self._trained()
 
         def make(state: EngineState) -> Checkpoint:

@@ -41,7 +41,7 @@ class Keeper:
 
     def __init__(self, run_dir: str, keep: KeepSpec) -> None:
         self.run_dir, self.keep = run_dir, keep
-        self._metrics: dict[int, dict[str, float]] = {}  # of the checkpoints seen so far
+        self._metrics: dict[int, dict[str, float | None]] = {}  # of the checkpoints seen so far
 
     def apply(self, newest: int) -> None:
         """Name the best checkpoint, then delete what need not stay; `newest` is the step just saved, and stays.
@@ -81,11 +81,12 @@ class Keeper:
         for step in steps:
             if step not in self._metrics:
                 self._metrics[step] = _metrics_of(folder_of(self.run_dir, step))
-        return {step: self._metrics[step][self.keep.best] for step in steps if self.keep.best in self._metrics[step]}
+        found = {step: self._metrics[step].get(self.keep.best) for step in steps}
+        return {step: value for step, value in found.items() if value is not None}
 
 
-def _metrics_of(folder: str) -> dict[str, float]:
-    """What the checkpoint says of its validation; nothing where it is damaged."""
+def _metrics_of(folder: str) -> dict[str, float | None]:
+    """What the checkpoint says of its validation, None of a metric without a value; nothing where it is damaged."""
     try:
         return json.loads(storage.read_bytes(storage.join(folder, STATE))).get("metrics", {})
     except (FileNotFoundError, ValueError, AttributeError):

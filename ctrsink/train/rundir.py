@@ -3,10 +3,9 @@
 import json
 from typing import Any
 
-import yaml
-
 from ctrsink import storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
+from ctrsink.config.tree import read_yaml
 from ctrsink.data.manifest import Manifest
 from ctrsink.errors import InputError
 from ctrsink.train.checkpoint import list_checkpoints
@@ -101,11 +100,9 @@ def read_run(run_dir: str) -> RunSpec:
     """
     path = storage.join(run_dir, CONFIG_NAME)
     try:
-        return parse_run(yaml.safe_load(storage.read_bytes(path)), path)
+        return parse_run(read_yaml(storage.read_bytes(path), path), path)
     except FileNotFoundError:
         raise InputError(f"{run_dir} holds no run: there is no {CONFIG_NAME}; give the run_dir of `ctrsink train`") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise InputError(f"{path} is damaged: it is no YAML; choose another run_dir") from None
 
 
 def request_stop(run_dir: str, reason: str) -> None:
