@@ -4,7 +4,7 @@ import json
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from ctrsink import storage
 from ctrsink.config.base import Section
@@ -49,6 +49,13 @@ class FileEntry(Section):
     path: str
     bytes: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _below(cls, path: str) -> str:
+        if storage.leads_out(path):
+            raise ValueError(f"{path[:200]!r} is no path below the data set")
+        return path
 
 
 class EncoderEntry(Section):
@@ -207,7 +214,10 @@ def read_manifest(uri: str) -> Manifest:
             return Manifest.model_validate(tree)
         except FileNotFoundError:
             raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
-        except (ValueError, ValidationError) as error:
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        except ValueError as error:
             problem = str(error).splitlines()[0]
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from ctrsink import kept
 from ctrsink.batch import Batch
 from ctrsink.data.ahead import in_processes, read_ahead
 from ctrsink.data.budget import fill
@@ -194,11 +195,15 @@ class TrainStream:
 
     def state_dict(self) -> dict[str, int]:
         """All that another stream, at any number of ranks, needs to go on behind the last step that was handed out."""
-        return {"position": self.position}
+        return kept.stamped({"position": self.position})
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there, in constant time; call it before iterating."""
-        self.position = state["position"]
+        """Go on from there, in constant time; call it before iterating.
+
+        Raises:
+            InputError: it is the state of a newer version.
+        """
+        self.position = kept.opened(state, "the state of the stream")["position"]
 
     def __iter__(self) -> Generator[Step, None, None]:
         """Steps from the position on; without end but in chronological order."""

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.config import RunSpec, StageSpec
 from ctrsink.data.download import LICENCE
 from ctrsink.data.order import Order
@@ -111,7 +111,8 @@ def _metrics(run: TrainedRun) -> str:
     rows = []
     for name in storage.list_files(storage.join(run_dir, evaluator.FOLDER)):
         if name.endswith(".json"):
-            values = json.loads(storage.read_bytes(storage.join(run_dir, evaluator.FOLDER, name)))
+            path = storage.join(run_dir, evaluator.FOLDER, name)
+            values = kept.opened(json.loads(storage.read_bytes(path)), path)
             if values["step"] != run.checkpoint.step:
                 continue
             cells = [

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ctrsink import storage, strict_json
+from ctrsink import kept, storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
 from ctrsink.data.manifest import Manifest
 from ctrsink.errors import InputError
@@ -123,12 +123,13 @@ def stop_request(run_dir: str) -> str | None:
 
 def write_result(run_dir: str, result: dict[str, Any]) -> None:
     """Leave what a training process found for whoever started it."""
-    storage.write_bytes(storage.join(run_dir, RESULT_NAME), strict_json.dumps(result, indent=1).encode())
+    storage.write_bytes(storage.join(run_dir, RESULT_NAME), strict_json.dumps(kept.stamped(result), indent=1).encode())
 
 
 def read_result(run_dir: str) -> dict[str, Any]:
     """What the last training process of the run left, see Trainer.run."""
-    return json.loads(storage.read_bytes(storage.join(run_dir, RESULT_NAME)))
+    path = storage.join(run_dir, RESULT_NAME)
+    return kept.opened(json.loads(storage.read_bytes(path)), path)
 
 
 def first_difference(old: RunSpec, new: RunSpec) -> str | None:
