@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,8 +24,10 @@ log = logging.getLogger("ctrsink.train")
 
 
 @contextmanager
-def held(run_dir: str) -> Generator[None, None, None]:
+def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
     """Hold the run's folder meanwhile, by a file with a sign of life in it, a new one every PERIOD_S.
+
+    What it gives says whether the folder is still held by this process.
 
     No clock of another host is compared: a holder is alive if its file changes while one looks. The process that starts a run
     holds it, not its workers, which may be started again while it lives. One that was taken for dead and was not (it was
@@ -38,6 +40,9 @@ def held(run_dir: str) -> Generator[None, None, None]:
     sign = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8), "beat": 0}
     _take(run_dir, path, sign)
     lost = False
+
+    def ours() -> bool:
+        return (_sign_of_life(path) or {}).get("token") == sign["token"]
 
     def beat() -> None:
         nonlocal lost
@@ -53,11 +58,11 @@ def held(run_dir: str) -> Generator[None, None, None]:
 
     beating = Every(PERIOD_S, beat, "presence")
     try:
-        yield
+        yield lambda: not lost and ours()
     finally:
         if beating.close() and not lost:
             with suppress(InputError, RunError, OSError):
-                if (_sign_of_life(path) or {}).get("token") == sign["token"]:
+                if ours():
                     storage.delete(path)
 
 

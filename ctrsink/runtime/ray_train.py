@@ -21,6 +21,7 @@ from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import InputError, PeerLost, RunError, first_line
 from ctrsink.runtime import repeats
 from ctrsink.runtime.gauges import RayGauges
+from ctrsink.runtime.reach import require_cluster
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
@@ -33,11 +34,14 @@ def connect(address: str | None, cpus: int) -> None:
     """Join the cluster at `address` or the one that a Ray job runs in; else start one here, on loopback, with `cpus` CPUs.
 
     Raises:
-        InputError: the cluster cannot be reached.
+        InputError: the cluster cannot be reached, or none can be started here.
     """
     if ray.is_initialized():
         return
+    named = "runtime.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        require_cluster(address, named)
     try:
         if address:
             ray.init(address=address, log_to_driver=True)
@@ -50,8 +54,11 @@ def connect(address: str | None, cpus: int) -> None:
                 log_to_driver=True,
                 _node_ip_address="127.0.0.1",
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"runtime.address {address}: cannot join the Ray cluster ({first_line(error)})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if address:
+            raise InputError(f"{named} {address}: cannot join the Ray cluster ({first_line(error)})") from None
+        hint = "see whether RAY_TMPDIR is a short path on a disk with room"
+        raise InputError(f"cannot start a Ray cluster on this machine ({first_line(error)}): {hint}") from None
 
 
 def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:

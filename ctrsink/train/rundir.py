@@ -1,6 +1,7 @@
 """The run's folder: whose it is, and what may differ when a run is continued."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -8,7 +9,7 @@ import yaml
 from ctrsink import kept, storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
 from ctrsink.data.manifest import Manifest
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError
 from ctrsink.train.checkpoint import list_checkpoints
 
 CONFIG_NAME = "config.yaml"
@@ -60,8 +61,14 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
                 "give the old one back, or choose another run_dir"
             )
         storage.write_bytes(path, dump_run(spec).encode())
-    storage.delete(storage.join(spec.run_dir, STOP_NAME))
-    storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
+    try:
+        storage.delete(storage.join(spec.run_dir, STOP_NAME))
+        storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
+    except BaseException:
+        with suppress(InputError, RunError, OSError):
+            if new:
+                release(spec.run_dir)
+        raise
     return new
 
 
@@ -84,10 +91,10 @@ def _claimed_data(run_dir: str) -> str | None:
 
 
 def release(run_dir: str) -> None:
-    """Take back the claim of a run that bad input ended before its first step; one that has trained can be continued."""
+    """Take back the claim of a run that ended before its first step; one that has trained can be continued."""
     if storage.exists(storage.join(run_dir, METRICS_NAME)) or list_checkpoints(run_dir):
         return
-    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME):
+    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME, RESULT_NAME):
         storage.delete(storage.join(run_dir, name))
     if set(storage.list_files(run_dir)) <= {PRESENCE_NAME} and not storage.list_dirs(run_dir):
         storage.delete(run_dir)
