@@ -83,10 +83,11 @@ def _training(run: TrainedRun) -> str:
     source = SequenceSource(run.dataset, "train", layout)
     seen = Order(source.per_shard, spec.seed, spec.data.shuffle_shards).ids(0, checkpoint.position)
     rows = [_stage_row(stage) for stage in spec.stages]
+    precision = checkpoint.precision or spec.train.precision
     return "\n".join(
         [
             f"{checkpoint.step:,} optimiser steps of {spec.train.batch_size} sequences: {checkpoint.position:,} sequences with "
-            f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {spec.train.precision}, examples "
+            f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {precision}, examples "
             f"`{layout.examples}`, history of {layout.history} behaviours{_retrieved(layout.retrieve)}.",
             "",
             "| stage | readout over | length | learning rate of what is trained |",

@@ -21,6 +21,7 @@ from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import InputError, PeerLost, RunError, first_line
 from ctrsink.runtime import repeats
 from ctrsink.runtime.gauges import RayGauges
+from ctrsink.runtime.places import told_of_waiting
 from ctrsink.runtime.reach import require_cluster
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
@@ -80,7 +81,6 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     spec = _without_working_folder(spec)
     runtime = spec.runtime
     repeats.forget(spec.run_dir)
-    _tell_of_missing(runtime)
     place_s, tries = placing(runtime)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(place_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
@@ -115,7 +115,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     )
     try:
         asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
-        with asking, _watched(bool(elsewhere) or len(ray.nodes()) > 1):
+        with asking, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error) from error
@@ -150,19 +150,6 @@ def placing(runtime: RuntimeSpec) -> tuple[float, int]:
     return place_s, runtime.max_failures if runtime.max_failures < 0 else math.ceil(runtime.start_timeout_s / PLACE_S)
 
 
-def _tell_of_missing(runtime: RuntimeSpec) -> None:
-    """Warn where the cluster has less than the run asks for: it may grow, so the run waits."""
-    least = runtime.workers if isinstance(runtime.workers, int) else runtime.workers.min
-    wanted = {"CPU": least * runtime.cpus_per_worker, "GPU": least if runtime.device == "cuda" else 0}
-    there = ray.cluster_resources()
-    for name, count in wanted.items():
-        if count > there.get(name, 0):
-            log.warning(
-                "%d workers need %d %ss, the cluster has %d: waiting for more, %g s at most",
-                least, count, name, there.get(name, 0), runtime.start_timeout_s,
-            )  # fmt: skip
-
-
 def _worker(config: dict[str, Any]) -> None:
     """What runs in each Ray worker."""
     from ctrsink.runtime.process import prepare_process
@@ -172,6 +159,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = get_context()
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
     from ctrsink.dist import Topology
+    from ctrsink.runtime.stalls import BEFORE, Stalls
     from ctrsink.runtime.stopping import StopRequests
     from ctrsink.train.failures import Diverged
     from ctrsink.train.loop import Trainer
@@ -180,7 +168,9 @@ def _worker(config: dict[str, Any]) -> None:
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
     requests = StopRequests(spec.run_dir) if topology.is_first else None
-    surroundings = Surroundings(requests.reason if requests else lambda: None, _preemption, RayGauges(spec.name))
+    stalls = Stalls(BEFORE)
+    stop = requests.reason if requests else lambda: None
+    surroundings = Surroundings(stop, _preemption, stalls.doing, RayGauges(spec.name))
     try:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
@@ -193,6 +183,7 @@ def _worker(config: dict[str, Any]) -> None:
         repeats.record(spec.run_dir, topology.rank, error)
         raise
     finally:
+        stalls.close()
         if requests:
             requests.close()
 

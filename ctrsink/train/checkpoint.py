@@ -59,6 +59,8 @@ class Checkpoint:
     """Audit of what was trained on: counts and a checksum."""
     native: dict[str, int] = field(default_factory=dict)
     """`world` and `zero_stage` of the shards that hold the moments; empty in a portable checkpoint."""
+    precision: str = ""
+    """What the run trains in, which `train.precision: auto` leaves open; empty in a checkpoint from before there was that."""
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
