@@ -137,3 +137,12 @@ def test_a_server_that_is_not_there_is_told_of_at_once(config: Path, monkeypatch
     began = time.monotonic()
     refused(call(*submit(config, "http://127.0.0.1:9")), "the job server at http://127.0.0.1:9 cannot be reached: ")
     assert time.monotonic() - began < 5
+
+
+def test_neither_git_nor_the_image_takes_credentials_up(repository: Path) -> None:
+    ignored = (repository / ".gitignore").read_text().splitlines()
+    assert {".env", ".env.*", ".aws/", ".netrc", ".ssh/", "*.key", "*.pem"} <= set(ignored)
+    # The last pattern that fits decides, and these stand behind the folders that the image gets.
+    hidden = (repository / ".dockerignore").read_text().splitlines()
+    assert hidden.index("**/.env") > max(number for number, line in enumerate(hidden) if line.startswith("!"))
+    assert {"**/.env", "**/.env.*", "**/.aws", "**/.netrc", "**/.ssh"} <= set(hidden)

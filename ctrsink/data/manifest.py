@@ -83,6 +83,10 @@ class ShardEntry(Section):
     """Past events not counted."""
     events_file: FileEntry
     tokens_file: FileEntry
+    shared: int | None = None
+    """Impressions behind another event of their request; None in a data set from before that was counted, as is the next."""
+    longest: tuple[int, ...] | None = None
+    """Item tokens of 1, 2, 4, ... events of one user in a row, at most, up to a user's whole chronology."""
 
 
 class SplitTimes(Section):
@@ -187,7 +191,7 @@ class Manifest(Section):
         fixed = self.model_dump_json(include={"tokenizer_fingerprint", "text", "positive_from", "prefix_tokens"})
         found: list[str] = []
         for number, part in enumerate(self.parts):
-            shards = [shard.model_dump_json() for shard in self.shards if shard.part == number]
+            shards = [shard.model_dump_json(exclude_none=True) for shard in self.shards if shard.part == number]
             found.append(storage.sha256("\n".join([*found[-1:], fixed, part.model_dump_json(), *shards]).encode()))
         return tuple(found)
 
@@ -220,6 +224,12 @@ def read_manifest(uri: str) -> Manifest:
         except ValueError as error:
             problem = str(error).splitlines()[0]
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")
+
+
+def require_none(uri: str) -> None:
+    """Raise InputError where the folder `uri` holds a data set already."""
+    if storage.exists(storage.join(uri, MANIFEST_NAME)):
+        raise InputError(f"{uri} holds a data set already: choose another folder, or replace it with --overwrite")
 
 
 def read_file(uri: str, entry: FileEntry) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 from ctrsink import storage
 from ctrsink.errors import InputError, RunError
 from ctrsink.runtime.every import Every
-from ctrsink.train.rundir import PRESENCE_NAME
+from ctrsink.train.rundir import PRESENCE_NAME, read_run, request_stop, withdraw_stop
 
 PERIOD_S = 5.0
 PATIENCE = 4
@@ -66,10 +66,29 @@ def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
                     storage.delete(path)
 
 
+def stop_run(run_dir: str, reason: str) -> str:
+    """Ask whoever trains the run to save it and stop; returns who that is.
+
+    Raises:
+        InputError: there is no run, or nobody trains it: none gives a sign of life. Then no request stays behind.
+    """
+    read_run(run_dir)
+    path = storage.join(run_dir, PRESENCE_NAME)
+    if (found := _content(path)) is not None:
+        request_stop(run_dir, reason)
+        last, lives = _watched(run_dir, path)
+        if lives or last is None:  # gone: it has stopped already
+            return _name(_parsed(found))
+        withdraw_stop(run_dir)
+    raise InputError(f"nobody trains {run_dir}, so there is nothing to stop: `ctrsink train --resume` goes on with the run")
+
+
 def _take(run_dir: str, path: str, sign: dict[str, Any]) -> None:
     content = json.dumps(sign).encode()
     while not storage.create(path, content):
-        last = _until_dead(run_dir, path)
+        last, lives = _watched(run_dir, path)
+        if lives:
+            raise InputError(_held_by(run_dir, _parsed(last or b"")))
         if last is None or _content(path) != last:
             continue  # gone, or somebody was faster: once more from the beginning
         storage.write_bytes(path, content)
@@ -79,8 +98,8 @@ def _take(run_dir: str, path: str, sign: dict[str, Any]) -> None:
         return
 
 
-def _until_dead(run_dir: str, path: str) -> bytes | None:
-    """Wait until the holder has given no sign of life for long enough; returns its last one, None where it has gone."""
+def _watched(run_dir: str, path: str) -> tuple[bytes | None, bool]:
+    """The holder's last sign of life, None where it has gone, and whether that came while one looked, which is long enough."""
     last = _content(path)
     if last is not None:
         log.info("%s held %s last: waiting %g s for a sign of life", _name(_parsed(last)), run_dir, PATIENCE * PERIOD_S)
@@ -90,11 +109,11 @@ def _until_dead(run_dir: str, path: str) -> bytes | None:
         asked = time.monotonic()
         now = _content(path)
         if now is not None and now != last:
-            raise InputError(_held_by(run_dir, _parsed(now)))
+            return now, True
         if time.monotonic() - asked > PERIOD_S:  # the storage was away, and so for the holder
             until = time.monotonic() + PATIENCE * PERIOD_S
         last = now
-    return last
+    return last, False
 
 
 def _held_by(run_dir: str, found: dict[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ctrsink import kept, storage
 from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable
-from ctrsink.train.checkpoint import list_checkpoints
+from ctrsink.train.listing import list_checkpoints
 from ctrsink.train.rundir import FAILURES_NAME
 
 TIMES = 3

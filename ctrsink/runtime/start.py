@@ -20,9 +20,9 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
 
     A new run that ends before its first step, for whatever reason, leaves nothing behind.
     """
-    vocabulary = check(spec)
     if not resume:
         require_new(spec.run_dir)
+    vocabulary = check(spec)
     with held(spec.run_dir) as still_held:
         new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
         try:

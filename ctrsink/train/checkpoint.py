@@ -7,7 +7,6 @@ DeepSpeed's shards, of which only presence and size are looked at here.
 
 import json
 import logging
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -17,9 +16,9 @@ from safetensors.torch import load
 
 from ctrsink import kept, storage
 from ctrsink.errors import InputError, RunError
+from ctrsink.train.listing import FOLDER, folder_of, list_checkpoints, step_of
 from ctrsink.train.tensor_file import to_safetensors
 
-FOLDER = "checkpoints"
 PARAMETERS, MOMENTS, STATE = FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
 MARKER = "complete.json"
 SHARDS = "shards"
@@ -100,22 +99,6 @@ def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
         names = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments")]
         return json.dumps(kept.stamped({name: getattr(checkpoint, name) for name in names})).encode()
     return to_safetensors(checkpoint.parameters if name == PARAMETERS else checkpoint.moments)
-
-
-def folder_of(run_dir: str, step: int) -> str:
-    """Where the checkpoint of `step` lies."""
-    return storage.join(run_dir, FOLDER, f"step-{step:08d}")
-
-
-def step_of(folder: str) -> int:
-    """The step whose checkpoint lies in `folder`."""
-    return int(folder.rpartition("-")[2])
-
-
-def list_checkpoints(run_dir: str) -> list[str]:
-    """Folders of the run's checkpoints, complete or not, newest first."""
-    names = [n for n in storage.list_dirs(storage.join(run_dir, FOLDER)) if re.fullmatch(r"step-\d{8,}", n)]
-    return [storage.join(run_dir, FOLDER, name) for name in sorted(names, key=step_of, reverse=True)]
 
 
 def latest_checkpoint(run_dir: str, before: int | None = None) -> Checkpoint | None:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.checkpoint import BEST, FOLDER, MARKER, STATE, folder_of, list_checkpoints, step_of
+from ctrsink.train.checkpoint import BEST, MARKER, STATE
+from ctrsink.train.listing import FOLDER, folder_of, list_checkpoints, step_of
 
 log = logging.getLogger("ctrsink.train")
 

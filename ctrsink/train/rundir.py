@@ -10,7 +10,7 @@ from ctrsink import kept, storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
 from ctrsink.data.manifest import Manifest
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.checkpoint import list_checkpoints
+from ctrsink.train.listing import list_checkpoints
 
 CONFIG_NAME = "config.yaml"
 RESULT_NAME = "result.json"
@@ -62,7 +62,7 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
             )
         storage.write_bytes(path, dump_run(spec).encode())
     try:
-        storage.delete(storage.join(spec.run_dir, STOP_NAME))
+        withdraw_stop(spec.run_dir)
         storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
     except BaseException:
         with suppress(InputError, RunError, OSError):
@@ -118,6 +118,11 @@ def read_run(run_dir: str) -> RunSpec:
 def request_stop(run_dir: str, reason: str) -> None:
     """Ask the processes that train the run, wherever they are, to save it and stop."""
     storage.write_bytes(storage.join(run_dir, STOP_NAME), reason.encode())
+
+
+def withdraw_stop(run_dir: str) -> None:
+    """Nobody is asked to stop any more."""
+    storage.delete(storage.join(run_dir, STOP_NAME))
 
 
 def stop_request(run_dir: str) -> str | None:

@@ -14,6 +14,7 @@ from ctrsink.data.manifest import SHARD_SCHEMA, TOKENS_SCHEMA, VECTOR, FileEntry
 from ctrsink.data.prepare.partition import Partition, read_ids
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.render import feedback_ids
+from ctrsink.data.requests import known_events
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Assembly:
         sidecar = pa.Table.from_arrays([mentioned, _column(self.tokens, "tokens").take(mentioned)], schema=TOKENS_SCHEMA)
         if self.vectors:
             sidecar = sidecar.append_column(VECTOR, _column(self.vectors, VECTOR).take(mentioned))
+        place = np.searchsorted(mentioned.to_numpy(), columns["item"].to_numpy())
+        lengths = pc.list_value_length(sidecar.column("tokens")).to_numpy()[place]
+        known = known_events(columns["request"].combine_chunks(), np.diff(found.offsets))
+        behind = known < np.arange(len(known)) - found.offsets[:-1].repeat(np.diff(found.offsets))
         shard = self.first_shard + number
         name = f"shards/{shard:05d}"
         entry = ShardEntry(
@@ -80,6 +85,8 @@ class Assembly:
             events=int((~past).sum()),
             events_file=put(self.to, name, ".parquet", to_parquet(table), self.past is not None),
             tokens_file=put(self.to, name, ".tokens.parquet", to_parquet(sidecar), self.past is not None),
+            shared=int((behind & (label != NO_LABEL) & ~past).sum()),
+            longest=chronology.longest_runs(lengths, found.offsets),
         )
         index = to_ipc(chronology.user_index(found.offsets, split, label, shard))
         storage.write_bytes(self._path(number, "index"), index)
