@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, f"{type(error).__name__}: {first_line(error)}", FAILED)
     if args.json:
         print(strict_json.dumps(result))
-    else:
+    elif result:
         print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()))
     # Whoever watches the process must see that the run is not done: Kubernetes would take 0 for its end.
     return STOPPED if result.get("stopped") else OK
@@ -54,13 +54,14 @@ def _fail(args: argparse.Namespace, error: object, code: int) -> int:
     return code
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, depth: int = 1) -> str:
     if isinstance(value, dict):
-        return "".join(f"\n  {key}: {_text(inner)}" for key, inner in value.items())
+        return "".join(f"\n{'  ' * depth}{key}: {_text(inner, depth + 1)}" for key, inner in value.items())
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-# The verbs import what they need when they run: scoring must not wait for Ray, nor need it.
+# The verbs import what they need when they run: scoring must not wait for Ray, nor need it. Torch takes a second and more to
+# import: what can be refused without it is refused before.
 
 
 def _data_get(args: argparse.Namespace) -> dict[str, Any]:
@@ -177,29 +178,42 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stop(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.train.rundir import read_run, request_stop
+    from ctrsink.runtime.presence import stop_run
 
-    read_run(args.run_dir)
-    request_stop(args.run_dir, "ctrsink stop")
-    return {"run_dir": args.run_dir, "requested": "save and stop; it takes a step and a few seconds"}
+    holder = stop_run(args.run_dir, "ctrsink stop")
+    return {"run_dir": args.run_dir, "requested": f"of {holder}: save and stop; it takes a step and a few seconds"}
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.train.rundir import read_run
+
+    read_run(args.run_dir)
     from ctrsink.runtime.evaluate import evaluate_run
 
     return {"run_dir": args.run_dir, "evaluation": evaluate_run(args.run_dir, tuple(args.split), args.checkpoint)}
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.train.rundir import read_run
+
+    read_run(args.run_dir)
     from ctrsink.export.package import export_run
 
     return export_run(args.run_dir, args.to, args.dtype, args.checkpoint)
 
 
 def _score(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.serve.scorer import score_file
+    from ctrsink.data.request_lines import read_lines, require_model
 
-    return score_file(args.model, args.input, args.output)
+    lines = read_lines(args.input, args.on_bad_request)
+    require_model(args.model)
+    from ctrsink.serve.scorer import score_lines
+
+    counts = score_lines(args.model, lines, args.output, args.on_bad_request)
+    if args.output is not None or args.json:
+        return counts
+    print(", ".join(f"{key}: {value}" for key, value in counts.items()), file=sys.stderr)  # stdout is the scores'
+    return {}
 
 
 def _submit(args: argparse.Namespace) -> dict[str, Any]:
@@ -277,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--model", required=True, metavar="DIR")
     score.add_argument("--input", required=True, metavar="FILE")
     score.add_argument("--output", metavar="FILE", help="default: stdout")
+    score.add_argument(
+        "--on-bad-request", choices=["fail", "skip"], default="fail", help="skip: its line of the output says what is wrong"
+    )
 
     submit = _verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
     _configured(submit)

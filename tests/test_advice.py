@@ -11,7 +11,7 @@ from ctrsink import logs
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Layout
+from ctrsink.data.layout import Layout
 from ctrsink.dist import Topology
 from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.evaluator import Predictions, evaluate_splits

@@ -151,9 +151,9 @@ class ModelSpec(Section):
 
     backbone: BackboneSpec
     attention: Literal["sdpa", "blocks", "flex"] = "sdpa"
-    """Attention backend in training. `blocks` is the fastest on a CPU, above all in bf16, with long sequences or a window; `flex`
-    is one fused kernel and needs CUDA; restored and exported models always run on `sdpa`. Other backends would drop the
-    inter-sink bias without a word."""
+    """Attention backend in training. `blocks` is the fastest on a CPU with long sequences or a window, above all in bf16 on a
+    processor that has instructions for it (`train.precision`); `flex` is one fused kernel and needs CUDA; restored and exported
+    models always run on `sdpa`. Other backends would drop the inter-sink bias without a word."""
     sinks: SinkSpec | None = SinkSpec()
     """null is the plain language model (LM-CTR)."""
     bias: BiasSpec | None = BiasSpec()

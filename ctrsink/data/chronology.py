@@ -157,3 +157,19 @@ def user_index(offsets: np.ndarray, split: np.ndarray, label: np.ndarray, shard:
     impressions = np.bincount(cell[label != NO_LABEL], minlength=users * kinds).reshape(users, kinds)
     columns = [np.full(users, shard), np.arange(users), *events.T, *impressions.T[1:]]
     return pa.Table.from_arrays([pa.array(c.astype(np.int32)) for c in columns], schema=INDEX_SCHEMA)
+
+
+def longest_runs(lengths: np.ndarray, offsets: np.ndarray) -> tuple[int, ...]:
+    """The largest sum of the lengths of 1, 2, 4, ... events in a row of one chronology, up to all of the one with most events.
+
+    Args:
+        lengths: of all events, [N].
+        offsets: int [users + 1]; rows of each chronology.
+    """
+    total = np.append(0, lengths.cumsum(dtype=np.int64))
+    counts = np.diff(offsets)
+    begins, ends = np.asarray(offsets[:-1]).repeat(counts), np.arange(1, len(total))
+    found: list[int] = []
+    while not found or 2 ** (len(found) - 1) < counts.max():
+        found.append(int((total[ends] - total[np.maximum(begins, ends - 2 ** len(found))]).max()))
+    return tuple(found)

@@ -134,9 +134,13 @@ def folder_fingerprint(folder: Path, max_tokens: int) -> str:
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files by their paths below `folder`."""
+    """Write files by their paths below `folder`.
+
+    Raises:
+        InputError: a path leads out of it.
+    """
     for name, content in files.items():
-        path = folder / PurePosixPath(name)
+        path = folder / PurePosixPath(storage.require_below(name, str(folder)))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 

@@ -4,7 +4,7 @@ import json
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from ctrsink import storage
 from ctrsink.config.base import Section
@@ -55,6 +55,13 @@ class FileEntry(Section):
     path: str
     bytes: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _below(cls, path: str) -> str:
+        if storage.leads_out(path):
+            raise ValueError(f"{path[:200]!r} is no path below the data set")
+        return path
 
 
 class EncoderEntry(Section):
@@ -120,6 +127,10 @@ class ShardEntry(Section):
     """Events with all the values of another one."""
     events_file: FileEntry
     tokens_file: FileEntry
+    shared: int | None = None
+    """Impressions behind another event of their request; None in a data set from before that was counted, as is the next."""
+    longest: tuple[int, ...] | None = None
+    """Item tokens of 1, 2, 4, ... events of one user in a row, at most, up to a user's whole chronology."""
 
 
 class SplitTimes(Section):
@@ -272,9 +283,18 @@ def read_manifest(uri: str) -> Manifest:
             return Manifest.model_validate(tree)
         except FileNotFoundError:
             raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
-        except (ValueError, ValidationError) as error:
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        except ValueError as error:
             problem = str(error).splitlines()[0]
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")
+
+
+def require_none(uri: str) -> None:
+    """Raise InputError where the folder `uri` holds a data set already."""
+    if storage.exists(storage.join(uri, MANIFEST_NAME)):
+        raise InputError(f"{uri} holds a data set already: choose another folder, or replace it with --overwrite")
 
 
 def read_file(uri: str, entry: FileEntry) -> bytes:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ctrsink import storage, strict_json
+from ctrsink import kept, storage, strict_json
 from ctrsink.batch import Batch
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
@@ -95,7 +95,7 @@ def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, pred
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    metrics = {"step": step, **predictions.metrics()}
+    metrics = kept.stamped({"step": step, **predictions.metrics()})
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.parquet"), buffer.getvalue())
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), strict_json.dumps(metrics, indent=1).encode())
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.config import RunSpec, StageSpec
 from ctrsink.data.download import LICENCE
 from ctrsink.data.order import Order
@@ -86,10 +86,11 @@ def _training(run: TrainedRun) -> str:
     source = SequenceSource(run.dataset, "train", layout)
     seen = Order(source.per_shard, spec.seed, spec.data.shuffle_shards).ids(0, checkpoint.position)
     rows = [_stage_row(stage) for stage in spec.stages]
+    precision = checkpoint.precision or spec.train.precision
     return "\n".join(
         [
             f"{checkpoint.step:,} optimiser steps of {spec.train.batch_size} sequences: {checkpoint.position:,} sequences with "
-            f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {spec.train.precision}, examples "
+            f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {precision}, examples "
             f"`{layout.examples}`, history of {layout.history} behaviours{_retrieved(layout.retrieve)}.",
             "",
             "| stage | readout over | length | learning rate of what is trained |",
@@ -114,7 +115,8 @@ def _metrics(run: TrainedRun) -> str:
     rows, notes = [], []
     for name in storage.list_files(storage.join(run_dir, evaluator.FOLDER)):
         if name.endswith(".json"):
-            values = json.loads(storage.read_bytes(storage.join(run_dir, evaluator.FOLDER, name)))
+            path = storage.join(run_dir, evaluator.FOLDER, name)
+            values = kept.opened(json.loads(storage.read_bytes(path)), path)
             if values["step"] != run.checkpoint.step:
                 continue
             cells = [

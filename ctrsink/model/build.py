@@ -85,27 +85,48 @@ def check_model(spec: ModelSpec, vocabulary: int) -> None:
         )
 
 
-def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
+def backbone_config(spec: ModelSpec, vocabulary: int) -> PretrainedConfig:
+    """The configuration of the backbone, before any weight is made or read.
+
+    Raises:
+        InputError: there is none, it has a field that its architecture does not know, or its attention cannot carry sinks.
+    """
     source = spec.backbone
     if source.config is not None:
         try:
             config = _from_fields(source.config, vocabulary)
-            check_config(config, own_fields=True)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(f"model.backbone.config: {_one_line(error)}") from None
+        check_config(config, own_fields=True)
+        return config
+    assert source.path is not None  # BackboneSpec has exactly one of the two
+    try:
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
+    check_config(config, own_fields=False)
+    return config
+
+
+def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
+    source, config = spec.backbone, backbone_config(spec, vocabulary)
+    if source.config is not None:
+        try:
             return AutoModel.from_config(config, attn_implementation=BACKENDS[spec.attention], dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(f"model.backbone.config: {_one_line(error)}") from None
-    assert source.path is not None  # BackboneSpec has exactly one of the two
-    chosen: dict[str, Any] = {"revision": source.revision or "main", "trust_remote_code": spec.trust_remote_code}
+    assert source.path is not None
     try:
-        config = AutoConfig.from_pretrained(source.path, **chosen)
-        check_config(config, own_fields=False)
         backbone = AutoModel.from_pretrained(
             source.path,
             config=config,
             attn_implementation=BACKENDS[spec.attention],
             dtype=dtype,
             use_safetensors=True,
-            **chosen,
+            revision=source.revision or "main",
+            trust_remote_code=spec.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None

@@ -1,8 +1,11 @@
 """The scorer: requests to probabilities, through the same text, tokens, sequences and batches as in training."""
 
 import json
+import logging
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +19,7 @@ from ctrsink.data.collate import collate
 from ctrsink.data.examples import build_sequences
 from ctrsink.data.layout import Layout
 from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
+from ctrsink.data.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.data.sequences import Sequence
 from ctrsink.data.shard import told
 from ctrsink.data.tokenize import encode_items, encode_own
@@ -27,6 +31,7 @@ from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
 
 CANDIDATES = 128  # behind one computation of the history
+log = logging.getLogger("ctrsink.serve")
 
 
 class Scorer:
@@ -141,43 +146,65 @@ class Scorer:
         return Ragged.of(tokens)
 
 
-def score_file(folder: str, input_path: str, output: str | None = None) -> dict[str, Any]:
-    """Score a file of requests, one JSON object a line, with the model in `folder`.
+def score_file(folder: str, input_path: str, output: str | None = None, on_bad_request: OnBadRequest = "fail") -> dict[str, Any]:
+    """Score a file of requests, one JSON object a line, with the model in `folder`; see score_lines."""
+    return score_lines(folder, read_lines(input_path, on_bad_request), output, on_bad_request)
+
+
+def score_lines(
+    folder: str, lines: list[RequestLine], output: str | None = None, on_bad_request: OnBadRequest = "fail"
+) -> dict[str, Any]:
+    """Score the requests of a file with the model in `folder`.
 
     Writes one line per request, `{"probabilities": [...]}` and the request's `id` if it has one, to `output` (a file, local or
-    s3://) or to stdout; all at the end, so that bad input leaves nothing behind.
+    s3://) or to stdout; all at the end, so that bad input leaves nothing behind. A request that is skipped has a line too, with
+    an `error`, so that lines stay those of the input.
 
     Returns:
-        Counts of `requests` and `candidates`.
+        Counts of `requests` and `candidates` scored, and how many were `skipped` where that was allowed.
 
     Raises:
-        InputError: a request cannot be scored; the message names its line.
+        InputError: a request cannot be scored; the message names its line. Or none of them can.
     """
-    try:
-        lines = storage.read_bytes(input_path).split(b"\n")
-    except FileNotFoundError:
-        raise InputError(f"{input_path} does not exist: give a file with one request a line") from None
-    if lines[-1] == b"":
-        lines.pop()
-    if not lines:
-        raise InputError(f"{input_path} is empty: give one request a line")
     scorer = Scorer.load(folder)
-    places = [f"{input_path}, line {number}" for number in range(1, len(lines) + 1)]
+    problems: dict[int, str] = {number: line.problem for number, line in enumerate(lines) if line.problem is not None}
+    requests: dict[int, Request] = {}
+    rows: dict[int, dict[str, Any]] = {}
+
+    @contextmanager
+    def judged(number: int) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            if on_bad_request == "fail":
+                raise
+            problems[number] = str(error)
+
     # Every line is checked before the first is scored: a mistake in the last one shows at once.
-    requests = [scorer.parse(_read_json(line, place), place) for line, place in zip(lines, places, strict=True)]
-    rows = []
-    for request, place in zip(requests, places, strict=True):
-        named = {} if request.id is None else {"id": request.id}
-        rows.append(json.dumps(named | {"probabilities": scorer.probabilities(request, place)}) + "\n")
+    for number, line in enumerate(lines):
+        if number not in problems:
+            with judged(number):
+                requests[number] = scorer.parse(line.tree, line.where)
+    for number, request in requests.items():
+        with judged(number):
+            rows[number] = {"probabilities": scorer.probabilities(request, lines[number].where)}
+    if problems:
+        first = problems[min(problems)]
+        if not rows:
+            raise InputError(f"none of {len(lines)} requests can be scored; the first: {first}")
+        log.warning("skipped %d of %d requests; the first: %s", len(problems), len(lines), first)
+    found = [
+        _named(line.tree) | (rows[number] if number in rows else {"error": problems[number]}) for number, line in enumerate(lines)
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in found)
     if output is None:
-        sys.stdout.write("".join(rows))
+        sys.stdout.write(content)
     else:
-        storage.write_bytes(output, "".join(rows).encode())
-    return {"requests": len(requests), "candidates": sum(len(r.candidates) for r in requests)}
+        storage.write_bytes(output, content.encode())
+    counts = {"requests": len(rows), "candidates": sum(len(requests[number].candidates) for number in rows)}
+    return counts | ({"skipped": len(problems)} if on_bad_request == "skip" else {})
 
 
-def _read_json(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or nested without end
-        raise InputError(f"{where}: not a JSON object ({error})") from None
+def _named(tree: Any) -> dict[str, Any]:
+    """The request's id, to be returned with what it got."""
+    return {"id": tree["id"]} if isinstance(tree, dict) and tree.get("id") is not None else {}

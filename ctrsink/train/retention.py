@@ -5,10 +5,11 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.checkpoint import BEST, FOLDER, MARKER, STATE, folder_of, list_checkpoints, step_of
+from ctrsink.train.checkpoint import BEST, MARKER, STATE
+from ctrsink.train.listing import FOLDER, folder_of, list_checkpoints, step_of
 
 log = logging.getLogger("ctrsink.train")
 
@@ -66,7 +67,7 @@ class Keeper:
         best = best_of(whole, scores, self.keep)
         if best is not None:
             entry = {"step": best, "metric": self.keep.best, "value": scores[best]}
-            storage.write_bytes(storage.join(self.run_dir, FOLDER, BEST), json.dumps(entry).encode())
+            storage.write_bytes(storage.join(self.run_dir, FOLDER, BEST), json.dumps(kept.stamped(entry)).encode())
         if self.keep.last is None:
             return
         remains = [step for step in found if step < newest and step not in whole]
@@ -87,7 +88,8 @@ class Keeper:
 
 def _metrics_of(folder: str) -> dict[str, float | None]:
     """What the checkpoint says of its validation, None of a metric without a value; nothing where it is damaged."""
+    path = storage.join(folder, STATE)
     try:
-        return json.loads(storage.read_bytes(storage.join(folder, STATE))).get("metrics", {})
-    except (FileNotFoundError, ValueError, AttributeError):
+        return kept.opened(json.loads(storage.read_bytes(path)), path).get("metrics", {})
+    except (FileNotFoundError, ValueError):
         return {}

@@ -16,6 +16,7 @@ from ctrsink.data.prepare.partition import Partition, read_ids
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.statistics import Rule, read_received
 from ctrsink.data.render import feedback_ids
+from ctrsink.data.requests import known_events
 from ctrsink.data.shard import Counted, Knowing
 
 
@@ -81,6 +82,10 @@ class Assembly:
         sidecar = pa.Table.from_arrays([mentioned, *of_items], schema=TOKENS_SCHEMA)
         if self.vectors:
             sidecar = sidecar.append_column(VECTOR, _column(self.vectors, VECTOR).take(mentioned))
+        place = np.searchsorted(mentioned.to_numpy(), columns["item"].to_numpy())
+        lengths = pc.list_value_length(sidecar.column("tokens")).to_numpy()[place]
+        known = known_events(columns["request"].combine_chunks(), np.diff(found.offsets))
+        behind = known < np.arange(len(known)) - found.offsets[:-1].repeat(np.diff(found.offsets))
         shard = self.first_shard + number
         name = f"shards/{shard:05d}"
         entry = ShardEntry(
@@ -91,6 +96,8 @@ class Assembly:
             duplicates=int(again.sum()),
             events_file=put(self.to, name, ".parquet", to_parquet(table), self.past is not None),
             tokens_file=put(self.to, name, ".tokens.parquet", to_parquet(sidecar), self.past is not None),
+            shared=int((behind & (label != NO_LABEL) & ~past).sum()),
+            longest=chronology.longest_runs(lengths, found.offsets),
         )
         if self.counted is not None:
             outcome = "feedback" if self.partition.source.columns.feedback is not None else "label"

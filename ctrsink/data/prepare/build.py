@@ -31,6 +31,7 @@ from ctrsink.data.manifest import (
     StatisticsEntry,
     read_file,
     read_manifest,
+    require_none,
 )
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import Execute, in_process
@@ -69,8 +70,8 @@ def prepare(
     Raises:
         InputError: the log or the configuration cannot be used, or `to` holds a data set and `overwrite` is not set.
     """
-    if storage.exists(storage.join(to, MANIFEST_NAME)) and not overwrite:
-        raise InputError(f"{to} holds a data set already: choose another folder, or replace it with --overwrite")
+    if not overwrite:
+        require_none(to)
     return _build(spec, to, None, on_bad_row, execute)
 
 
