@@ -17,21 +17,38 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 def gauc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float:
     """AUC per user, averaged with the user's number of impressions; users with one class are left out (as usual in CTR work)."""
-    total = weight = 0.0
-    order = np.argsort(users, kind="stable")
-    bounds = np.flatnonzero(np.diff(users[order])) + 1
-    for rows in np.split(order, bounds):
-        value = auc(labels[rows], scores[rows])
-        if not np.isnan(value):
-            total += value * len(rows)
-            weight += len(rows)
-    return total / weight if weight else float("nan")
+    _, users = np.unique(users, return_inverse=True)
+    values = aucs_by_user(labels, scores, users)
+    known = ~np.isnan(values)
+    weights = np.bincount(users, minlength=len(values))[known]
+    return float(values[known] @ weights / weights.sum()) if weights.any() else float("nan")
+
+
+def aucs_by_user(labels: np.ndarray, scores: np.ndarray, users: np.ndarray, count: int = 0) -> np.ndarray:
+    """AUC of each user, float64 [U]; nan with one class. `users` [N] are numbers in 0 .. U - 1, U is at least `count`."""
+    order = np.lexsort((scores, users))
+    users, scores, positive = users[order], scores[order], labels[order] > 0
+    opens = np.ones(len(users), np.bool_)
+    opens[1:] = (np.diff(users) != 0) | (np.diff(scores) != 0)
+    # The mean rank of equal scores of a user counts ties half.
+    firsts = np.flatnonzero(opens)
+    sizes = np.diff(np.append(firsts, len(users)))
+    ranks = (firsts + (sizes + 1) / 2).repeat(sizes) - np.searchsorted(users, users)
+    counts, positives = np.bincount(users, minlength=count), np.bincount(users, positive, count)
+    pairs = positives * (counts - positives)
+    above = np.bincount(users, ranks * positive, count) - positives * (positives + 1) / 2
+    return np.divide(above, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
 
 
 def logloss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean negative log likelihood, in nats."""
+    return float(log_losses(labels, probabilities).mean())
+
+
+def log_losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Negative log likelihood of each impression, in nats, [N]; that of a certain mistake is finite."""
     p = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
-    return float(-np.mean(np.where(labels > 0, np.log(p), np.log1p(-p))))
+    return -np.where(labels > 0, np.log(p), np.log1p(-p))
 
 
 def normalised_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
