@@ -4,13 +4,17 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ctrsink.config.base import Section
 from ctrsink.config.run import RunSpec
+from ctrsink.config.study import StudySpec
 from ctrsink.errors import InputError
+
+T = TypeVar("T", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,10 +45,32 @@ def load_run(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...
 
 def parse_run(tree: dict[str, Any], origin: str) -> RunSpec:
     """Validate a plain mapping; `origin` is the file that errors name."""
+    return _parse(RunSpec, tree, origin)
+
+
+def load_study(path: str | os.PathLike[str]) -> tuple[StudySpec, dict[str, RunSpec]]:
+    """Read a study from `path`, and the run of each of its variants by name; seed and run_dir are still those of their files.
+
+    Raises:
+        InputError: the study, or a variant, is wrong; the message names it.
+    """
+    study = _parse(StudySpec, _read(Path(path), ()), str(path))
+    runs: dict[str, RunSpec] = {}
+    for name, variant in study.variants.items():
+        file, own = (variant, ()) if isinstance(variant, str) else (study.base, variant)
+        assert file is not None
+        try:
+            runs[name] = load_run(Path(path).parent / file, (*study.overrides, *own))
+        except InputError as error:
+            raise InputError(f"{path}: variants.{name}: {error}") from None
+    return study, runs
+
+
+def _parse(section: type[T], tree: dict[str, Any], origin: str) -> T:
     try:
-        return RunSpec.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{origin}: {_explain(error)}") from None
+        raise InputError(f"{origin}: {_explain(error, section)}") from None
 
 
 def dump_run(spec: RunSpec) -> str:
@@ -101,14 +127,14 @@ def _parse_override(text: str) -> dict[str, Any]:
     return tree
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: type[Section]) -> str:
     """The first mistake in one line; the number of the others behind it."""
     errors = error.errors(include_url=False)
     # A misspelt key explains the one that is missing, not the other way round.
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
-        names = _field_names(first["loc"][:-1])
+        names = _field_names(section, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
         hint = f", did you mean {near[0]}?" if near else ""
         text = f"unknown key {where}{hint} (allowed: {', '.join(names)})"
@@ -132,9 +158,9 @@ def _nearest(value: Any, expected: str) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _field_names(loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the keys that are valid at `loc` of a RunSpec."""
-    model: type[BaseModel] = RunSpec
+def _field_names(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that are valid at `loc` of a section."""
+    model: type[BaseModel] = section
     for part in loc:
         if isinstance(part, int):
             continue

@@ -1,19 +1,20 @@
 """Runs compared: every metric with its intervals, differences to a baseline, and both by slices of the impressions."""
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ctrsink import storage, strict_json
-from ctrsink.data.arrow import pc
 from ctrsink.data.dataset import Dataset
 from ctrsink.errors import InputError
 from ctrsink.evaluate.intervals import by_draws, by_seeds, deviation
 from ctrsink.evaluate.resampling import METRICS, Resampled, draws
 from ctrsink.evaluate.slices import facts, groupings
 from ctrsink.report.comparison import draw_comparison
-from ctrsink.studies.measured import Impressions, Measured, read_measured, require_same_impressions, variants_of
+from ctrsink.studies.measured import Measured, read_measured, require_same_impressions, rows_of, variants_of
 
 DRAWS = 1000
 Variants = dict[str, list[Measured]]
@@ -62,14 +63,19 @@ def compare(folders: Sequence[str], split: str = "test", baseline: str | None = 
     }
 
 
-def write_comparison(found: dict[str, Any], to: str) -> list[str]:
-    """Write comparison.json and the figures of it into the local folder `to`; returns the files.
+def write_comparison(found: dict[str, Any], to: str, name: str = "comparison") -> list[str]:
+    """Write `<name>.json` and the figures of a comparison into the folder `to`, local or s3://; returns the files.
 
     Raises:
         InputError: matplotlib is not installed, or `to` is no folder.
     """
+    if storage.is_remote(to):
+        with tempfile.TemporaryDirectory() as folder:
+            files = write_comparison(found, folder, name)
+            storage.upload_dir(folder, to)
+        return [storage.join(to, Path(file).name) for file in files]
     figures = draw_comparison(found, to)
-    path = storage.join(to, "comparison.json")
+    path = storage.join(to, f"{name}.json")
     storage.write_bytes(path, strict_json.dumps(found, indent=1).encode())
     return [path, *figures]
 
@@ -141,9 +147,9 @@ def _slices(variants: Variants, reference: str, weights: np.ndarray, split: str)
     run = next(iter(variants.values()))[0]
     try:
         found = facts(Dataset(run.data, keep_shards=1), split)
-        rows = _rows(run.impressions, found.users, found.events, found.labels)
+        rows = rows_of(run.impressions, found.users, found.events, found.labels)
     except InputError as error:
-        return {"slices": {}, "slices_left_out": str(error)}
+        return {"slices": {}, "slices_left_out": f"{run.data}: {error}"}
     out: dict[str, Any] = {}
     for title, grouping in groupings(found).items():
         group = grouping.groups[rows]
@@ -153,19 +159,3 @@ def _slices(variants: Variants, reference: str, weights: np.ndarray, split: str)
                 size = {"impressions": len(own), "users": len(np.unique(run.impressions.users[own]))}
                 out.setdefault(title, {})[name] = size | {"variants": _table(variants, reference, weights, own)}
     return {"slices": out}
-
-
-def _rows(shown: Impressions, users: Any, events: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The row of each shown impression among those of the data set, int64 [N].
-
-    Raises:
-        InputError: they are not those of the data set.
-    """
-    owners = pc.index_in(users, value_set=shown.names).fill_null(-1).to_numpy(zero_copy_only=False)
-    span = max(int(events.max(initial=0)), int(shown.events.max())) + 1
-    keys, wanted = owners.astype(np.int64) * span + events, shown.users.astype(np.int64) * span + shown.events
-    order = np.argsort(keys)
-    at = np.append(order, 0)[np.searchsorted(keys, wanted, sorter=order)]
-    if not len(keys) or not np.array_equal(keys[at], wanted) or not np.array_equal(labels[at], shown.labels):
-        raise InputError("the data set is no longer the one that the runs were measured on")
-    return at

@@ -166,3 +166,19 @@ def variants_of(runs: Sequence[Measured]) -> dict[str, list[Measured]]:
                 if difference is not None:
                     raise InputError(f"{both}, but {difference}: give them different names")
     return found
+
+
+def rows_of(shown: Impressions, users: pa.Array, events: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The row of each impression among others, which are given by user, event and label, int64 [N].
+
+    Raises:
+        InputError: one is not among them, or has another label there.
+    """
+    owners = pc.index_in(users, value_set=shown.names).fill_null(-1).to_numpy(zero_copy_only=False)
+    span = max(int(events.max(initial=0)), int(shown.events.max())) + 1
+    keys, wanted = owners.astype(np.int64) * span + events, shown.users.astype(np.int64) * span + shown.events
+    order = np.argsort(keys)
+    at = np.append(order, 0)[np.searchsorted(keys, wanted, sorter=order)]
+    if not len(keys) or not np.array_equal(keys[at], wanted) or not np.array_equal(labels[at], shown.labels):
+        raise InputError("these are not the impressions that the runs were measured on")
+    return at
