@@ -222,6 +222,29 @@ def _submit(args: argparse.Namespace) -> dict[str, Any]:
     return submit(args.config, args.overrides, args.address, args.working_dir, args.resume)
 
 
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.report.comparison import as_table
+    from ctrsink.studies.compare import compare, write_comparison
+
+    found = compare(args.runs, args.split, args.baseline)
+    files = {"files": write_comparison(found, args.to)} if args.to else {}
+    if args.json:
+        return found | files
+    print(as_table(found))
+    return files
+
+
+def _study(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.report.comparison import as_table
+    from ctrsink.studies.study import run_study
+
+    found = run_study(args.config, args.to)
+    if args.json or "stopped" in found:
+        return found
+    print(as_table(found))
+    return {key: found[key] for key in ("folder", "files")}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "ctrsink", description="Fine-tune decoder language models for CTR prediction with sink tokens."
@@ -304,6 +327,16 @@ def _parser() -> argparse.ArgumentParser:
         "--working-dir", default=".", metavar="DIR", help="folder that is sent to the cluster; holds the configuration"
     )
     submit.add_argument("--resume", action="store_true")
+
+    study = _verb(verbs, "study", _study, "train variants with several seeds and compare them; goes on where it was")
+    study.add_argument("--config", required=True, metavar="FILE", help="of the study")
+    study.add_argument("--to", metavar="DIR", help="folder of the study, local or s3:// (default: its key folder)")
+
+    compare = _verb(verbs, "compare", _compare, "compare runs on the same impressions, with intervals, and by slices")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; those that differ in the seed are one variant")
+    compare.add_argument("--split", choices=["train", "valid", "test"], default="test")
+    compare.add_argument("--baseline", metavar="RUN", help="whose variant the others are compared with; default: the first")
+    compare.add_argument("--to", metavar="DIR", help="write the comparison and its figures into this folder, local or s3://")
     return parser
 
 

@@ -2,15 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from ctrsink.config.base import Section
 from ctrsink.config.explain import explain
 from ctrsink.config.run import RunSpec
+from ctrsink.config.study import StudySpec
 from ctrsink.config.tree import MOST_BYTES, check_tree, cut, dotted, read_yaml
 from ctrsink.errors import InputError
+
+T = TypeVar("T", bound=Section)
 
 
 def load_run(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> RunSpec:
@@ -30,11 +34,33 @@ def load_run(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...
 
 def parse_run(tree: dict[str, Any], origin: str) -> RunSpec:
     """Validate a plain mapping; `origin` is the file that errors name."""
+    return _parse(RunSpec, tree, origin)
+
+
+def load_study(path: str | os.PathLike[str]) -> tuple[StudySpec, dict[str, RunSpec]]:
+    """Read a study from `path`, and the run of each of its variants by name; seed and run_dir are still those of their files.
+
+    Raises:
+        InputError: the study, or a variant, is wrong; the message names it.
+    """
+    study = _parse(StudySpec, _read(Path(path), ()), str(path))
+    runs: dict[str, RunSpec] = {}
+    for name, variant in study.variants.items():
+        file, own = (variant, ()) if isinstance(variant, str) else (study.base, variant)
+        assert file is not None
+        try:
+            runs[name] = load_run(Path(path).parent / file, (*study.overrides, *own))
+        except InputError as error:
+            raise InputError(f"{path}: variants.{name}: {error}") from None
+    return study, runs
+
+
+def _parse(section: type[T], tree: dict[str, Any], origin: str) -> T:
     check_tree(tree, origin)
     try:
-        spec = RunSpec.model_validate(tree)
+        spec = section.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{origin}: {explain(error, RunSpec)}") from None
+        raise InputError(f"{origin}: {explain(error, section)}") from None
     check_tree(spec.model_dump(mode="json"), origin)  # texts may have become numbers
     return spec
 

@@ -1,7 +1,7 @@
 """What is in a prepared data set: counts, label rates, lengths, tokens and times, gathered shard by shard."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from ctrsink.data.arrow import pc
 from ctrsink.data.cells import iso
 from ctrsink.data.manifest import SPLITS, Manifest, ShardEntry, read_file, read_manifest
 from ctrsink.data.requests import known_events
+from ctrsink.text_table import aligned
 
 DAY = 86_400
 HISTORIES = (10, 20, 50, 100)
@@ -252,9 +253,9 @@ def as_table(summary: dict[str, Any]) -> str:
     columns = list(shown[0][1])
     lengths = [(name.replace("_", " "), *(_number(row[column]) for column in columns)) for name, row in shown]
     tables = [
-        _aligned(head, 2),
-        _aligned([("part", "split", "from", "until", "events", "impressions", "positives", "rate"), *splits, *totals], 4),
-        _aligned([("", *columns), *lengths], 1),
+        aligned(head, 2),
+        aligned([("part", "split", "from", "until", "events", "impressions", "positives", "rate"), *splits, *totals], 4),
+        aligned([("", *columns), *lengths], 1),
     ]
     return "\n\n".join(tables)
 
@@ -262,13 +263,6 @@ def as_table(summary: dict[str, Any]) -> str:
 def _rates(split: dict[str, Any]) -> tuple[str, ...]:
     rate = split["label_rate"]
     return (*(_number(split[name]) for name in ("events", "impressions", "positives")), "-" if np.isnan(rate) else f"{rate:.4f}")
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Columns two blanks apart, the first `left` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def _number(value: float) -> str:

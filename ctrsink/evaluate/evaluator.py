@@ -84,23 +84,29 @@ def predict(
 
 
 def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions) -> None:
-    """Write `evaluation/<split>.json` (the metrics and the `step` they are of) and the predictions, `<split>.parquet`."""
+    """Write a run's predictions on a split, their metrics and the `step` that they are of; see write_predictions."""
     table = pa.table(
         {
-            "user": _names(dataset, predictions.users),
+            "user": names_of(dataset, predictions.users),
             "event": predictions.events,
             "label": predictions.labels,
             "probability": predictions.probabilities,
         }
     )
+    write_predictions(run_dir, split, table, {"step": step, **predictions.metrics()})
+
+
+def write_predictions(run_dir: str, split: str, table: pa.Table, metrics: dict[str, float]) -> None:
+    """Write `evaluation/<split>.parquet` (`table`: user, event, label, probability) and `<split>.json` below the run's folder."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    metrics = kept.stamped({"step": step, **predictions.metrics()})
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.parquet"), buffer.getvalue())
-    storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), strict_json.dumps(metrics, indent=1).encode())
+    storage.write_bytes(
+        storage.join(run_dir, FOLDER, f"{split}.json"), strict_json.dumps(kept.stamped(metrics), indent=1).encode()
+    )
 
 
-def _names(dataset: Dataset, users: np.ndarray) -> pa.Array:
+def names_of(dataset: Dataset, users: np.ndarray) -> pa.Array:
     """Ids of users, rows of the index in any order; each shard is opened once."""
     users, numbers = np.unique(users, return_inverse=True)
     shards, starts = np.unique(dataset.index["shard"][users], return_index=True)

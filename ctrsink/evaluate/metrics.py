@@ -86,8 +86,13 @@ def logloss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean negative log likelihood, in nats."""
     if not len(labels) or not np.isfinite(probabilities).all():
         return math.nan
+    return float(log_losses(labels, probabilities).mean())
+
+
+def log_losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Negative log likelihood of each impression, in nats, [N]; that of a certain mistake is finite."""
     p = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
-    return float(-np.mean(np.where(labels > 0, np.log(p), np.log1p(-p))))
+    return -np.where(labels > 0, np.log(p), np.log1p(-p))
 
 
 def normalised_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:

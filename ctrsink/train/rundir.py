@@ -51,14 +51,7 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
     if not new:
         if not resume:
             raise InputError(_taken(spec.run_dir))
-        difference = first_difference(read_run(spec.run_dir), spec)
-        if difference is not None:
-            raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
-        if _claimed_data(spec.run_dir) not in (None, *datasets):
-            raise InputError(
-                f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
-                "give the old one back, or choose another run_dir"
-            )
+        require_same(spec, datasets)
         storage.write_bytes(path, dump_run(spec).encode())
     try:
         withdraw_stop(spec.run_dir)
@@ -69,6 +62,18 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
                 release(spec.run_dir)
         raise
     return new
+
+
+def require_same(spec: RunSpec, datasets: tuple[str, ...]) -> None:
+    """Raise InputError where the run in `spec.run_dir` computes something else, or on other data; see `claim`."""
+    difference = first_difference(read_run(spec.run_dir), spec)
+    if difference is not None:
+        raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
+    if _claimed_data(spec.run_dir) not in (None, *datasets):
+        raise InputError(
+            f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
+            "give the old one back, or choose another run_dir"
+        )
 
 
 def require_new(run_dir: str) -> None:
