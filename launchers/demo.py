@@ -74,6 +74,7 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     report = {"seed": sink.seed, "rows": rows, "seconds": time.monotonic() - started, "example": example}
     storage.write_bytes(f"{folder}/demo.json", strict_json.dumps(report, indent=1).encode())
     print("\n" + table)
+    print("\n" + verdict(rows[-1], rows[-2]))
     for label, result in results.items():
         for split, metrics in result["evaluation"].items():
             if (found := no_better_than_the_mean(metrics)) is not None:
@@ -120,6 +121,12 @@ def row_of(label: str, evaluation: dict[str, dict[str, float]], result: dict[str
             "seconds": result["seconds"],
         }
     return row
+
+
+def verdict(sinks: dict[str, Any], plain: dict[str, Any]) -> str:
+    """One line: what sinks brought over the same language model, whose targets are told the same."""
+    parts = [f"{sinks[f'test {m}'] - plain[f'test {m}']:+.4f} {name}" for m, name in (("auc", "AUC"), ("gauc", "GAUC"))]
+    return f"On test CTR-Sink has {' and '.join(parts)} against LM-CTR, whose targets are told the same; one seed, so not a comparison."
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
