@@ -126,7 +126,9 @@ def row_of(label: str, evaluation: dict[str, dict[str, float]], result: dict[str
 def verdict(sinks: dict[str, Any], plain: dict[str, Any]) -> str:
     """One line: what sinks brought over the same language model, whose targets are told the same."""
     parts = [f"{sinks[f'test {m}'] - plain[f'test {m}']:+.4f} {name}" for m, name in (("auc", "AUC"), ("gauc", "GAUC"))]
-    return f"On test CTR-Sink has {' and '.join(parts)} against LM-CTR, whose targets are told the same; one seed, so not a comparison."
+    return (
+        f"On test CTR-Sink has {' and '.join(parts)} against LM-CTR, which is told the same of targets; one seed proves nothing."
+    )
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
