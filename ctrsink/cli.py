@@ -193,6 +193,12 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return {"run_dir": args.run_dir, "evaluation": evaluate_run(args.run_dir, tuple(args.split), args.checkpoint)}
 
 
+def _look(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.report.look import look
+
+    return look(args.run_dir, args.split, args.sequences)
+
+
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.train.rundir import read_run
 
@@ -303,6 +309,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     evaluate.add_argument("--split", nargs="+", choices=["train", "valid", "test"], default=["valid", "test"])
     evaluate.add_argument("--checkpoint", type=_step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
+
+    looked = _verb(verbs, "look", _look, "say where a run's model looks, and what each signal is worth to it")
+    looked.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
+    looked.add_argument("--split", choices=["train", "valid", "test"], default="valid")
+    looked.add_argument("--sequences", type=_count, default=64, metavar="N", help="size of the sample (default: 64)")
 
     export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")

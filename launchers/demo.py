@@ -25,6 +25,7 @@ from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
 from ctrsink.export.package import export_run
 from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
+from ctrsink.serve import Scorer
 from ctrsink.serve.requests import request_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,9 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     print(f"\nOne user's candidates, scored by the exported model ({example['history']} behaviours of history):")
     for title, probability, label in example["candidates"]:
         print(f"  {probability:.3f}  {'liked    ' if label else 'not liked'}  {title}")
+    print(f"\nWhat {example['candidates'][0][0]} was scored by, of the user's past (share of its attention to sinks):")
+    for title, feedback, share in example["nearest"]:
+        print(f"  {share:6.1%}  rated {feedback:g}  {title}")
     print(f"\nseed {sink.seed}, {report['seconds']:.0f} s in all")
     for name, place in [("runs", folder), ("export", export), ("figures", figures), ("requests", f"{folder}/requests.jsonl")]:
         print(f"{name + ':':10}{place}")
@@ -172,10 +176,14 @@ def score_one_user(dataset: Dataset, model: str, folder: str, count: int = 8) ->
         raise RunError(f"{' '.join(verb)} failed")
     probabilities = json.loads(storage.read_bytes(output))["probabilities"]
     titles = items["title"].to_pylist()
+    best = int(np.argmax(probabilities))
+    past = sorted(request["history"], key=lambda b: b["timestamp"])
+    found = Scorer.load(model).nearest(request, best)
+    nearest = [(past[number]["item"]["title"], past[number]["feedback"], share) for number, share in found]
     candidates = sorted(
         ((titles[r], p, int(label)) for r, p, label in zip(rows, probabilities, labels, strict=True)), key=lambda c: -c[1]
     )
-    return {"user": shard.users[row], "history": len(request["history"]), "candidates": candidates}
+    return {"user": shard.users[row], "history": len(request["history"]), "candidates": candidates, "nearest": nearest}
 
 
 if __name__ == "__main__":

@@ -25,8 +25,15 @@ class SinkShare:
     batch: Batch
     sinks_only: bool
     window: int | None
-    layers: dict[int, float] = field(default_factory=dict)
-    """By layer, the mean over heads; a layer is absent where no target sees any history."""
+    heads: dict[int, list[float]] = field(default_factory=dict)
+    """By layer, of each head; a layer is absent where no target sees any history."""
+    paid: torch.Tensor | None = None
+    """float32 [B, M, K]; attention of each event asked to each sink, mean over heads, summed over layers."""
+
+    @property
+    def layers(self) -> dict[int, float]:
+        """By layer, the mean over heads."""
+        return {layer: sum(shares) / len(shares) for layer, shares in self.heads.items()}
 
     def __call__(self, plan: AttentionPlan, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Packed query [1, H, N, d] and key [1, H_kv, N, d] of one layer."""
@@ -48,4 +55,7 @@ class SinkShare:
         paid = weights * history[:, None]
         total = paid.sum((0, 2, 3))
         if bool((total > 0).all()):
-            self.layers[layer] = float((paid * (batch.kinds == SINK)[:, None, None]).sum((0, 2, 3)).div(total).mean())
+            self.heads[layer] = (paid * (batch.kinds == SINK)[:, None, None]).sum((0, 2, 3)).div(total).tolist()
+        columns = batch.sink_positions[:, None, :].expand(-1, paid.shape[2], -1)
+        at_sinks = paid.mean(1).gather(2, columns) * batch.sink_valid[:, None, :]
+        self.paid = at_sinks if self.paid is None else self.paid + at_sinks

@@ -26,6 +26,7 @@ from ctrsink.data.tokenize import encode_items, encode_own
 from ctrsink.data.windows import Cuts, Events
 from ctrsink.errors import InputError
 from ctrsink.features.ragged import Ragged
+from ctrsink.model.sink_share import SinkShare
 from ctrsink.serve.load import Loaded, load_model
 from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
@@ -97,6 +98,31 @@ class Scorer:
                 "another checkpoint"
             )
         return out
+
+    def nearest(self, request: dict[str, Any], candidate: int, count: int = 3) -> list[tuple[int, float]]:
+        """The behaviours whose sinks a candidate attends to most: numbers in the request's history by time, and shares.
+
+        A share is of the attention that the candidate's last token pays to all sinks, over all layers and heads.
+
+        Raises:
+            InputError: the request cannot be scored.
+        """
+        parsed = self.parse(request, "request")
+        (sequence,) = self._sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
+        batch = collate([sequence], [0]).to(self.model.device)
+        share = SinkShare(batch, self.model.readout.through_sinks, self.model.ctr.window)
+        self.model.ctr.watch = share
+        try:
+            with torch.inference_mode():
+                self.model(batch)
+        finally:
+            self.model.ctr.watch = None
+        if share.paid is None:
+            return []
+        paid = share.paid[0, int(batch.asked_valid[0].sum()) - 1]
+        shares, slots = (paid / paid.sum().clamp(min=1e-12)).topk(min(count, int(batch.sink_valid[0].sum())))
+        first = len(parsed.history) - int(batch.sink_valid[0].sum())
+        return [(first + slot, value) for slot, value in zip(slots.tolist(), shares.tolist(), strict=True)]
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The history and candidates behind it, as many as may share one."""
