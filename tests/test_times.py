@@ -148,7 +148,7 @@ def test_a_time_out_of_bounds_is_a_bad_row_in_every_type(
     ids=lambda value: str(getattr(value, "type", "")),
 )
 def test_a_type_that_holds_no_exact_time_is_refused(tmp_path: Path, times: pa.Array, message: str) -> None:
-    with pytest.raises(InputError, match=rf"log\.parquet: column timestamp {message}"):
+    with pytest.raises(InputError, match=rf"log\.parquet: column timestamp .*{message}"):
         read_source(parquet(tmp_path, times))
 
 

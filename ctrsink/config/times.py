@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 EARLIEST = -62_135_596_800  # the year 1
 LATEST = 10**11  # the year 5138; what lies beyond was counted in milliseconds
 
-_ISO = re.compile(r"(\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?)?)(Z|[+-]\d\d(?::?\d\d)?| UTC)?", re.ASCII)
+_ISO = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d(?:\.\d+)?)?)(Z|[+-]\d\d(?::?\d\d)?| UTC)?)?", re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -21,11 +21,9 @@ def iso_seconds(text: str) -> int | None:
     found = _ISO.fullmatch(text.strip())
     if found is None:
         return None
-    moment, zone = found.groups()
-    if zone is not None and ":" not in moment:
-        return None
+    day, time, zone = found.groups()
     try:
-        parsed = datetime.fromisoformat(moment + ("+00:00" if zone in (None, "Z", " UTC") else zone))
+        parsed = datetime.fromisoformat(f"{day}T{time or '00:00'}{'+00:00' if zone in (None, 'Z', ' UTC') else zone}")
     except ValueError:
         return None
     return (parsed - _EPOCH) // timedelta(seconds=1)
