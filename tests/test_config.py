@@ -337,7 +337,7 @@ def included(path: Path) -> set[Path]:
 
 ALL = sorted(p.resolve() for p in CONFIGS.rglob("*.yaml"))
 RUNS = [p for p in ALL if "run_dir" in read(p)]
-FRAGMENTS = [p for p in ALL if "run_dir" not in read(p)]
+FRAGMENTS = [p for p in ALL if "run_dir" not in read(p) and p.parent.name != "studies"]
 
 
 def name_of(path: Path) -> str:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ctrsink.cli import main
+from ctrsink.config import load_study
 from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec
 from ctrsink.config.model import SinkSpec
 from ctrsink.data.manifest import read_manifest
@@ -64,6 +65,21 @@ def test_the_examples_of_a_column_mapping_and_of_item_vectors_are_valid() -> Non
     assert EncoderSpec.model_validate(vectors["prepare"]["encoder"]).path.endswith("all-MiniLM-L6-v2")
     assert DataSpec.model_validate({"uri": "data", **vectors["data"]}).retrieve == 20
     assert "similarity" in SinkSpec.model_validate(vectors["model"]["sinks"]).signals
+
+
+def test_the_examples_of_a_study_are_valid(tmp_path: Path) -> None:
+    (example,) = (body for info, body in BLOCK.findall((ROOT / "docs/studies.md").read_text("utf-8")) if info == "yaml")
+    for path in (ROOT / "configs").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/study.yaml").write_text(example)
+    study, runs = load_study(tmp_path / "own/study.yaml")
+    assert study.names == ["item_mean", "logistic", "lightgbm", "ctr-sink", "no-bias", "lm-ctr", "ctr-sink-stacked"]
+    assert runs["ctr-sink"].model.bias is not None
+    assert runs["no-bias"].model.bias is None
+    assert runs["lm-ctr"].model.sinks is None
+    for path in (ROOT / "configs/studies").iterdir():
+        load_study(path)
 
 
 def test_the_commands_for_ones_own_log_work_as_written(

@@ -8,23 +8,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.data.dataset import Dataset
+from ctrsink.data.prepare.build import append, prepare
+from ctrsink.evaluate.baselines import smoothed_item_mean
+from ctrsink.evaluate.evaluator import names_of
 from ctrsink.evaluate.slices import DAY, by_day, facts, groupings
 from tests.builders import make_dataset
+from tests.prepared_in_tasks import HALF, ROWS, spec_of, write_log
 from tests.runs import prepared_data
 
 
 def walk(dataset: Dataset, split: str) -> dict[tuple[str, int], tuple[int, int, int, int, int]]:
     """User and event -> label, history, events of the item and impressions of the user in training, time; one event at a time."""
-    rows, items, users = {}, [], []
+    rows, items, users, newest = {}, [], [], len(dataset.manifest.parts) - 1
     for user in range(len(dataset.index["row"])):
         shard, row = dataset.locate(user)
         first, name = shard.offsets[row], shard.users[row]
         lo, hi = dataset.events("train", user)
         items += shard.items[first + lo : first + hi].tolist()
         users += [name for event in range(lo, hi) if shard.labels[first + event] >= 0]
+        part = dataset.manifest.shards[int(dataset.index["shard"][user])].part
         for event in range(*dataset.events(split, user)):
             at = first + event
-            if shard.labels[at] >= 0:
+            if shard.labels[at] >= 0 and part == newest:
                 rows[name, event] = (shard.labels[at], shard.known[at], shard.items[at], name, shard.timestamps[at])
     return {
         key: (int(label), int(known), items.count(item), users.count(name), int(at))
@@ -32,15 +37,41 @@ def walk(dataset: Dataset, split: str) -> dict[tuple[str, int], tuple[int, int, 
     }
 
 
+def appended_data(folder: Path) -> str:
+    """A data set of two parts, some of whose users are in both."""
+    prepare(spec_of(write_log(folder / "a.csv", ROWS[:HALF])), str(folder / "data"))
+    append(spec_of(write_log(folder / "b.csv", ROWS[HALF:]), past_events=3), str(folder / "data"))
+    return str(folder / "data")
+
+
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_facts_of_impressions_equal_a_plain_walk(tmp_path: Path, split: str) -> None:
-    for data in (make_dataset(tmp_path), prepared_data(str(tmp_path / "requests"))):
+    for data in (make_dataset(tmp_path / "one"), prepared_data(str(tmp_path / "two")), appended_data(tmp_path)):
         dataset = Dataset(data, keep_shards=1)
         found = facts(dataset, split)
         values = zip(found.labels, found.history, found.item_events, found.user_impressions, found.times, strict=True)
         keys = zip(found.users.to_pylist(), found.events.tolist(), strict=True)
         assert {key: tuple(map(int, row)) for key, row in zip(keys, values, strict=True)} == walk(dataset, split)
-        assert len(found.labels) == dataset.manifest.splits[split].impressions  # pyright: ignore[reportArgumentType]
+        assert len(found.labels) == dataset.manifest.parts[-1].splits[split].impressions  # pyright: ignore[reportArgumentType]
+
+
+def test_the_item_mean_predicts_what_models_are_measured_on_and_learns_from_all_parts(tmp_path: Path) -> None:
+    dataset = Dataset(appended_data(tmp_path))
+    found, shown = smoothed_item_mean(dataset, "test"), facts(dataset, "test")
+    keys = set(zip(names_of(dataset, found.users).to_pylist(), found.events.tolist(), strict=True))
+    assert keys == set(zip(shown.users.to_pylist(), shown.events.tolist(), strict=True))
+    assert len(keys) == len(found.events) == dataset.manifest.parts[-1].splits["test"].impressions
+    liked = {"all": [0, 0]} | {str(item): [0, 0] for item in range(dataset.manifest.item_count)}
+    for user in range(dataset.manifest.users):
+        shard, row = dataset.locate(user)
+        for event in range(*dataset.events("train", user)):
+            at = shard.offsets[row] + event
+            for name in ("all", str(shard.items[at])) if shard.labels[at] >= 0 else ():
+                liked[name] = [liked[name][0] + int(shard.labels[at]), liked[name][1] + 1]
+    overall = liked["all"][0] / liked["all"][1]
+    shard, row = dataset.locate(int(found.users[0]))
+    positives, count = liked[str(shard.items[shard.offsets[row] + found.events[0]])]
+    assert found.probabilities[0] == pytest.approx((positives + 5 * overall) / (count + 5))
 
 
 def test_every_grouping_gives_each_impression_one_group_that_says_what_it_is(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from ctrsink.evaluate.metrics import by_user, log_losses
 
 METRICS = ("auc", "gauc", "logloss")
+_BLOCK = 1 << 16
 
 
 def draws(users: int, times: int, seed: int = 0) -> np.ndarray:
@@ -41,26 +42,23 @@ class Resampled:
 
     def over(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """METRICS as float64 [times]; `weights` [times, U] are whole numbers. nan where one class has no weight."""
-        return {
-            "auc": np.fromiter(self._aucs(weights), np.float64, len(weights)),
-            "gauc": self._gauc(weights),
-            "logloss": self._logloss(weights),
-        }
+        return {"auc": self._auc(weights), "gauc": self._gauc(weights), "logloss": self._logloss(weights)}
 
-    def _aucs(self, weights: np.ndarray) -> Iterator[float]:
+    def _auc(self, weights: np.ndarray) -> np.ndarray:
         order = np.argsort(self.probabilities)
         scores, users, positive = self.probabilities[order], self.users[order], self.labels[order] > 0
         negatives = scores[~positive]
         # Negatives below each positive, and those that are not above it: the mean of both counts ties half.
         below, up_to = (np.searchsorted(negatives, scores[positive], side) for side in ("left", "right"))
-        of_positives, of_negatives = users[positive], users[~positive]
-        passed = np.zeros(len(negatives) + 1)
-        for row in weights:
-            weight = row.astype(np.float64)
-            np.cumsum(weight[of_negatives], out=passed[1:])
-            own = weight[of_positives]
-            pairs = own.sum() * passed[-1]
-            yield float(own @ (passed[below] + passed[up_to]) / (2 * pairs)) if pairs else float("nan")
+        out = np.empty(len(weights))
+        for start, block in _blocks(weights, len(users)):
+            passed = np.zeros((len(block), len(negatives) + 1))
+            np.cumsum(block[:, users[~positive]], axis=1, dtype=np.float64, out=passed[:, 1:])
+            own = block[:, users[positive]].astype(np.float64)
+            pairs = own.sum(axis=1) * passed[:, -1]
+            ranked = (own * (passed[:, below] + passed[:, up_to])).sum(axis=1) / 2
+            out[start : start + len(block)] = _divided(ranked, pairs)
+        return out
 
     def _gauc(self, weights: np.ndarray) -> np.ndarray:
         aucs = np.full(self.count, np.nan)
@@ -73,8 +71,21 @@ class Resampled:
         return _ratio(weights, np.bincount(self.users, losses, self.count), np.bincount(self.users, minlength=self.count))
 
 
+def _blocks(weights: np.ndarray, columns: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of `weights` in blocks, with the number of the first: as many at a time as stay in a processor's cache."""
+    rows = max(1, _BLOCK // max(1, columns))
+    for start in range(0, len(weights), rows):
+        yield start, weights[start : start + rows]
+
+
 def _ratio(weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Weighted sum over weighted count, row by row: the product at once would copy all weights."""
-    both = np.stack([sums, counts], axis=1)
-    above, below = np.array([row.astype(np.float64) @ both for row in weights]).reshape(-1, 2).T
-    return np.divide(above, below, out=np.full(len(weights), np.nan), where=below > 0)
+    """Weighted sum over weighted count of the users, for each row of weights."""
+    present = np.flatnonzero(counts)
+    both = np.stack([sums, counts], axis=1)[present]
+    parts = [block[:, present].astype(np.float64) @ both for _, block in _blocks(weights, len(present))]
+    above, below = np.concatenate(parts).T
+    return _divided(above, below)
+
+
+def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
