@@ -63,9 +63,9 @@ def test_an_empty_line_between_requests_is_a_mistake(run: Path, tmp_path: Path) 
 
 def test_bad_requests_are_skipped_when_asked_and_say_so_in_their_place(run: Path, tmp_path: Path) -> None:
     no_title = json.dumps({"id": 3, **REQUEST, "candidates": [{"genres": "Drama"}]})
-    no_text = json.dumps({"id": 4, **REQUEST, "candidates": [{"title": "", "genres": ""}]})
+    late = json.dumps({"id": 4, **REQUEST, "timestamp": 5})
     deep = "[" * 100_000
-    lines = ["{", json.dumps({"id": 2, **REQUEST}), no_title, no_text, deep, json.dumps(REQUEST)]
+    lines = ["{", json.dumps({"id": 2, **REQUEST}), no_title, late, deep, json.dumps(REQUEST)]
     path = requests_file(tmp_path, *lines)
     score = ["score", "--model", run.parent / "model", "--input", path]
     line = refused(call(*score), f"{path}, line 1: not a JSON object")
