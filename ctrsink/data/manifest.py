@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from ctrsink import storage
 from ctrsink.config.base import Section
 from ctrsink.config.data import TextSpec
+from ctrsink.config.explain import explain
 from ctrsink.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
@@ -207,7 +208,9 @@ def read_manifest(uri: str) -> Manifest:
             return Manifest.model_validate(tree)
         except FileNotFoundError:
             raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
-        except (ValueError, ValidationError) as error:
+        except ValidationError as error:
+            problem = explain(error, Manifest)
+        except ValueError as error:
             problem = str(error).splitlines()[0]
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")
 

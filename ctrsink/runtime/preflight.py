@@ -8,7 +8,6 @@ from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.tokenize import fingerprint, load_tokenizer
 from ctrsink.errors import InputError, first_line
-from ctrsink.model.build import check_model
 from ctrsink.train.mlflow_run import require_mlflow
 
 log = logging.getLogger("ctrsink.train")
@@ -40,6 +39,8 @@ def check(spec: RunSpec) -> int:
     backbone = spec.model.backbone
     if backbone.path is None:
         vocabulary = len(load_tokenizer(spec.data.uri))
+        from ctrsink.model.build import check_model  # seconds of imports, that no refusal above waits for
+
         check_model(spec.model, vocabulary)
         return vocabulary
     try:
