@@ -44,7 +44,10 @@ def test_too_few_steps_and_a_batch_beyond_the_data_are_told_with_what_to_change(
         "stages.one: a batch of 64 sequences is larger than the train split, which has 50: every step repeats them; "
         "lower train.batch_size to 5 or less"
     )
-    assert "lower stages.0.batch_size to 5" in advice(spec_of(8, batch_size=64), 50, 1)[0]
+    large, few = advice(spec_of(8, batch_size=64), 50, 1)
+    assert "lower stages.0.batch_size to 5 or less" in large
+    assert "the run makes 1 optimiser step, " in few
+    assert "lower stages.0.batch_size from 64 to 1 or so" in few
 
 
 @pytest.fixture(scope="module")

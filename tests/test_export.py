@@ -141,7 +141,7 @@ def test_the_card_tells_data_budget_and_metrics_and_no_path(data: Prepared, tmp_
     assert "| only | all (attend) | 5 steps |" in card
     assert "| test | 6 | 0.6124 | 0.5000 | 0.5500 | - | 0.6900 | 1.0100 | 0.1000 |" in card
     assert "**On test the model is not better than always predicting the mean click rate (normalised entropy 1.0100" in card
-    assert "over the 3 users with both classes, UAUC with two of each over the 0 with" in card
+    assert "over the 3 users with both classes, UAUC (2) over the 0 with" in card
     files = [path for path in (tmp_path / "out").iterdir() if path.suffix in {".md", ".json"}]
     assert {"README.md", "config.json", "tokenizer.json"} <= {path.name for path in files}
     assert [path.name for path in files if str(tmp_path) in path.read_text()] == []

@@ -232,7 +232,7 @@ BAD = [
     (change("histroy", []), "unknown key histroy, did you mean history"),
     (
         change("history", [{"item": {}, "timestamp": 1, "feedback": 1e39}]),
-        "history.0.feedback: Input should be less than or equal to",
+        "history.0.feedback: Input should be less than",
     ),
     (change("history", [7]), "history.0: Input should be a mapping of keys .got 7."),
     (without_year, "history.1.item has no field 'year'"),

@@ -9,6 +9,7 @@ from pydantic import ValidationError, field_validator
 from ctrsink import storage
 from ctrsink.config.base import Section
 from ctrsink.config.data import FieldSpec, TextSpec
+from ctrsink.config.explain import explain
 from ctrsink.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
@@ -284,8 +285,7 @@ def read_manifest(uri: str) -> Manifest:
         except FileNotFoundError:
             raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+            problem = explain(error, Manifest)
         except ValueError as error:
             problem = str(error).splitlines()[0]
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")

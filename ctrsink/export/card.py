@@ -129,14 +129,12 @@ def _metrics(run: TrainedRun) -> str:
                 notes.append(f"\n**On {split} the model is {found}.**")
             if values.get("users") is not None:
                 notes.append(
-                    f"\nOn {split} GAUC and UAUC are over the {values['users']:,} users with both classes, UAUC with two of each "
+                    f"\nOn {split} GAUC and UAUC are over the {values['users']:,} users with both classes, UAUC (2) "
                     f"over the {values['users_two']:,} with at least two impressions of each."
                 )
     if not rows:
         return "None: this checkpoint was not measured."
-    head = (
-        "| split | impressions | AUC | GAUC | UAUC | UAUC with two of each | log loss | normalised entropy | calibration error |"
-    )
+    head = "| split | impressions | AUC | GAUC | UAUC | UAUC (2) | log loss | normalised entropy | calibration error |"
     return "\n".join([head, "| --- |" + 8 * " ---: |", *rows, *notes])
 
 

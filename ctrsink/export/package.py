@@ -100,7 +100,7 @@ def _dead(run: TrainedRun, why: str) -> str:
 
 
 def portable(name: str, content: bytes) -> bytes:
-    """A tokenizer's file such as transformers 4 loads too: 5 has another name for its general class, and one more list."""
+    """A tokenizer's file such as transformers 4 loads too: 5 has another name for its general class and for further tokens."""
     if name != "tokenizer_config.json":
         return content
     fields: dict[str, Any] = json.loads(content)

@@ -5,7 +5,6 @@ import logging
 from ctrsink.config import RunSpec
 from ctrsink.data.manifest import Manifest, read_manifest
 from ctrsink.errors import InputError, first_line
-from ctrsink.model.build import check_model
 from ctrsink.train.mlflow_run import require_mlflow
 
 log = logging.getLogger("ctrsink.train")
@@ -68,6 +67,8 @@ def _vocabulary(spec: RunSpec, manifest: Manifest) -> int:
     backbone = spec.model.backbone
     if backbone.path is None:
         vocabulary = len(load_tokenizer(spec.data.uri))
+        from ctrsink.model.build import check_model  # seconds of imports, that no refusal above waits for
+
         check_model(spec.model, vocabulary)
         return vocabulary
     try:

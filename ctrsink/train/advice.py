@@ -21,12 +21,12 @@ def advice(spec: RunSpec, sequences: int, steps: int | None) -> list[str]:
         if spec.batch_size(stage) > sequences
     ]
     if steps is not None and steps < FEW_STEPS:
-        largest = max(spec.batch_size(stage) for stage in spec.stages)
+        largest, number = max((spec.batch_size(stage), -number) for number, stage in enumerate(spec.stages))
         smaller = max(1, largest * steps // FEW_STEPS)
-        lower = f"lower train.batch_size from {largest} to {smaller} or so, or " if smaller < largest else ""
+        lower = f"lower {_batch_key(spec, -number)} from {largest} to {smaller} or so, or " if smaller < largest else ""
         found.append(
-            f"the run makes {steps} optimiser steps, and with fewer than {FEW_STEPS} a model seldom learns more than the mean "
-            f"click rate: {lower}raise epochs or steps of the stages"
+            f"the run makes {steps} optimiser step{'s' * (steps != 1)}, and with fewer than {FEW_STEPS} a model seldom learns "
+            f"more than the mean click rate: {lower}raise epochs or steps of the stages"
         )
     return found
 

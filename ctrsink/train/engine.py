@@ -150,7 +150,7 @@ class Engine:
     def is_finite(self) -> bool:
         """Collective: whether every trained weight, of which each rank looks at its own part, is a finite number."""
         own = (getattr(parameter, "ds_tensor", parameter) for parameter in self.named.values())
-        return not all_max(any(not bool(value.isfinite().all()) for value in own), self.topology)
+        return not all_max(int(any(not value.isfinite().all() for value in own)), self.topology)
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""
