@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, f"{type(error).__name__}: {first_line(error)}", FAILED)
     if args.json:
         print(strict_json.dumps(result))
-    else:
+    elif result:
         print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()))
     # Whoever watches the process must see that the run is not done: Kubernetes would take 0 for its end.
     return STOPPED if result.get("stopped") else OK
@@ -54,13 +54,14 @@ def _fail(args: argparse.Namespace, error: object, code: int) -> int:
     return code
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, depth: int = 1) -> str:
     if isinstance(value, dict):
-        return "".join(f"\n  {key}: {_text(inner)}" for key, inner in value.items())
+        return "".join(f"\n{'  ' * depth}{key}: {_text(inner, depth + 1)}" for key, inner in value.items())
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-# The verbs import what they need when they run: scoring must not wait for Ray, nor need it.
+# The verbs import what they need when they run: scoring must not wait for Ray, nor need it. Torch takes a second and more to
+# import: what can be refused without it is refused before.
 
 
 def _data_get(args: argparse.Namespace) -> dict[str, Any]:
@@ -93,18 +94,23 @@ def _with_log(args: argparse.Namespace) -> "RunSpec":
 
 
 def _prepared(to: str, manifest: "Manifest") -> dict[str, Any]:
-    """The data set, and what the last preparation brought."""
+    """What the last preparation brought and, where it was appended, what the whole data set holds then."""
     part = manifest.parts[-1]
+    whole: dict[str, Any] = {"items": manifest.item_count}
+    if len(manifest.parts) > 1:
+        counts = {"events": manifest.events, "chronologies": manifest.users, "shards": len(manifest.shards)}
+        whole = {"data_set": {"parts": len(manifest.parts), **whole, **counts}}
     splits = {name: f"{counts.impressions} impressions, {counts.positives} positive" for name, counts in part.splits.items()}
     return {
         "data": to,
-        "parts": len(manifest.parts),
+        "part": len(manifest.parts) - 1,
         "users": part.users,
-        "items": manifest.item_count,
         "events": part.events,
         "skipped_rows": part.skipped_rows,
+        "duplicates": {"dropped" if part.duplicates_dropped else "kept": part.duplicates},
         "shards": sum(shard.part == len(manifest.parts) - 1 for shard in manifest.shards),
         "splits": splits,
+        **whole,
     }
 
 
@@ -172,35 +178,71 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stop(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.train.rundir import read_run, request_stop
+    from ctrsink.runtime.presence import stop_run
 
-    read_run(args.run_dir)
-    request_stop(args.run_dir, "ctrsink stop")
-    return {"run_dir": args.run_dir, "requested": "save and stop; it takes a step and a few seconds"}
+    holder = stop_run(args.run_dir, "ctrsink stop")
+    return {"run_dir": args.run_dir, "requested": f"of {holder}: save and stop; it takes a step and a few seconds"}
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.train.rundir import read_run
+
+    read_run(args.run_dir)
     from ctrsink.runtime.evaluate import evaluate_run
 
     return {"run_dir": args.run_dir, "evaluation": evaluate_run(args.run_dir, tuple(args.split), args.checkpoint)}
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.train.rundir import read_run
+
+    read_run(args.run_dir)
     from ctrsink.export.package import export_run
 
     return export_run(args.run_dir, args.to, args.dtype, args.checkpoint)
 
 
 def _score(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.serve.scorer import score_file
+    from ctrsink.data.request_lines import read_lines, require_model
 
-    return score_file(args.model, args.input, args.output)
+    lines = read_lines(args.input, args.on_bad_request)
+    require_model(args.model)
+    from ctrsink.serve.scorer import score_lines
+
+    counts = score_lines(args.model, lines, args.output, args.on_bad_request)
+    if args.output is not None or args.json:
+        return counts
+    print(", ".join(f"{key}: {value}" for key, value in counts.items()), file=sys.stderr)  # stdout is the scores'
+    return {}
 
 
 def _submit(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.runtime.submit import submit
 
     return submit(args.config, args.overrides, args.address, args.working_dir, args.resume)
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.report.comparison import as_table
+    from ctrsink.studies.compare import compare, write_comparison
+
+    found = compare(args.runs, args.split, args.baseline)
+    files = {"files": write_comparison(found, args.to)} if args.to else {}
+    if args.json:
+        return found | files
+    print(as_table(found))
+    return files
+
+
+def _study(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.report.comparison import as_table
+    from ctrsink.studies.study import run_study
+
+    found = run_study(args.config, args.to)
+    if args.json or "stopped" in found:
+        return found
+    print(as_table(found))
+    return {key: found[key] for key in ("folder", "files")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -272,6 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--model", required=True, metavar="DIR")
     score.add_argument("--input", required=True, metavar="FILE")
     score.add_argument("--output", metavar="FILE", help="default: stdout")
+    score.add_argument(
+        "--on-bad-request", choices=["fail", "skip"], default="fail", help="skip: its line of the output says what is wrong"
+    )
 
     submit = _verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
     _configured(submit)
@@ -282,6 +327,16 @@ def _parser() -> argparse.ArgumentParser:
         "--working-dir", default=".", metavar="DIR", help="folder that is sent to the cluster; holds the configuration"
     )
     submit.add_argument("--resume", action="store_true")
+
+    study = _verb(verbs, "study", _study, "train variants with several seeds and compare them; goes on where it was")
+    study.add_argument("--config", required=True, metavar="FILE", help="of the study")
+    study.add_argument("--to", metavar="DIR", help="folder of the study, local or s3:// (default: its key folder)")
+
+    compare = _verb(verbs, "compare", _compare, "compare runs on the same impressions, with intervals, and by slices")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; those that differ in the seed are one variant")
+    compare.add_argument("--split", choices=["train", "valid", "test"], default="test")
+    compare.add_argument("--baseline", metavar="RUN", help="whose variant the others are compared with; default: the first")
+    compare.add_argument("--to", metavar="DIR", help="write the comparison and its figures into this folder, local or s3://")
     return parser
 
 

@@ -11,7 +11,7 @@ import annotated_types as bounds
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ctrsink.config import RunSpec
+from ctrsink.config import RunSpec, StudySpec
 
 _SIGNS = {bounds.Ge: "≥", bounds.Gt: ">", bounds.Le: "≤", bounds.Lt: "<"}
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any value"}
@@ -19,7 +19,8 @@ _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 _HEAD = """\
 # Configuration
 
-Every key of a run. This page is made from the code by `docs/make_configuration.py`; do not edit it by hand.
+Every key of a run, and at the end those of [a study](#a-study), which [studies.md](studies.md) explains. This page is made from
+the code by `docs/make_configuration.py`; do not edit it by hand.
 
 A run is a YAML file that `ctrsink train --config FILE` and the other verbs take. Three rules put it together:
 
@@ -27,6 +28,8 @@ A run is a YAML file that `ctrsink train --config FILE` and the other verbs take
   keys over them: mapping by mapping, while a list or a single value is replaced whole.
 - `section.key=value` behind the verb changes single keys, also inside a list: `stages.0.epochs=2`.
 - An unknown key, or a value that is not allowed, is answered with one line that names it and what is allowed.
+
+A file may have 128 KiB, 50 levels and 100,000 values, aliases counted as often as they are used; whole numbers end at 2^53.
 
 `ctrsink config show FILE [section.key=value ...]` prints the configuration that results, with every default filled in.
 A configuration holds no credentials: those of `s3://` come from the environment.
@@ -36,11 +39,11 @@ A configuration holds no credentials: those of `s3://` come from the environment
 def page() -> str:
     """The whole page, in Markdown."""
     parts = [_HEAD]
-    for key, section in _sections(RunSpec, ""):
-        title = f"`{key}`" if key else "A run"
-        rows = [_row(key, name, field) for name, field in section.model_fields.items()]
-        table = "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
-        parts.append(f"## {title}\n\n{_one_line(section.__doc__)}\n\n{table}\n")
+    for name, root in {"A run": RunSpec, "A study": StudySpec}.items():
+        for key, section in _sections(root, ""):
+            rows = [_row(key, name, field) for name, field in section.model_fields.items()]
+            table = "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
+            parts.append(f"## {f'`{key}`' if key else name}\n\n{_one_line(section.__doc__)}\n\n{table}\n")
     return "\n".join(parts)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from ctrsink.data.download import download
 from ctrsink.data.prepare.build import prepare
 from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.baselines import smoothed_item_mean
-from ctrsink.evaluate.metrics import all_metrics
+from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
 from ctrsink.export.package import export_run
 from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
@@ -73,6 +74,10 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     report = {"seed": sink.seed, "rows": rows, "seconds": time.monotonic() - started, "example": example}
     storage.write_bytes(f"{folder}/demo.json", strict_json.dumps(report, indent=1).encode())
     print("\n" + table)
+    for label, result in results.items():
+        for split, metrics in result["evaluation"].items():
+            if (found := no_better_than_the_mean(metrics)) is not None:
+                print(f"{label} on {split}: {found}")
     print(f"\nOne user's candidates, scored by the exported model ({example['history']} behaviours of history):")
     for title, probability, label in example["candidates"]:
         print(f"  {probability:.3f}  {'liked    ' if label else 'not liked'}  {title}")
@@ -130,7 +135,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if isinstance(value, float):
         return f"{value:.4f}" if value < 10 else f"{value:.0f}"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.errors import InputError
 from ctrsink.train.checkpoint import (
     FILES,
@@ -163,7 +163,7 @@ def test_the_marker_lists_every_other_file(tmp_path: Path) -> None:
     folder = Path(save_checkpoint(str(tmp_path), make(1)))
     names = {p.name for p in folder.iterdir()}
     assert names == {*FILES, MARKER}
-    entries = json.loads((folder / MARKER).read_text())
+    entries = kept.opened(json.loads((folder / MARKER).read_text()), MARKER)
     assert {name: entry["bytes"] for name, entry in entries.items()} == {name: (folder / name).stat().st_size for name in FILES}
 
 

@@ -51,7 +51,10 @@ def test_the_smallest_run_is_whole() -> None:
         ("train.batchsize=3", "unknown key train.batchsize, did you mean batch_size? (allowed: batch_size, micro_batch_size, "),
         ("tran.batch_size=3", "unknown key tran, did you mean train? (allowed: name, run_dir, seed, "),
         ("model.sinks.signal=[none]", "model.sinks.signal, did you mean signals? (allowed: signals, buckets, embedding_size)"),
-        ("prepare.source.pth=x", "prepare.source.pth, did you mean path? (allowed: kind, path, items, columns) [and 2 more]"),
+        (
+            "prepare.source.pth=x",
+            "prepare.source.pth, did you mean path? (allowed: kind, path, items, columns, items_columns) [and 2 more]",
+        ),
         (
             "data.examples=per_targt",
             "'per_targt' is not allowed, did you mean per_target? (allowed: 'per_target', 'per_request' or 'per_user')",
@@ -379,5 +382,4 @@ def test_an_override_reaches_into_a_list() -> None:
         {"name": "a", "lr": {"head": 3, "sink": 2}},
         {"name": "b"},
     ]
-    assert merge(tree, {"stages": {"2": {"name": "c"}}})["stages"] == {"2": {"name": "c"}}
     assert merge(tree, {"stages": [{"name": "d"}]})["stages"] == [{"name": "d"}]

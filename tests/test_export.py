@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 import ctrsink.serve  # makes the model type known
 from ctrsink import storage
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource
+from ctrsink.data.tokenize import fingerprint
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
 from ctrsink.export.merge import merge_lora
-from ctrsink.export.package import export_run
+from ctrsink.export.package import export_run, portable
 from ctrsink.train.restore import restore_run
 from tests.conftest import BUCKET
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
@@ -67,6 +68,26 @@ def test_auto_model_computes_what_the_run_computes(data: Prepared, tmp_path: Pat
     assert sum(value.numel() for value in weights.values()) == result["parameters"]
 
 
+def test_the_exported_tokenizer_has_names_that_transformers_4_knows_and_gives_the_same_tokens(
+    data: Prepared, tmp_path: Path
+) -> None:
+    """`TokenizersBackend` exists in 5 alone, and 4 takes `extra_special_tokens` for a mapping."""
+    spec = run_spec(data, str(tmp_path / "run"))
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    fields = json.loads((tmp_path / "out" / "tokenizer_config.json").read_bytes())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(fields.get("extra_special_tokens"), list)
+    assert fingerprint(AutoTokenizer.from_pretrained(tmp_path / "out")) == Dataset(data.uri).manifest.tokenizer_fingerprint
+    listed = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|x|>"], "pad_token": "<pad>"}
+    found = json.loads(portable("tokenizer_config.json", json.dumps(listed).encode()))
+    assert found == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<|x|>"],
+        "pad_token": "<pad>",
+    }
+
+
 def test_plain_transformers_refuses_the_folder(data: Prepared, tmp_path: Path) -> None:
     spec = run_spec(data, str(tmp_path / "run"))
     write_run(spec)
@@ -100,6 +121,10 @@ def test_the_card_tells_data_budget_and_metrics_and_no_path(data: Prepared, tmp_
         "impressions": 6,
         "auc": 0.61237,
         "gauc": 0.5,
+        "uauc": 0.55,
+        "users": 3,
+        "uauc_two": None,
+        "users_two": 0,
         "logloss": 0.69,
         "normalised_entropy": 1.01,
         "calibration_error": 0.1,
@@ -114,7 +139,9 @@ def test_the_card_tells_data_budget_and_metrics_and_no_path(data: Prepared, tmp_
     assert "5 optimiser steps of 4 sequences: 20 sequences with 20 impressions" in card
     assert "Seed 3" in card
     assert "| only | all (attend) | 5 steps |" in card
-    assert "| test | 6 | 0.6124 |" in card
+    assert "| test | 6 | 0.6124 | 0.5000 | 0.5500 | - | 0.6900 | 1.0100 | 0.1000 |" in card
+    assert "**On test the model is not better than always predicting the mean click rate (normalised entropy 1.0100" in card
+    assert "over the 3 users with both classes, UAUC with two of each over the 0 with" in card
     files = [path for path in (tmp_path / "out").iterdir() if path.suffix in {".md", ".json"}]
     assert {"README.md", "config.json", "tokenizer.json"} <= {path.name for path in files}
     assert [path.name for path in files if str(tmp_path) in path.read_text()] == []

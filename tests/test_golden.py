@@ -100,11 +100,9 @@ def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def test_hidden_states_bias_and_pooling_match_the_published_code(golden: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
+def test_hidden_states_and_pooling_match_the_published_code(golden: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
     tensors, meta = golden
     model, batch = build(tensors, meta), batch_of(tensors)
-    first: list[torch.Tensor] = []
-    model.biases[0].register_forward_hook(lambda module, args, out: first.append(out))
     with torch.no_grad():
         torch.testing.assert_close(model.embed(batch), tensors["out.inputs_embeds"], atol=1e-5, rtol=0)
         hidden = model.hidden_states(batch, ReadoutSpec())
@@ -112,10 +110,26 @@ def test_hidden_states_bias_and_pooling_match_the_published_code(golden: tuple[d
     torch.testing.assert_close(hidden[valid], tensors["out.hidden_states"][valid], atol=1e-5, rtol=0)
     torch.testing.assert_close(masked_mean(hidden, batch.kinds == SINK), tensors["out.pooled_sinks"], atol=1e-5, rtol=0)
     torch.testing.assert_close(masked_mean(hidden, valid), tensors["out.pooled_all"], atol=1e-5, rtol=0)
-    index = batch.sink_positions
-    rows = tensors["out.layer0_inter_sink_bias"].gather(1, index[:, :, None].expand(-1, -1, valid.shape[1]))
-    expected = rows.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
-    torch.testing.assert_close(first[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gamma", [None, 0.37, -2.0])
+def test_the_first_layers_bias_is_gamma_times_the_published_table(
+    golden: tuple[dict[str, torch.Tensor], dict[str, Any]], gamma: float | None
+) -> None:
+    """The file has B before its scale (`sink_scale`): only with a scale of 1 is it what is added to the logits."""
+    tensors, meta = golden
+    model, batch = build(tensors, meta), batch_of(tensors)
+    scale = model.biases[0].get_parameter("gamma")
+    first: list[torch.Tensor] = []
+    model.biases[0].register_forward_hook(lambda module, args, out: first.append(out))
+    with torch.no_grad():
+        if gamma is not None:
+            scale.fill_(gamma)
+        model.hidden_states(batch, ReadoutSpec())
+    index, length = batch.sink_positions, batch.input_ids.shape[1]
+    rows = tensors["out.layer0_inter_sink_bias"].gather(1, index[:, :, None].expand(-1, -1, length))
+    table = rows.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
+    torch.testing.assert_close(first[0], scale * table, atol=1e-5, rtol=0)
 
 
 def test_gamma_zero_is_the_plain_model(golden: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:

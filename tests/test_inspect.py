@@ -5,10 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -17,11 +15,13 @@ from hypothesis import strategies as st
 from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.data.inspect import HISTORIES, Counts, distribution, inspect, summarise
-from ctrsink.data.manifest import INDEX_SCHEMA, SPLITS, Manifest, read_manifest
+from ctrsink.data.manifest import SPLITS, read_manifest
+from ctrsink.data.prepare.build import append, prepare
 from tests.builders import make_dataset
 from tests.command_line import call, good, refused
 from tests.conftest import BUCKET
 from tests.data_fixtures import make_events, prepare_spec, table_source
+from tests.prepared_in_tasks import HALF, ROWS, spec_of, write_log
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data set whose impressions share requests, some of them with others of their user in between."""
-    from ctrsink.data.prepare.build import prepare
-
     folder = tmp_path_factory.mktemp("requests")
     prepare(prepare_spec(table_source(folder, make_events())), str(folder / "data"))
     return str(folder / "data")
@@ -122,52 +120,20 @@ def test_lengths_are_those_of_the_sequences_that_are_trained(name: str, request:
     }
 
 
-def put(uri: str, path: str, table: pa.Table) -> dict[str, Any]:
-    pq.write_table(table, f"{uri}/{path}")
-    content = Path(uri, path).read_bytes()
-    return {"path": path, "bytes": len(content), "sha256": storage.sha256(content)}
-
-
-def with_a_second_part(uri: str, past: int) -> Manifest:
-    """Append the first shard again as a part of its own whose chronologies begin with up to `past` past events."""
-    manifest = read_manifest(uri)
-    shard = manifest.shards[0]
-    index = pq.read_table(f"{uri}/{manifest.index.path}")
-    rows = index.filter(pa.array(index["shard"].to_numpy() == 0)).to_pylist()
-    for row in rows:
-        row["shard"] = len(manifest.shards)
-        left = row["past_events"] = min(past, row["train_events"])
-        row["train_events"] -= left
-        row["train_impressions"] = 0  # only the counts of events are looked at here
-    entry = put(uri, "index2.parquet", pa.concat_tables([index, pa.Table.from_pylist(rows, INDEX_SCHEMA)]))
-    skipped = sum(row["past_events"] for row in rows)
-    tree = manifest.model_dump(mode="json")
-    tree["index"] = entry
-    tree["shards"].append(tree["shards"][0] | {"part": 1, "events": shard.events - skipped})
-    tree["parts"].append(tree["parts"][0] | {"users": shard.users, "events": shard.events - skipped})
-    changed = Manifest.model_validate(tree)
-    Path(uri, "manifest.json").write_text(changed.model_dump_json())
-    return changed
-
-
 def test_past_events_of_a_later_part_are_history_and_counted_once(tmp_path: Path) -> None:
-    uri = make_dataset(tmp_path)
-    before = inspect(uri)
-    shard = read_manifest(uri).shards[0]
-    changed = with_a_second_part(uri, past=1)
+    uri = str(tmp_path / "data")
+    prepare(spec_of(write_log(tmp_path / "a.csv", ROWS[:HALF])), uri)
+    append(spec_of(write_log(tmp_path / "b.csv", ROWS[HALF:]), past_events=1), uri)
     found = inspect(uri)
-    again = changed.shards[-1].events
-    assert 0 < again < shard.events
     for counted in (found.item_events, found.days[0], found.hours, found.split_events, found.behaviour_tokens.of):
-        assert counted.sum() == changed.events == read_manifest(uri).parts[0].events + again
-    # What is past now is a behaviour still, and no target any more.
-    index = pq.read_table(f"{uri}/index2.parquet").to_pylist()[-shard.users :]
-    expected = Counts()
-    expected.add(np.repeat(np.arange(len(before.behaviours.of)), before.behaviours.of))
-    for row, counts in zip(chronologies(uri)[: shard.users], index, strict=True):
-        expected.add(np.array([i for i, e in enumerate(row) if e.label is not None and i >= counts["past_events"]], np.int64))
+        assert counted.sum() == len(ROWS)
+    assert found.users == len({row["user"] for row in ROWS})
+    # What is past is a behaviour still, and no target.
+    expected, past = Counts(), pq.read_table(f"{uri}/{read_manifest(uri).index.path}")["past_events"].to_pylist()
+    for row, first in zip(chronologies(uri), past, strict=True):
+        expected.add(np.array([i for i, e in enumerate(row) if e.label is not None and i >= first], np.int64))
+    assert any(past)
     assert found.behaviours.of.tolist() == expected.of.tolist()
-    assert found.users == before.users + sum(row["past_events"] == 0 for row in index)
     table = call("data", "inspect", uri).out
     assert [line.split()[:2] for line in table.splitlines() if line.startswith(("0 ", "1 "))] == [
         [str(part), split] for part in (0, 1) for split in SPLITS

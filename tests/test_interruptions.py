@@ -17,15 +17,14 @@ from ctrsink.data.layout import Layout
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.dist import Topology
-from ctrsink.errors import InputError, RunError
+from ctrsink.errors import Diverged, InputError, RunError
 from ctrsink.model.build import build_model
 from ctrsink.runtime.start import start
 from ctrsink.train.audit import Audit, expected
 from ctrsink.train.checkpoint import find_checkpoint, list_checkpoints
 from ctrsink.train.engine import Engine
-from ctrsink.train.failures import Diverged
 from ctrsink.train.loop import Trainer
-from ctrsink.train.rundir import read_result
+from ctrsink.train.rundir import read_result, request_stop
 from ctrsink.train.telemetry import read_metrics
 from tests.builders import layout_of, random_batch
 from tests.command_line import call, refused
@@ -98,7 +97,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bitwise(data: str, tmp_pa
 
 def test_a_request_to_stop_is_of_one_start_only(data: str, tmp_path: Path) -> None:
     start(spec_of(data, tmp_path / "run"), stop_after=2)
-    assert call("stop", "--run", tmp_path / "run").code == 0
+    request_stop(str(tmp_path / "run"), "too late: the run had ended")
     assert start(spec_of(data, tmp_path / "run"), resume=True)["finished"]
     refused(call("stop", "--run", tmp_path / "nothing"), "holds no run")
 

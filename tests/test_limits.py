@@ -109,4 +109,4 @@ def test_lora_targets_are_named_by_the_layers_that_exist() -> None:
     with pytest.raises(InputError) as caught:
         build_model(spec, VOCABULARY, 0)
     layers = "o_proj, qkv_proj, gate_up_proj, down_proj"
-    assert str(caught.value) == f"model.lora.targets ['q_proj']: the layers of Phi3Model are {layers}"
+    assert str(caught.value) == f"model.lora.targets ['q_proj']: the linear layers of Phi3Model are {layers}"

@@ -226,13 +226,18 @@ def late(request: dict[str, Any]) -> Any:
 BAD = [
     (change("candidates", []), "candidates: "),
     (change("candidates", [{"title": "A"}]), "candidates.0 has no field 'year'"),
-    (change("candidates", [{"title": {"en": "A"}, "year": ""}]), "candidates.0.title is an object"),
+    (change("candidates", [{"title": {"en": "A"}, "year": ""}]), "candidates.0.title: an object is no text"),
     (change("timestamp", "now"), "timestamp: "),
     (change("timestamp", 1.7e12), "timestamp: "),
-    (change("histroy", []), "histroy: "),
+    (change("histroy", []), "unknown key histroy, did you mean history"),
+    (
+        change("history", [{"item": {}, "timestamp": 1, "feedback": 1e39}]),
+        "history.0.feedback: Input should be less than or equal to",
+    ),
+    (change("history", [7]), "history.0: Input should be a mapping of keys .got 7."),
     (without_year, "history.1.item has no field 'year'"),
     (late, "history.2.timestamp .* is later than the request's"),
-    (lambda _: [1, 2], "valid dictionary"),
+    (lambda _: [1, 2], "Input should be a mapping of keys"),
 ]
 
 
@@ -281,6 +286,10 @@ print(counts, sorted({"ray", "deepspeed", "peft", "tensorboard"} & set(sys.modul
         np.testing.assert_allclose(row["probabilities"], scorer.score(request), atol=1e-6)
 
 
+def edited(content: bytes, **changes: Any) -> bytes:
+    return json.dumps(json.loads(content) | changes).encode()
+
+
 def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no model"):
         Scorer.load(str(tmp_path))
@@ -292,6 +301,11 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("config.json", lambda b: b.replace(b"ctrsink-model/2", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
         ("config.json", lambda b: b.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'), "do not fit"),
         ("config.json", lambda b: b[:-9], "config.json is damaged"),
+        ("config.json", lambda b: b.replace(b'"prefix_tokens"', b'"prefix"'), "config.json is damaged .unknown key 'prefix'"),
+        ("config.json", lambda b: edited(b, text=None), "config.json is damaged .missing key text"),
+        ("config.json", lambda b: edited(b, text={"itm": "{title}"}), "damaged .text: unknown key itm, did you mean item"),
+        ("config.json", lambda b: edited(b, layout={"examples": "per_target"}), "damaged .layout: "),
+        ("config.json", lambda b: edited(b, window="wide"), "damaged .window: Input should be a valid integer"),
     ):  # fmt: skip
         folder = tmp_path / "copy"
         folder.mkdir(exist_ok=True)

@@ -108,6 +108,7 @@ BAD = [
     ({"label": 2}, "column label: '?2'? is no label, it must be 0, 1 or empty"),
     ({"label": "yes"}, "column label: 'yes' is not a number"),
     ({"rating": "good"}, "column rating: 'good' is not a number"),
+    ({"rating": "-1e39"}, "column rating: .*-1e39.* is no feedback, it lies beyond float32|column rating: .*-1e.39.* float32"),
     ({"rating": "1e999"}, "column rating: .*1e999' is not a finite number|column rating: .*inf"),
 ]
 

@@ -154,7 +154,7 @@ def test_jsonl_values_are_text_of_one_form(tmp_path: Path) -> None:
     source = log_of(tmp_path / "log.jsonl", "\n".join(lines).encode(), feedback="click")
     assert [tuple(row.values()) for row in whole(read_blocks(source, 1))[0]] == [
         ("u", "7", "1.5", "1"),
-        ("12345678901234567890", "é", "1e3", "0"),
+        ("12345678901234567890", "é", "1000", "0"),
         (None, None, None, None),
     ]
 
@@ -253,6 +253,8 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_items_and_columns_are_for_tables_only() -> None:
-    for keys in ({"items": "items.csv"}, {"columns": {"user": "who"}}):
-        with pytest.raises(ValueError, match="items and columns belong to kind table, the source mind has its own"):
+    for keys in ({"items": "items.csv"}, {"columns": {"user": "who"}}, {"items_columns": {"title": "name"}}):
+        with pytest.raises(
+            ValueError, match="items, columns and items_columns belong to kind table, the source mind has its own"
+        ):
             SourceSpec.model_validate({"kind": "mind", "path": "raw", **keys})

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fsspec.asyn import sync
 
 from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.errors import InputError, RunError
+from ctrsink.storage.s3 import connect
 
 
 @pytest.fixture(params=["plain", "file", "s3"])
@@ -249,3 +251,22 @@ def test_unreachable_or_malformed_endpoint(s3_server: SeaweedServer, tmp_path: P
 def test_malformed_bucket_name(s3_server: SeaweedServer, tmp_path: Path) -> None:
     for message in attempt_everything("s3://Not_a_bucket!/a", tmp_path):
         assert "s3://Not_a_bucket!/a: not a valid bucket and key" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "region"),
+    [
+        ({"AWS_REGION": "eu-west-3"}, "eu-west-3"),
+        ({"AWS_REGION": "eu-west-3", "AWS_DEFAULT_REGION": ""}, "eu-west-3"),
+        ({"AWS_REGION": "eu-west-3", "AWS_DEFAULT_REGION": "us-west-2"}, "us-west-2"),
+    ],
+    ids=str,
+)
+def test_the_region_is_taken_from_either_variable(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], region: str) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    files = connect(attempts=1)
+    client = sync(files.loop, files.set_session)
+    assert client.meta.region_name == region  # pyright: ignore[reportOptionalMemberAccess]

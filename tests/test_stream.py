@@ -343,10 +343,10 @@ def test_a_process_does_not_run_the_program_that_started_it(tmp_path: Path) -> N
 def test_the_state_is_what_was_handed_out(dataset: Dataset) -> None:
     stream = stream_of(dataset)
     steps = iter(stream)
-    assert stream.state_dict() == {"position": 0}
+    assert stream.state_dict() == {"version": 1, "position": 0}
     for number in (1, 2, 3):
         assert next(steps).position == 12 * number
-        assert stream.state_dict() == {"position": 12 * number}  # more are built by now
+        assert stream.state_dict() == {"version": 1, "position": 12 * number}  # more are built by now
     other = stream_of(dataset)
     other.load_state_dict(stream.state_dict())
     assert same_steps(next(iter(other)), next(steps))

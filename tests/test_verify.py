@@ -218,7 +218,7 @@ def test_past_events_belong_to_an_earlier_part(data: str) -> None:
     rewrite(data, "index.parquet", shift)
     result = call("data", "verify", data)
     refused(result, "files are bad")
-    assert all("events behind the past ones that the index counts" in line for line in lines(result, "bad"))
+    assert all("in past than the index counts" in line for line in lines(result, "bad"))
 
 
 def test_a_data_set_that_was_appended_to_is_whole_and_its_users_count_once(tmp_path: Path) -> None:

@@ -1,21 +1,22 @@
 """Sections that say where the log is, how it becomes a data set and how sequences are cut from it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ctrsink.config.base import Section
+from ctrsink.config.times import Moment
 
 
 class ColumnSpec(Section):
     """Names of the columns of the user's own event log; only `user`, `item` and `timestamp` must exist."""
 
     user: str = "user"
-    """Id of the user; a number is read as text."""
+    """Id of the user, a text or a whole number."""
     item: str = "item"
     """Id of the item, as in the column `item` of the item table."""
     timestamp: str = "timestamp"
-    """Seconds since 1970, as integer or float; a Parquet timestamp column is converted."""
+    """Seconds since 1970, whole or with a fraction, or dates and times: as text in ISO 8601, in Parquet of their type."""
     feedback: str | None = None
     """A number that says how the user reacted: rating, click, watch ratio."""
     label: str | None = None
@@ -37,11 +38,16 @@ class SourceSpec(Section):
     """`table` only: the item table, a file or a folder, with a column `item` and the text fields that the template names."""
     columns: ColumnSpec = ColumnSpec()
     """`table` only: what the columns of the event log are called."""
+    items_columns: dict[str, str] = Field(default={})
+    """`table` only: what columns of the item table are called, by `item` or the name of a field in the template, as
+    `{item: sku, title: name}`. Others keep their names."""
 
     @model_validator(mode="after")
     def _only_tables(self) -> "SourceSpec":
-        if self.kind != "table" and (self.items or self.columns != ColumnSpec()):
-            raise ValueError(f"items and columns belong to kind table, the source {self.kind} has its own")
+        if self.kind != "table" and (self.items or self.items_columns or self.columns != ColumnSpec()):
+            raise ValueError(f"items, columns and items_columns belong to kind table, the source {self.kind} has its own")
+        if self.items_columns and not self.items:
+            raise ValueError("items_columns names columns of an item table, but items is null")
         return self
 
 
@@ -49,13 +55,13 @@ class TextSpec(Section):
     """How events are rendered as text: feedback is part of a behaviour, never of a target."""
 
     item: str = "{title}"
-    """Template over the fields of the item table."""
+    """Template over the fields of the item table. Control tokens in it are meant, those in fields are letters."""
     feedback: str = " {feedback:g}"
     """Template over the event's feedback; at most 4096 distinct renderings are allowed."""
     separator: str = "\n"
     """Text after a behaviour's feedback."""
     prefix: str = ""
-    """Text at the start of every sequence."""
+    """Text at the start of every sequence. A BOS token there is not doubled where the tokenizer puts one by itself."""
     max_item_tokens: int = Field(default=64, ge=1)
     """An item's text is cut to this many tokens."""
 
@@ -88,18 +94,53 @@ class EncoderSpec(Section):
 
 
 class SplitSpec(Section):
-    """Split by global time: the earliest `train` share of impressions, the next `valid`, the rest is test."""
+    """Split by global time: the earliest `train` share of impressions, the next `valid`, the rest is test; or at given times."""
 
-    train: float = Field(default=0.8, gt=0, lt=1)
-    """Share of the impressions."""
-    valid: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the impressions; 0 for none."""
+    train: float | None = Field(default=0.8, gt=0, lt=1)
+    """Share of the impressions; null where times are given."""
+    valid: float | None = Field(default=0.1, ge=0, lt=1)
+    """Share of the impressions, 0 for none; null where times are given."""
+    train_from: Moment | None = None
+    """With `train_end`: events before this moment are history only, and no targets. null: there are none. As all moments here a
+    date (its midnight in UTC) or time in ISO 8601, or seconds since 1970."""
+    train_end: Moment | None = None
+    """In place of the shares: where train ends and valid begins; the moment itself belongs to valid."""
+    valid_end: Moment | None = None
+    """With `train_end`: where valid ends and test begins; the same as `train_end` for no valid range."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _times_leave_shares_out(cls, given: Any) -> Any:
+        times = ("train_from", "train_end", "valid_end")
+        if isinstance(given, dict) and any(given.get(name) is not None for name in times):
+            return {"train": None, "valid": None} | given
+        return given
 
     @model_validator(mode="after")
-    def _sum(self) -> "SplitSpec":
-        if self.train + self.valid >= 1:
-            raise ValueError(f"train + valid must be below 1 to leave a test range, got {self.train + self.valid:g}")
+    def _shares_or_times(self) -> "SplitSpec":
+        shares, times = (self.train, self.valid), (self.train_end, self.valid_end)
+        if times == (None, None) and self.train_from is None:
+            if self.train is None or self.valid is None:
+                raise ValueError("give both shares, train and valid, or both times, train_end and valid_end")
+            if self.train + self.valid >= 1:
+                raise ValueError(f"train + valid must be below 1 to leave a test range, got {self.train + self.valid:g}")
+        elif shares != (None, None):
+            raise ValueError("give either shares or times: with train_end and valid_end, train and valid must be null")
+        elif self.train_end is None or self.valid_end is None:
+            raise ValueError("train_end and valid_end are needed together (the same for no valid range)")
+        elif self.train_end > self.valid_end or (self.train_from is not None and self.train_from >= self.train_end):
+            raise ValueError("train_from must lie before train_end, and train_end not behind valid_end")
         return self
+
+    @property
+    def shares(self) -> tuple[float, float] | None:
+        """`train` and `valid`, or None where times are given."""
+        return None if self.train is None or self.valid is None else (self.train, self.valid)
+
+    @property
+    def has_valid(self) -> bool:
+        """Whether a valid range was asked for."""
+        return self.valid != 0 if self.valid is not None else self.train_end != self.valid_end
 
 
 class FieldSpec(Section):
@@ -152,6 +193,9 @@ class PrepareSpec(Section):
     """For logs without request ids: what one user met within one second is one request, so none of it is history of the rest.
     Otherwise every such event stands alone, and those of one second know one another in the order of the log."""
     split: SplitSpec = SplitSpec()
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Events that were logged more than once, with the same user, item, time, feedback, label and request: `keep` takes each as
+    often as it stands there, `drop` once, as if the others were not in the log."""
     shard_events: int = Field(default=250_000, ge=1)
     """A shard is closed once it holds this many events; a user is never torn apart."""
     past_events: int = Field(default=200, ge=0)

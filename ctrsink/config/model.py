@@ -8,6 +8,10 @@ from ctrsink.config.base import Section
 from ctrsink.config.signals import SignalName
 from ctrsink.features.registry import SIGNALS
 
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", *_DEPTHS)
+_MOST_LAYERS = 1000
+
 
 class BackboneSpec(Section):
     """The decoder: exactly one of `path` (Hugging Face id or folder) and `config` (random weights from a seed)."""
@@ -26,6 +30,19 @@ class BackboneSpec(Section):
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config needs a model_type, for example llama")
         return self
+
+    @field_validator("config")
+    @classmethod
+    def _can_be_built(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        # What can be told without transformers, and what would keep it busy for ever; the rest is model.build.check_model's.
+        for name, size in (value or {}).items():
+            if name in _SIZES and isinstance(size, int | float) and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+            if name in _DEPTHS and isinstance(size, int | float) and size > _MOST_LAYERS:
+                raise ValueError(f"{name} must be at most {_MOST_LAYERS}, got {size:g}")
+            if name.endswith("dropout") and isinstance(size, int | float) and not 0 <= size < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {size:g}")
+        return value
 
 
 class SinkSpec(Section):
@@ -134,9 +151,9 @@ class ModelSpec(Section):
 
     backbone: BackboneSpec
     attention: Literal["sdpa", "blocks", "flex"] = "sdpa"
-    """Attention backend in training. `blocks` is the fastest on a CPU, above all in bf16, with long sequences or a window; `flex`
-    is one fused kernel and needs CUDA; restored and exported models always run on `sdpa`. Other backends would drop the
-    inter-sink bias without a word."""
+    """Attention backend in training. `blocks` is the fastest on a CPU with long sequences or a window, above all in bf16 on a
+    processor that has instructions for it (`train.precision`); `flex` is one fused kernel and needs CUDA; restored and exported
+    models always run on `sdpa`. Other backends would drop the inter-sink bias without a word."""
     sinks: SinkSpec | None = SinkSpec()
     """null is the plain language model (LM-CTR)."""
     bias: BiasSpec | None = BiasSpec()

@@ -4,8 +4,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ctrsink.config.base import Section
+from ctrsink.config.base import MOST_SEQUENCES, Section
 
+_LARGEST_RATE = 1e37  # Adam's first step divides it by 1 - beta, and fp32 ends at 3.4e38
 Group = Literal["sink", "bias", "head", "lora", "norm", "backbone"]
 
 
@@ -56,7 +57,7 @@ class StageSpec(Section):
     lr: dict[Group, float]
     """Learning rate per trainable group; those of other groups are ignored."""
     schedule: ScheduleSpec = ScheduleSpec()
-    batch_size: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1, le=MOST_SEQUENCES)
     """Sequences per optimiser step in this stage; null: `train.batch_size`."""
     epochs: float | None = Field(default=None, gt=0)
     """Length in passes over the train split; parts of one are allowed."""
@@ -73,6 +74,8 @@ class StageSpec(Section):
         for group, rate in value.items():
             if rate <= 0:
                 raise ValueError(f"the rate of {group} must be above 0, got {rate:g}; to freeze it leave it out of trainable")
+            if rate > _LARGEST_RATE:
+                raise ValueError(f"the rate of {group} must be at most {_LARGEST_RATE:g}, got {rate:g}")
         return value
 
     @model_validator(mode="after")

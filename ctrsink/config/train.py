@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from ctrsink.config.base import Section
+from ctrsink.config.base import MOST_SEQUENCES, Section
 
 Split = Literal["train", "valid", "test"]
 
@@ -61,7 +61,7 @@ class KeepSpec(Section):
 class TrainSpec(Section):
     """Optimiser, batch, DeepSpeed and checkpoints."""
 
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=MOST_SEQUENCES)
     """Sequences per optimiser step over all workers; it does not depend on the number of workers."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass of one worker at most; the accumulation follows from it and from the number of workers."""
@@ -74,11 +74,12 @@ class TrainSpec(Section):
     """DeepSpeed ZeRO: what is split over the workers. 0: nothing, 1: optimiser state, 2: gradients too, 3: weights too."""
     offload: bool = False
     """Optimiser state, and under ZeRO 3 the weights, lie in the host's memory; needs `zero_stage` 1 to 3."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: frozen weights and matrix products in bfloat16, trainable parameters stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """`bf16`: frozen weights and matrix products in bfloat16, trainable parameters stay fp32. `auto`: bf16 where every worker's
+    device has instructions for it, else fp32; a run keeps what it began in."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's decay of matrices; vectors and scalars never decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's two moments."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a longer one is scaled down."""
@@ -149,19 +150,19 @@ class RuntimeSpec(Section):
     there is room for, and grows when there is more."""
     device: Literal["cpu", "cuda"] = "cpu"
     """What the workers compute on."""
-    cpus_per_worker: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1, le=4096)
     """Cores, and so threads, of each worker."""
     address: str | None = None
     """Ray address; null starts a cluster in this process, or joins the one that a Ray job runs in."""
-    start_timeout_s: float = Field(default=600, gt=0)
+    start_timeout_s: float = Field(default=600, gt=0, le=10**8)
     """The workers must have been placed within this time, at the start and after a failure."""
-    collective_timeout_s: float = Field(default=600, gt=0)
+    collective_timeout_s: float = Field(default=600, gt=0, le=10**8)
     """A collective that hangs longer ends the run instead of blocking the machines."""
     max_failures: int = Field(default=0, ge=-1)
     """Worker failures after which the group is started again from the last checkpoint; -1: any number."""
     max_preemptions: int = Field(default=-1, ge=-1)
     """Announced losses of a node that are survived in the same way, counted apart; -1: any number."""
-    resize_every_s: float = Field(default=60, gt=0)
+    resize_every_s: float = Field(default=60, gt=0, le=10**8)
     """Elastic workers: time between two looks whether there is room for more."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """What one device could do at most, in TFLOP/s, to tell the share that training uses (`mfu`). null: known GPUs by their data

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink.config.data import SplitSpec
+from ctrsink.data.arrow import pc
+from ctrsink.data.cells import iso
 from ctrsink.data.manifest import INDEX_SCHEMA, SPLITS, Split, SplitCounts, SplitTimes
 from ctrsink.errors import InputError
 
@@ -36,27 +38,29 @@ def labels(logged: np.ndarray, feedback: np.ndarray, mapped: bool, positive_from
     return np.where(np.isnan(feedback), NO_LABEL, feedback >= positive_from).astype(np.int8)
 
 
-def split_ranks(impressions: int, spec: SplitSpec) -> list[int]:
-    """Ranks, among all impressions in order of time, of the two whose times are the split times."""
+def split_ranks(impressions: int, train: float, valid: float) -> list[int]:
+    """Ranks, among all impressions in order of time, of the two whose times are the split times of these shares."""
     # The sum of two decimal shares falls a little below or above the number that was meant.
-    shares = (spec.train, spec.train + spec.valid)
-    return [min(math.floor(share * impressions + 1e-6), impressions - 1) for share in shares]
+    return [min(math.floor(share * impressions + 1e-6), impressions - 1) for share in (train, train + valid)]
 
 
 def split_of(timestamp: np.ndarray, times: SplitTimes) -> np.ndarray:
-    """int8 per event: the index in SPLITS of the split that its time falls in."""
-    return np.searchsorted([times.train_end, times.valid_end], timestamp, side="right").astype(np.int8)
+    """int8 per event: the index in SPLITS of the split that its time falls in, or PAST before them all."""
+    found = np.searchsorted([times.train_end, times.valid_end], timestamp, side="right").astype(np.int8)
+    return found if times.train_from is None else np.where(timestamp < times.train_from, np.int8(PAST), found)
 
 
-def check_splits(counts: dict[Split, SplitCounts], spec: SplitSpec) -> None:
-    """Refuse splits that nothing can be learned from, or measured on.
+def check_splits(counts: dict[Split, SplitCounts], spec: SplitSpec, first_time: int, last_time: int) -> None:
+    """Refuse splits that nothing can be learned from, or measured on; the times are of the log's oldest and newest event.
 
     Raises:
         InputError: a split that was asked for has no impression, or train has one class only.
     """
     for name in SPLITS:
-        if not counts[name].impressions and not (name == "valid" and spec.valid == 0):
+        if not counts[name].impressions and (name != "valid" or spec.has_valid):
             reason = "too many share one timestamp, or the log is too short for prepare.split"
+            if spec.shares is None:
+                reason = f"the log reaches from {iso(first_time)} to {iso(last_time)}, choose the times of prepare.split within"
             raise InputError(f"the {name} split has no impression: {reason}")
     train = counts["train"]
     if train.positives in (0, train.impressions):
@@ -64,6 +68,38 @@ def check_splits(counts: dict[Split, SplitCounts], spec: SplitSpec) -> None:
         raise InputError(
             f"all {train.impressions} impressions of the train split are {which}: check positive_from or the label column"
         )
+
+
+def duplicates(events: pa.Table) -> np.ndarray:
+    """bool per event: whether one before it in `events` has the same user, item, timestamp, feedback, label and request.
+
+    The item may be its id or its number; other columns do not count.
+    """
+    found = np.zeros(events.num_rows, bool)
+    order, again = _equal_before(events, "user", "timestamp")
+    together = np.sort(order[again | np.append(again[1:], False)])  # few: the rest need not be looked at
+    order, again = _equal_before(events.take(pa.array(together)), "user", "timestamp", "item", "feedback", "label", "request")
+    found[together[order]] = again
+    return found
+
+
+def _equal_before(events: pa.Table, *columns: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with equal values one behind the other, as they were, int64 [N]; and whether each is equal to the one before it."""
+    keys = [_codes(events.column(name)) for name in columns]
+    order = np.lexsort(keys)
+    again = np.arange(len(order)) > 0
+    for key in keys:
+        again[1:] &= key[order[1:]] == key[order[:-1]]
+    return order, again
+
+
+def _codes(values: pa.ChunkedArray) -> np.ndarray:
+    """An integer for each value, equal where the values are; null is a value, and -0 is 0."""
+    if pa.types.is_floating(values.type):
+        values = pc.add(values, pa.scalar(0, values.type))
+    if pa.types.is_integer(values.type) and not values.null_count:
+        return values.to_numpy()
+    return values.combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
 
 
 def prefixes(user: pa.Array) -> np.ndarray:
@@ -121,3 +157,19 @@ def user_index(offsets: np.ndarray, split: np.ndarray, label: np.ndarray, shard:
     impressions = np.bincount(cell[label != NO_LABEL], minlength=users * kinds).reshape(users, kinds)
     columns = [np.full(users, shard), np.arange(users), *events.T, *impressions.T[1:]]
     return pa.Table.from_arrays([pa.array(c.astype(np.int32)) for c in columns], schema=INDEX_SCHEMA)
+
+
+def longest_runs(lengths: np.ndarray, offsets: np.ndarray) -> tuple[int, ...]:
+    """The largest sum of the lengths of 1, 2, 4, ... events in a row of one chronology, up to all of the one with most events.
+
+    Args:
+        lengths: of all events, [N].
+        offsets: int [users + 1]; rows of each chronology.
+    """
+    total = np.append(0, lengths.cumsum(dtype=np.int64))
+    counts = np.diff(offsets)
+    begins, ends = np.asarray(offsets[:-1]).repeat(counts), np.arange(1, len(total))
+    found: list[int] = []
+    while not found or 2 ** (len(found) - 1) < counts.max():
+        found.append(int((total[ends] - total[np.maximum(begins, ends - 2 ** len(found))]).max()))
+    return tuple(found)

@@ -14,10 +14,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from ctrsink import storage
 from ctrsink.config.data import EncoderSpec
+from ctrsink.data.tokenize import encode
 from ctrsink.errors import InputError
 
 FOLDER = "encoder"
 BATCH_SIZE = 32  # texts of like length
+_READING = "control tokens in texts are letters"  # another way to read a text gives other vectors
 # What an encoder needs, and no weights in pickle or another library's format.
 _FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
@@ -72,7 +74,7 @@ class Encoder:
             InputError: a vector is not finite.
         """
         out = np.zeros((len(texts), self.width), np.float16)
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
+        ids = encode(self.tokenizer, texts, truncation=True, max_length=self.max_tokens)
         lengths = np.array([len(row) for row in ids], np.int64)
         order = (-lengths).argsort(kind="stable")[: int((lengths > 0).sum())]
         for start in range(0, len(order), BATCH_SIZE):
@@ -122,7 +124,7 @@ def encoder_files(spec: EncoderSpec) -> dict[str, bytes]:
 
 def fingerprint(hashes: dict[str, str], max_tokens: int) -> str:
     """Equal exactly where texts become equal vectors, up to rounding; `hashes` are the sha256 of the files by path."""
-    return storage.sha256(json.dumps([sorted(hashes.items()), max_tokens]).encode())
+    return storage.sha256(json.dumps([_READING, sorted(hashes.items()), max_tokens]).encode())
 
 
 def folder_fingerprint(folder: Path, max_tokens: int) -> str:
@@ -132,9 +134,13 @@ def folder_fingerprint(folder: Path, max_tokens: int) -> str:
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files by their paths below `folder`."""
+    """Write files by their paths below `folder`.
+
+    Raises:
+        InputError: a path leads out of it.
+    """
     for name, content in files.items():
-        path = folder / PurePosixPath(name)
+        path = folder / PurePosixPath(storage.require_below(name, str(folder)))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 

@@ -1,9 +1,8 @@
 """What is in a prepared data set: counts, label rates, lengths, tokens and times, gathered shard by shard."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrsink.data.arrow import pc
+from ctrsink.data.cells import iso
 from ctrsink.data.manifest import SPLITS, Manifest, ShardEntry, read_file, read_manifest
 from ctrsink.data.requests import known_events
+from ctrsink.text_table import aligned
 
 DAY = 86_400
 HISTORIES = (10, 20, 50, 100)
@@ -78,7 +79,7 @@ def inspect(uri: str) -> Inspection:
     found = Inspection(
         uri=uri,
         manifest=manifest,
-        users=int((past == 0).sum()),  # who was there in an earlier part has a past
+        users=0,
         split_events=np.stack([_sums(part_of_row, index[f"{split}_events"], len(manifest.parts)) for split in SPLITS], axis=1),
         first_day=first_day,
         days=np.zeros((3, last_day - first_day + 1), np.int64),
@@ -97,6 +98,7 @@ def _sums(group: np.ndarray, values: pa.ChunkedArray, groups: int) -> np.ndarray
 
 def _add_shard(found: Inspection, shard: ShardEntry, past: np.ndarray) -> None:
     content = read_file(found.uri, shard.events_file)
+    first_time = found.manifest.parts[shard.part].first_time
     table = pq.read_table(io.BytesIO(content), columns=["item", "timestamp", "feedback_id", "label", "request"])
     tokens = pq.read_table(io.BytesIO(read_file(found.uri, shard.tokens_file)), columns=["item", "tokens"])
     lengths = pc.list_value_length(table["item"]).to_numpy()
@@ -107,10 +109,12 @@ def _add_shard(found: Inspection, shard: ShardEntry, past: np.ndarray) -> None:
     text = text_tokens[np.searchsorted(mentioned, item)]
     behaviour = text + np.array([len(ids) for ids in found.manifest.feedback_tokens], np.int64)[feedback]
 
-    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    place = np.arange(len(item)) - starts
-    own = place >= np.repeat(past, lengths)  # what lies before was counted in an earlier part
-    targets = np.flatnonzero(own & (label >= 0))
+    firsts = np.cumsum(lengths) - lengths
+    starts = np.repeat(firsts, lengths)
+    own = timestamp >= first_time  # what lies before was counted in an earlier part
+    found.users += int(own[firsts].sum())  # who was there in an earlier part has a past
+    shown = (label >= 0) & (np.arange(len(item)) - starts >= np.repeat(past, lengths))
+    targets = np.flatnonzero(shown)
     known = known_events(table["request"].combine_chunks().flatten(), lengths)[targets]
     found.behaviours.add(known)
     found.behaviour_tokens.add(behaviour[own])
@@ -120,7 +124,7 @@ def _add_shard(found: Inspection, shard: ShardEntry, past: np.ndarray) -> None:
         counts.add(len(found.manifest.prefix_tokens) + window + text[targets])
 
     day, days = timestamp // DAY - found.first_day, found.days.shape[1]
-    for row, chosen in enumerate((own, own & (label >= 0), own & (label > 0))):
+    for row, chosen in enumerate((own, shown, shown & (label > 0))):
         found.days[row] += np.bincount(day[chosen], minlength=days)
     found.hours += np.bincount(timestamp[own] % DAY // 3600, minlength=24)
     found.item_events += np.bincount(item[own], minlength=len(found.item_events))
@@ -141,11 +145,15 @@ def summarise(found: Inspection) -> dict[str, Any]:
         "chronologies": manifest.users,
         "items": manifest.item_count,
         "items_never_seen": int((found.item_events == 0).sum()),
-        "first_time": _iso(min(part.first_time for part in manifest.parts)),
-        "last_time": _iso(max(part.last_time for part in manifest.parts)),
+        "first_time": iso(min(part.first_time for part in manifest.parts)),
+        "last_time": iso(max(part.last_time for part in manifest.parts)),
         "busiest_hour": int(found.hours.argmax()),
         "quietest_hour": int(found.hours.argmin()),
         "skipped_rows": manifest.skipped_rows,
+        "duplicates": {
+            "kept": sum(part.duplicates for part in manifest.parts if not part.duplicates_dropped),
+            "dropped": sum(part.duplicates for part in manifest.parts if part.duplicates_dropped),
+        },
         "shards": len(manifest.shards),
         "bytes": sum(file.bytes for file in manifest.common_files)
         + sum(shard.events_file.bytes + shard.tokens_file.bytes for shard in manifest.shards),
@@ -168,14 +176,23 @@ def summarise(found: Inspection) -> dict[str, Any]:
 
 def _part(found: Inspection, number: int) -> dict[str, Any]:
     part = found.manifest.parts[number]
-    ends = (part.first_time, part.split_times.train_end, part.split_times.valid_end, part.last_time)
+    train_from = part.split_times.train_from
+    begin = part.first_time if train_from is None else train_from
+    ends = (begin, part.split_times.train_end, part.split_times.valid_end, part.last_time)
     splits = {}
     for at, name in enumerate(SPLITS):
         counts = part.splits[name]
-        splits[name] = {"from": _iso(ends[at]), "until": _iso(ends[at + 1])} | _rate(
+        splits[name] = {"from": iso(ends[at]), "until": iso(ends[at + 1])} | _rate(
             int(found.split_events[number, at]), counts.impressions, counts.positives
         )
-    return {"chronologies": part.users, "events": part.events, "skipped_rows": part.skipped_rows, "splits": splits}
+    return {
+        "chronologies": part.users,
+        "events": part.events,
+        "history_only": part.events - int(found.split_events[number].sum()),
+        "skipped_rows": part.skipped_rows,
+        "duplicates": part.duplicates,
+        "splits": splits,
+    }
 
 
 def _split(found: Inspection, name: str) -> dict[str, Any]:
@@ -211,10 +228,6 @@ def _distribution(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     return {"mean": round(float(values @ counts / total), 2), "min": int(values[0]), **quantiles, "max": int(values[-1])}
 
 
-def _iso(time: int) -> str:
-    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def as_table(summary: dict[str, Any]) -> str:
     """What `summarise` gives, for people."""
     top = [f"{t['share_of_events']:.1%} of the events on the top {_number(t['items'])}" for t in summary["popularity"].values()]
@@ -227,6 +240,8 @@ def as_table(summary: dict[str, Any]) -> str:
         ("day", f"busiest from {summary['busiest_hour']}:00, quietest from {summary['quietest_hour']}:00 UTC"),
         ("files", f"{_number(summary['bytes'])} bytes, {_number(summary['shards'])} shards"),
         ("skipped rows", _number(summary["skipped_rows"])),
+        ("logged again", ", ".join(f"{_number(events)} events {what}" for what, events in summary["duplicates"].items())),
+        ("history only", f"{_number(sum(part['history_only'] for part in summary['parts']))} events before train_from"),
     ]
     splits = [
         (str(number), name, _date(split["from"]), _date(split["until"]), *_rates(split))
@@ -238,9 +253,9 @@ def as_table(summary: dict[str, Any]) -> str:
     columns = list(shown[0][1])
     lengths = [(name.replace("_", " "), *(_number(row[column]) for column in columns)) for name, row in shown]
     tables = [
-        _aligned(head, 2),
-        _aligned([("part", "split", "from", "until", "events", "impressions", "positives", "rate"), *splits, *totals], 4),
-        _aligned([("", *columns), *lengths], 1),
+        aligned(head, 2),
+        aligned([("part", "split", "from", "until", "events", "impressions", "positives", "rate"), *splits, *totals], 4),
+        aligned([("", *columns), *lengths], 1),
     ]
     return "\n\n".join(tables)
 
@@ -248,13 +263,6 @@ def as_table(summary: dict[str, Any]) -> str:
 def _rates(split: dict[str, Any]) -> tuple[str, ...]:
     rate = split["label_rate"]
     return (*(_number(split[name]) for name in ("events", "impressions", "positives")), "-" if np.isnan(rate) else f"{rate:.4f}")
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Columns two blanks apart, the first `left` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def _number(value: float) -> str:

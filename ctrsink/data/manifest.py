@@ -4,7 +4,7 @@ import json
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from ctrsink import storage
 from ctrsink.config.base import Section
@@ -41,7 +41,8 @@ TOKENS_SCHEMA = pa.schema([("item", pa.int32()), ("tokens", pa.list_(pa.int32())
 VECTOR = "vector"
 # One row per chronology, in shard order: enough to know every sequence of an epoch without opening a shard.
 # Events and impressions (events with a label) are counted per split; a user's splits follow each other in time. Before them lie
-# `past_events`: in a part that was appended, the user's latest events of earlier parts, there as history only.
+# `past_events`, there as history only: in a part that was appended, the user's latest events of earlier parts, which are those
+# older than the part's `first_time`; behind them the part's own that are older than `train_from`.
 INDEX_SCHEMA = pa.schema(
     [("shard", pa.int32()), ("row", pa.int32()), ("past_events", pa.int32())]
     + [(f"{split}_{what}", pa.int32()) for what in ("events", "impressions") for split in ("train", "valid", "test")]
@@ -54,6 +55,13 @@ class FileEntry(Section):
     path: str
     bytes: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _below(cls, path: str) -> str:
+        if storage.leads_out(path):
+            raise ValueError(f"{path[:200]!r} is no path below the data set")
+        return path
 
 
 class EncoderEntry(Section):
@@ -114,14 +122,21 @@ class ShardEntry(Section):
     """Its users are those of the part whose prefix, the first 16 bits of the sha256 of their id, is in [first, end)."""
     users: int
     events: int
-    """Past events not counted."""
+    """Those of earlier parts not counted."""
+    duplicates: int = 0
+    """Events with all the values of another one."""
     events_file: FileEntry
     tokens_file: FileEntry
+    shared: int | None = None
+    """Impressions behind another event of their request; None in a data set from before that was counted, as is the next."""
+    longest: tuple[int, ...] | None = None
+    """Item tokens of 1, 2, 4, ... events of one user in a row, at most, up to a user's whole chronology."""
 
 
 class SplitTimes(Section):
-    """An event at `t` belongs to train if t < train_end, to valid if t < valid_end, else to test."""
+    """An event at `t` belongs to train if t < train_end, to valid if t < valid_end, else to test; if t < train_from, to none."""
 
+    train_from: int | None = None
     train_end: int
     valid_end: int
 
@@ -145,6 +160,9 @@ class PartEntry(Section):
     last_time: int
     """Seconds since 1970 of the oldest and the newest event."""
     skipped_rows: int
+    duplicates: int = 0
+    """Events with all the values of another one: they are there as often as they were logged, if they were not dropped."""
+    duplicates_dropped: bool = False
     past_events: int
     """Latest events of earlier parts that a user has at most, before their own; 0 in part 0."""
 
@@ -210,6 +228,12 @@ class Manifest(Section):
         return sum(part.users for part in self.parts)
 
     @property
+    def people(self) -> str:
+        """In words, how many chronologies there are; those of several parts are of fewer users, who may have one in each."""
+        parts = len(self.parts)
+        return f"{self.users:,} users" if parts == 1 else f"{self.users:,} chronologies in {parts} parts"
+
+    @property
     def events(self) -> int:
         return sum(part.events for part in self.parts)
 
@@ -230,8 +254,10 @@ class Manifest(Section):
         )
         found: list[str] = []
         for number, part in enumerate(self.parts):
-            shards = [shard.model_dump_json() for shard in self.shards if shard.part == number]
-            found.append(storage.sha256("\n".join([*found[-1:], fixed, part.model_dump_json(), *shards]).encode()))
+            # Without defaults: what a field of a later version says of a data set from before it, which keeps its identity.
+            shards = [shard.model_dump_json(exclude_defaults=True) for shard in self.shards if shard.part == number]
+            this = part.model_dump_json(exclude_defaults=True)
+            found.append(storage.sha256("\n".join([*found[-1:], fixed, this, *shards]).encode()))
         return tuple(found)
 
 
@@ -257,9 +283,18 @@ def read_manifest(uri: str) -> Manifest:
             return Manifest.model_validate(tree)
         except FileNotFoundError:
             raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
-        except (ValueError, ValidationError) as error:
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        except ValueError as error:
             problem = str(error).splitlines()[0]
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")
+
+
+def require_none(uri: str) -> None:
+    """Raise InputError where the folder `uri` holds a data set already."""
+    if storage.exists(storage.join(uri, MANIFEST_NAME)):
+        raise InputError(f"{uri} holds a data set already: choose another folder, or replace it with --overwrite")
 
 
 def read_file(uri: str, entry: FileEntry) -> bytes:

@@ -9,21 +9,34 @@ import pyarrow as pa
 
 from ctrsink.config.data import TextSpec
 from ctrsink.data.arrow import pc
-from ctrsink.errors import InputError
+from ctrsink.data.values import one_form
+from ctrsink.errors import InputError, did_you_mean
 
 MAX_FEEDBACK_TEXTS = 4096
 
 
 def item_texts(template: str, items: pa.Table) -> list[str]:
-    """The text of every item, in the order of the item table.
+    """The text of every item, in the order of the item table; fields are filled in by values.one_form.
 
     Raises:
         InputError: the template names a field that the table does not have, or is malformed.
     """
     names = _fields("text.item", template, items.column_names)
-    columns = {name: items.column(name).to_pylist() for name in names}
+    columns = {name: one_form(items.column(name).combine_chunks()).to_pylist() for name in names}
     rows = ({name: column[i] for name, column in columns.items()} for i in range(items.num_rows))
     return _render("text.item", template, rows)
+
+
+def template_fields(template: str, key: str = "text.item") -> list[str]:
+    """Names of the fields that a template uses.
+
+    Raises:
+        InputError: it is malformed; the message names `key`.
+    """
+    try:
+        return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
+    except ValueError as error:
+        raise InputError(f"{key} {template!r} is no template: {error}") from None
 
 
 def feedback_minima(text: TextSpec, feedback: np.ndarray) -> dict[str, float]:
@@ -88,14 +101,14 @@ def _check_count(text: TextSpec, minima: dict[str, float]) -> None:
 
 def _fields(key: str, template: str, known: list[str]) -> list[str]:
     """Names that the template uses, checked; only plain names are allowed, no attribute and no index."""
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise InputError(f"{key} {template!r} is no template: {error}") from None
+    names = template_fields(template, key)
     for name in names:
         if name not in known:
-            raise InputError(f"{key} {template!r} names the field {name!r}, which does not exist; there are {', '.join(known)}")
-    return list(dict.fromkeys(names))
+            raise InputError(
+                f"{key} {template!r} names the field {name!r}, which does not exist; there are {', '.join(known)}"
+                f"{did_you_mean(name, known, ': ')}"
+            )
+    return names
 
 
 def _render(key: str, template: str, rows: Iterable[dict[str, Any]]) -> list[str]:

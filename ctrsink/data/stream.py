@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from ctrsink import kept
 from ctrsink.batch import Batch
 from ctrsink.data.ahead import in_processes, read_ahead
 from ctrsink.data.budget import fill
@@ -80,6 +81,14 @@ class SequenceSource:
         past = self._past[users] + pieces * self.layout.targets
         return self._targets(users, pieces) + np.minimum(self.layout.retrieve or self.layout.history, past)
 
+    def longest(self, ids: np.ndarray) -> int:
+        """Positions of the longest of these sequences; candidates behind one history begin at the same position.
+
+        Raises:
+            InputError: one of them cannot be built, see build_sequences.
+        """
+        return int(self._sequences(ids)[0].columns.position_ids.max()) + 1
+
     def build(self, ids: np.ndarray, counted: np.ndarray | None = None) -> Batch:
         """The sequences `ids` as one batch; where `counted` is False a row only fills it."""
         return self.build_all([ids], [counted])[0]
@@ -97,14 +106,20 @@ class SequenceSource:
             out.append(collate_rows(built, rows[a:b], users[own], None if which is None else which[own - first]))
         return out
 
-    def build_within(self, groups: list[np.ndarray], tokens: int) -> list[tuple[list[Batch], Batch]]:
-        """Each group of ids as batches of `tokens` at most, and a batch that is not counted, of the group's shortest sequence."""
+    def build_within(
+        self, groups: list[np.ndarray], counted: list[np.ndarray | None], tokens: int
+    ) -> list[tuple[list[Batch], Batch]]:
+        """Each group of ids as batches of `tokens` at most, and a batch that is not counted, of the group's shortest sequence.
+
+        A group that is not counted has no other.
+        """
         built, of, users = self._sequences(np.concatenate(groups))
         lengths = np.diff(built.positions)
         ends = np.cumsum([len(group) for group in groups])
         out = []
-        for rows in np.split(of.argsort(kind="stable"), np.searchsorted(np.sort(of), ends)[:-1]):
-            parts = [rows[chosen] for chosen in fill(lengths[rows], tokens)]
+        all_rows = np.split(of.argsort(kind="stable"), np.searchsorted(np.sort(of), ends)[:-1])
+        for rows, which in zip(all_rows, counted, strict=True):
+            parts = [rows[chosen] for chosen in fill(lengths[rows], tokens)] if which is None else []
             shortest = rows[[lengths[rows].argmin()]]
             none = collate_rows(built, shortest, users[of[shortest]], np.zeros(1, np.bool_))
             out.append(([collate_rows(built, part, users[of[part]]) for part in parts], none))
@@ -198,11 +213,15 @@ class TrainStream:
 
     def state_dict(self) -> dict[str, int]:
         """All that another stream, at any number of ranks, needs to go on behind the last step that was handed out."""
-        return {"position": self.position}
+        return kept.stamped({"position": self.position})
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there, in constant time; call it before iterating."""
-        self.position = state["position"]
+        """Go on from there, in constant time; call it before iterating.
+
+        Raises:
+            InputError: it is the state of a newer version.
+        """
+        self.position = kept.opened(state, "the state of the stream")["position"]
 
     def __iter__(self) -> Generator[Step, None, None]:
         """Steps from the position on; without end but in chronological order."""
@@ -249,7 +268,7 @@ class TrainStream:
                 counted.append(None if some else np.zeros(1, np.bool_))
             impressions.append(int(self.source.impressions(ids).sum()))
         if self.tokens is not None:
-            own = self.source.build_within(chosen, self.tokens)
+            own = self.source.build_within(chosen, counted, self.tokens)
         else:
             batches = self.source.build_all(chosen, counted)
             own = [(batches[i : i + self.accumulation], None) for i in range(0, len(batches), self.accumulation)]

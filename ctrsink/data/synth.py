@@ -169,8 +169,9 @@ class _Truth:
         """Events in order of time, [N] and [readers, N]; events of one second must not be torn apart."""
         if not self.seen:
             self.first_time = int(timestamp[0])
-        share = SplitSpec()
-        for cut in (share.train, share.train + share.valid)[len(self.ends) :]:
+        shares = SplitSpec().shares
+        assert shares is not None
+        for cut in (shares[0], sum(shares))[len(self.ends) :]:
             index = min(int(cut * self.events + 1e-6), self.events - 1) - self.seen
             if index < len(timestamp):
                 self.ends.append(int(timestamp[index]))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ctrsink import storage
 from ctrsink.data.arrow import pc
-from ctrsink.data.chronology import prefixes
+from ctrsink.data.chronology import PAST, prefixes, split_of
 from ctrsink.data.manifest import (
     INDEX_SCHEMA,
     MANIFEST_NAME,
@@ -214,7 +214,7 @@ def _check_lists(events: pa.Table, shard: ShardEntry, manifest: Manifest, found:
 def _check_counts(events: pa.Table, number: int, manifest: Manifest, index: dict[str, np.ndarray] | None, found: _Found) -> None:
     """Order of time, and events and impressions of every user in each split as the index has them."""
     shard = manifest.shards[number]
-    path, times = shard.events_file.path, manifest.parts[shard.part].split_times
+    path, part = shard.events_file.path, manifest.parts[shard.part]
     lengths = pc.list_value_length(events["item"]).to_numpy()
     user, timestamp = np.repeat(np.arange(len(lengths)), lengths), _flat(events, "timestamp").to_numpy()
     backwards = np.flatnonzero((np.diff(timestamp) < 0) & (np.diff(user) == 0))
@@ -225,20 +225,21 @@ def _check_counts(events: pa.Table, number: int, manifest: Manifest, index: dict
     if index is None:
         return
     rows = slice(*np.searchsorted(index["shard"], [number, number + 1]))
-    own = np.arange(len(user)) - (np.cumsum(lengths) - lengths)[user] >= index["past_events"][rows][user]
+    own = timestamp >= part.first_time
     if own.sum() != shard.events:
-        found.say(path, f"has {own.sum()} events behind the past ones that the index counts, the manifest says {shard.events}")
+        found.say(path, f"has {own.sum()} events that are not of earlier parts, the manifest says {shard.events}")
         return
     label = _flat(events, "label").fill_null(-1).to_numpy()
-    split = np.searchsorted([times.train_end, times.valid_end], timestamp, side="right")
-    for at, name in enumerate(SPLITS):
-        for what, chosen in (("events", own & (split == at)), ("impressions", own & (split == at) & (label >= 0))):
+    split = np.where(own, split_of(timestamp, part.split_times), PAST)
+    for at, name in ((PAST, "past"), *enumerate(SPLITS)):
+        kinds = [("events", split == at), ("impressions", (split == at) & (label >= 0))]
+        for what, chosen in kinds[: 1 if at == PAST else 2]:
             wrong = np.flatnonzero(np.bincount(user[chosen], minlength=len(lengths)) != index[f"{name}_{what}"][rows])
             if len(wrong):
                 who = events["user"][int(wrong[0])].as_py()
                 found.say(path, f"has other {what} of user {who!r} in {name} than the index counts")
                 return
-    cell = (split * 2 + label)[own & (label >= 0)]
+    cell = (split.astype(np.int64) * 2 + label)[(split != PAST) & (label >= 0)]
     found.impressions = np.bincount(cell, minlength=2 * len(SPLITS)).reshape(len(SPLITS), 2)
     if own.any():
         found.times = int(timestamp[own].min()), int(timestamp[own].max())
@@ -267,6 +268,7 @@ def _check_parts(manifest: Manifest, shards: list[_Found]) -> Iterator[tuple[str
         pairs = [
             ("users", part.users, sum(entry.users for entry in entries)),
             ("events", part.events, sum(entry.events for entry in entries)),
+            ("duplicates", part.duplicates, sum(entry.duplicates for entry in entries)),
             ("as first time", part.first_time, min((first for first, _ in times), default=None)),
             ("as last time", part.last_time, max((last for _, last in times), default=None)),
         ]

@@ -7,7 +7,11 @@ from ctrsink.evaluate.evaluator import Predictions
 
 
 def smoothed_item_mean(dataset: Dataset, split: str, strength: float = 5.0) -> Predictions:
-    """Share of positives among an item's training impressions, drawn to the overall share by `strength` imagined impressions."""
+    """Share of positives among an item's training impressions, drawn to the overall share by `strength` imagined impressions.
+
+    Training impressions are those of all parts of the data set; predicted is what models are measured on, its newest part.
+    """
+    newest = [shard.part == len(dataset.manifest.parts) - 1 for shard in dataset.manifest.shards]
     positives = np.zeros(dataset.manifest.item_count)
     counts = np.zeros(dataset.manifest.item_count)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
@@ -19,6 +23,8 @@ def smoothed_item_mean(dataset: Dataset, split: str, strength: float = 5.0) -> P
         seen = lo + np.flatnonzero(labels[lo:hi] >= 0)
         np.add.at(counts, items[seen], 1)
         np.add.at(positives, items[seen], labels[seen])
+        if not newest[dataset.index["shard"][user]]:
+            continue
         lo, hi = dataset.events(split, user)
         asked = lo + np.flatnonzero(labels[lo:hi] >= 0)
         rows.append((np.full(len(asked), user), asked, labels[asked], items[asked]))

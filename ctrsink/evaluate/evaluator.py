@@ -11,14 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ctrsink import storage, strict_json
+from ctrsink import kept, storage, strict_json
 from ctrsink.batch import Batch
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource, evaluation_batches
 from ctrsink.dist import Topology, gather_rows
-from ctrsink.evaluate.metrics import all_metrics
+from ctrsink.errors import Diverged
+from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
 
 FOLDER = "evaluation"
 log = logging.getLogger("ctrsink.evaluate")
@@ -55,6 +56,9 @@ def predict(
 
     Args:
         forward: Batch -> logits [B, T]; called equally often on every rank.
+
+    Raises:
+        Diverged: a prediction is not finite, on every rank: whatever is measured of such a model is no result.
     """
     source = SequenceSource(dataset, split, layout, newest=True)
     parts = [np.empty((0, 4))]
@@ -72,27 +76,37 @@ def predict(
         parts.append(torch.cat(columns, dim=1).numpy())
     rows = gather_rows(np.concatenate(parts), topology)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    if dead := int((~np.isfinite(rows[:, 3])).sum()):
+        raise Diverged(
+            f"{dead} of {len(rows)} predictions on the split {split} are not finite: the model's weights have overflowed"
+        )
     return Predictions(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int8), rows[:, 3])
 
 
 def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions) -> None:
-    """Write `evaluation/<split>.json` (the metrics and the `step` they are of) and the predictions, `<split>.parquet`."""
+    """Write a run's predictions on a split, their metrics and the `step` that they are of; see write_predictions."""
     table = pa.table(
         {
-            "user": _names(dataset, predictions.users),
+            "user": names_of(dataset, predictions.users),
             "event": predictions.events,
             "label": predictions.labels,
             "probability": predictions.probabilities,
         }
     )
+    write_predictions(run_dir, split, table, {"step": step, **predictions.metrics()})
+
+
+def write_predictions(run_dir: str, split: str, table: pa.Table, metrics: dict[str, float]) -> None:
+    """Write `evaluation/<split>.parquet` (`table`: user, event, label, probability) and `<split>.json` below the run's folder."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    metrics = {"step": step, **predictions.metrics()}
     storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.parquet"), buffer.getvalue())
-    storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), strict_json.dumps(metrics, indent=1).encode())
+    storage.write_bytes(
+        storage.join(run_dir, FOLDER, f"{split}.json"), strict_json.dumps(kept.stamped(metrics), indent=1).encode()
+    )
 
 
-def _names(dataset: Dataset, users: np.ndarray) -> pa.Array:
+def names_of(dataset: Dataset, users: np.ndarray) -> pa.Array:
     """Ids of users, rows of the index in any order; each shard is opened once."""
     users, numbers = np.unique(users, return_inverse=True)
     shards, starts = np.unique(dataset.index["shard"][users], return_index=True)
@@ -125,4 +139,6 @@ def evaluate_splits(
                 len(predictions.labels),
                 time.monotonic() - started,
             )
+            if (found := no_better_than_the_mean(out[split])) is not None:
+                log.warning("%s: the model is %s: train it longer, or look at data and learning rates", split, found)
     return out

@@ -3,12 +3,13 @@
 import json
 from typing import Any
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.config import RunSpec, StageSpec
 from ctrsink.data.download import LICENCE
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.evaluate import evaluator
+from ctrsink.evaluate.metrics import no_better_than_the_mean
 from ctrsink.train.restore import TrainedRun
 
 CARD_NAME = "README.md"
@@ -51,11 +52,13 @@ def _data(run: TrainedRun) -> str:
         for split, counts in manifest.splits.items()
         if counts.impressions
     ]
+    first = manifest.split_times.train_from
+    begin = "" if first is None else f"from {first}, "
     return "\n".join(
         [
-            f"Data set `{_last_name(run.spec.data.uri)}`: {manifest.users:,} users, {manifest.item_count:,} items, "
-            f"{manifest.events:,} events. {_label_rule(run)} Split by global time (seconds since 1970): train before "
-            f"{manifest.split_times.train_end}, valid before {manifest.split_times.valid_end}, test after.",
+            f"Data set `{_last_name(run.spec.data.uri)}`: {manifest.people}, {manifest.item_count:,} items, "
+            f"{manifest.events:,} events. {_label_rule(run)} Split by global time (seconds since 1970): train "
+            f"{begin}before {manifest.split_times.train_end}, valid before {manifest.split_times.valid_end}, test after.",
             "",
             "| split | impressions | positive |",
             "| --- | ---: | ---: |",
@@ -83,10 +86,11 @@ def _training(run: TrainedRun) -> str:
     source = SequenceSource(run.dataset, "train", layout)
     seen = Order(source.per_shard, spec.seed, spec.data.shuffle_shards).ids(0, checkpoint.position)
     rows = [_stage_row(stage) for stage in spec.stages]
+    precision = checkpoint.precision or spec.train.precision
     return "\n".join(
         [
             f"{checkpoint.step:,} optimiser steps of {spec.train.batch_size} sequences: {checkpoint.position:,} sequences with "
-            f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {spec.train.precision}, examples "
+            f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {precision}, examples "
             f"`{layout.examples}`, history of {layout.history} behaviours{_retrieved(layout.retrieve)}.",
             "",
             "| stage | readout over | length | learning rate of what is trained |",
@@ -108,21 +112,32 @@ def _stage_row(stage: StageSpec) -> str:
 
 def _metrics(run: TrainedRun) -> str:
     run_dir = run.spec.run_dir
-    rows = []
+    rows, notes = [], []
     for name in storage.list_files(storage.join(run_dir, evaluator.FOLDER)):
         if name.endswith(".json"):
-            values = json.loads(storage.read_bytes(storage.join(run_dir, evaluator.FOLDER, name)))
+            path = storage.join(run_dir, evaluator.FOLDER, name)
+            values = kept.opened(json.loads(storage.read_bytes(path)), path)
             if values["step"] != run.checkpoint.step:
                 continue
             cells = [
-                "-" if values[key] is None else f"{values[key]:.4f}"
-                for key in ("auc", "gauc", "logloss", "normalised_entropy", "calibration_error")
+                "-" if values.get(key) is None else f"{values[key]:.4f}"
+                for key in ("auc", "gauc", "uauc", "uauc_two", "logloss", "normalised_entropy", "calibration_error")
             ]
-            rows.append(f"| {name.removesuffix('.json')} | {values['impressions']:,} | {' | '.join(cells)} |")
+            split = name.removesuffix(".json")
+            rows.append(f"| {split} | {values['impressions']:,} | {' | '.join(cells)} |")
+            if (found := no_better_than_the_mean(values)) is not None:
+                notes.append(f"\n**On {split} the model is {found}.**")
+            if values.get("users") is not None:
+                notes.append(
+                    f"\nOn {split} GAUC and UAUC are over the {values['users']:,} users with both classes, UAUC with two of each "
+                    f"over the {values['users_two']:,} with at least two impressions of each."
+                )
     if not rows:
         return "None: this checkpoint was not measured."
-    head = "| split | impressions | AUC | GAUC | log loss | normalised entropy | calibration error |"
-    return "\n".join([head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |", *rows])
+    head = (
+        "| split | impressions | AUC | GAUC | UAUC | UAUC with two of each | log loss | normalised entropy | calibration error |"
+    )
+    return "\n".join([head, "| --- |" + 8 * " ---: |", *rows, *notes])
 
 
 _USE = """\

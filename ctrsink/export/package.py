@@ -1,6 +1,7 @@
 """A trained run becomes a folder that scores by itself: merged weights, configuration, tokenizer, model card."""
 
 import dataclasses
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ctrsink.data.encoder import write_files
 from ctrsink.data.knowledge import FILE as KNOWLEDGE_NAME
 from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.manifest import read_file
+from ctrsink.data.stream import SequenceSource
 from ctrsink.errors import InputError
 from ctrsink.export.card import CARD_NAME, model_card
 from ctrsink.export.merge import merge_lora
@@ -40,12 +42,14 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
         `model` (the folder), `step`, `dtype`, `parameters`, `merged_layers` and the size in `bytes`.
 
     Raises:
-        InputError: there is no such run or checkpoint, or `to` holds something already.
+        InputError: there is no such run or checkpoint, it gives no finite predictions, or `to` holds something already.
     """
     if storage.exists(to) and (storage.list_files(to) or storage.list_dirs(to)):
         raise InputError(f"{to} is not empty: choose a new folder for the exported model")
     run = restore_run(run_dir, checkpoint)
+    _require_finite_weights(run)
     merged = merge_lora(run.model)
+    _require_predictions(run)
     knowledge = _knowledge(run)
     plain, items = knowledge.dump() if knowledge else (None, b"")
     config = _config(run, DTYPES[dtype], plain)
@@ -53,7 +57,8 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
     with _published(to) as folder:
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         for entry in run.dataset.manifest.tokenizer:
-            (folder / Path(entry.path).name).write_bytes(read_file(run.dataset.uri, entry))
+            name = Path(entry.path).name
+            (folder / name).write_bytes(portable(name, read_file(run.dataset.uri, entry)))
         for entry in run.dataset.manifest.encoder.files if config.encoder and run.dataset.manifest.encoder else ():
             write_files(folder, {entry.path: read_file(run.dataset.uri, entry)})
         if knowledge:
@@ -70,6 +75,40 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
         "merged_layers": merged,
         "bytes": size,
     }
+
+
+def _require_finite_weights(run: TrainedRun) -> None:
+    dead = next((name for name, value in run.checkpoint.parameters.items() if not value.isfinite().all()), None)
+    if dead is not None:
+        raise InputError(_dead(run, f"its weights {dead} are not finite"))
+
+
+def _require_predictions(run: TrainedRun) -> None:
+    """Finite weights may be so large that what they compute is not."""
+    source = SequenceSource(run.dataset, "train", run.layout)
+    batch = source.build(source.some())
+    with torch.inference_mode():
+        logits = run.model(batch, run.readout)[1][batch.readout_valid]
+    if not logits.isfinite().all():
+        raise InputError(_dead(run, "its predictions are not finite"))
+
+
+def _dead(run: TrainedRun, why: str) -> str:
+    return (
+        f"the checkpoint of step {run.checkpoint.step} of {run.spec.run_dir} is no model: {why}; name another with --checkpoint"
+    )
+
+
+def portable(name: str, content: bytes) -> bytes:
+    """A tokenizer's file such as transformers 4 loads too: 5 has another name for its general class, and one more list."""
+    if name != "tokenizer_config.json":
+        return content
+    fields: dict[str, Any] = json.loads(content)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    return json.dumps(fields, indent=2, ensure_ascii=False).encode()
 
 
 def _knowledge(run: TrainedRun) -> Knowledge | None:

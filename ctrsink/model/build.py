@@ -1,6 +1,7 @@
 """From a ModelSpec to a CTRModel: backbone from a hub id, a folder or a configuration; LoRA; everything from one seed."""
 
 import difflib
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ctrsink.model.limits import check_config, check_flex, check_layers, guard_l
 
 _TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
 _COMMON_FIELDS = frozenset({"head_dim", "rope_theta", "rope_scaling"})  # understood also where a configuration does not list them
+_MOST_PARAMETERS = 10**13
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -48,27 +50,83 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
     return model
 
 
-def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
+def check_model(spec: ModelSpec, vocabulary: int) -> None:
+    """Build the model that `spec` describes without its memory, to refuse now what would fail in a worker.
+
+    A backbone from `path` is not looked at: its configuration was good for those who trained it.
+
+    Raises:
+        InputError: it cannot be built, has a weight without numbers, or more of them than any machine holds.
+    """
+    if spec.backbone.config is None:
+        return
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on weights of size 0
+            model = build_model(spec, vocabulary, 0)
+    except InputError:
+        raise
+    except Exception as error:  # transformers and torch raise anything, and the configuration is all they were given
+        raise InputError(
+            f"model.backbone.config: the model cannot be built ({type(error).__name__}: {_one_line(error)})"
+        ) from None
+    text: Any = model.backbone.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if heads % shared:
+        raise InputError(f"model.backbone.config: {heads} num_attention_heads cannot share {shared} num_key_value_heads evenly")
+    sizes = {name: value.numel() for name, value in model.named_parameters()}
+    if (empty := next((name for name, size in sizes.items() if not size), None)) is not None:
+        raise InputError(f"model.backbone.config: the weights {empty} would be empty: a size is 0")
+    if sum(sizes.values()) > _MOST_PARAMETERS:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise InputError(
+            f"model: {sum(sizes.values()):.3g} parameters are more than any machine holds, {sizes[largest]:.3g} of them in "
+            f"{largest}: lower its sizes"
+        )
+
+
+def backbone_config(spec: ModelSpec, vocabulary: int) -> PretrainedConfig:
+    """The configuration of the backbone, before any weight is made or read.
+
+    Raises:
+        InputError: there is none, it has a field that its architecture does not know, or its attention cannot carry sinks.
+    """
     source = spec.backbone
     if source.config is not None:
         try:
             config = _from_fields(source.config, vocabulary)
-            check_config(config, own_fields=True)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(f"model.backbone.config: {_one_line(error)}") from None
+        check_config(config, own_fields=True)
+        return config
+    assert source.path is not None  # BackboneSpec has exactly one of the two
+    try:
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
+    check_config(config, own_fields=False)
+    return config
+
+
+def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
+    source, config = spec.backbone, backbone_config(spec, vocabulary)
+    if source.config is not None:
+        try:
             return AutoModel.from_config(config, attn_implementation=BACKENDS[spec.attention], dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(f"model.backbone.config: {_one_line(error)}") from None
-    assert source.path is not None  # BackboneSpec has exactly one of the two
-    chosen: dict[str, Any] = {"revision": source.revision or "main", "trust_remote_code": spec.trust_remote_code}
+    assert source.path is not None
     try:
-        config = AutoConfig.from_pretrained(source.path, **chosen)
-        check_config(config, own_fields=False)
         backbone = AutoModel.from_pretrained(
             source.path,
             config=config,
             attn_implementation=BACKENDS[spec.attention],
             dtype=dtype,
             use_safetensors=True,
-            **chosen,
+            revision=source.revision or "main",
+            trust_remote_code=spec.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
@@ -107,9 +165,8 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
     found = linear_layers(backbone)
     targets = found if spec.targets is None else list(spec.targets)
     # PEFT is content when one of several names exists, and would leave the layers of the others as they are.
-    names = [f".{name}" for name, _ in backbone.named_modules()]
-    if missing := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
-        raise InputError(f"model.lora.targets {missing}: the layers of {type(backbone).__name__} are {', '.join(found)}")
+    if wrong := [target for target in targets if not _is_adaptable(backbone, target)]:
+        raise InputError(f"model.lora.targets {wrong}: the linear layers of {type(backbone).__name__} are {', '.join(found)}")
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
         inject_adapter_in_model(config, backbone)
@@ -122,6 +179,12 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
         if isinstance(module, LoraLayer):
             # PEFT would widen bfloat16 inputs to fp32, only for autocast to narrow them again to what they were.
             module.cast_input_dtype_enabled = False
+
+
+def _is_adaptable(backbone: nn.Module, target: str) -> bool:
+    """Whether modules have this name, and all of them are such as PEFT adapts; `mlp` is a group of them."""
+    named = [module for name, module in backbone.named_modules() if f".{name}".endswith(f".{target}")]
+    return bool(named) and all(isinstance(module, nn.Linear | nn.Embedding) for module in named)
 
 
 def linear_layers(backbone: nn.Module) -> list[str]:

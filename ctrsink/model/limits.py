@@ -71,14 +71,20 @@ def check_flex(config: PretrainedConfig) -> None:
 
 
 def guard_length(backbone: nn.Module) -> None:
-    """Let `backbone` raise InputError for sequences so long that its attention or positions would change.
+    """Let `backbone` raise InputError for sequences so long that its attention or positions would change, see length_limit."""
+    config: Any = backbone.config
+    if (found := length_limit(config)) is not None:
+        backbone.register_forward_pre_hook(partial(_check_length, *found), with_kwargs=True)
+
+
+def length_limit(config: PretrainedConfig) -> tuple[int, str] | None:
+    """The longest sequence that is computed exactly, and the reason; None where there is no such limit.
 
     A window of W positions is plain causal attention for sequences of up to W, so a pretrained model with a window (Mistral 7B
     v0.1, Phi-3 mini) is computed exactly. Rotary frequencies that depend on the longest sequence of a batch (`longrope`,
     `dynamic`) are constant up to the original length; beyond it a neighbour in the batch would change a result.
     """
-    config: Any = backbone.config
-    text = config.get_text_config()
+    text: Any = config.get_text_config()
     limits: list[tuple[int, str]] = []
     if (window := _window(text)) is not None:
         limits.append((window, f"sliding window of {window} positions"))
@@ -90,9 +96,10 @@ def guard_length(backbone: nn.Module) -> None:
     if kind == "dynamic":
         original = text.max_position_embeddings
         limits.append((original, f"rope_type dynamic, whose frequencies change after {original} positions"))
-    if limits:
-        limit, reason = min(limits)
-        backbone.register_forward_pre_hook(partial(_check_length, limit, f"{text.model_type} has a {reason}"), with_kwargs=True)
+    if not limits:
+        return None
+    limit, reason = min(limits)
+    return limit, f"{text.model_type} has a {reason}"
 
 
 def _check_length(limit: int, reason: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,7 +108,12 @@ def _check_length(limit: int, reason: str, module: nn.Module, args: tuple[Any, .
     if length > limit and kwargs.get("position_ids") is not None:
         length = int(kwargs["position_ids"].max()) + 1
     if length > limit:
-        raise InputError(f"model.backbone: {reason}, a sequence of the data {length}: lower data.history or take another model")
+        raise InputError(too_long(reason, length))
+
+
+def too_long(reason: str, length: int) -> str:
+    """What to say of a sequence that is longer than the limit, which has that `reason`."""
+    return f"model.backbone: {reason}, a sequence of the data {length}: lower data.history or take another model"
 
 
 def _window(text: Any) -> int | None:

@@ -1,51 +1,27 @@
 """Figures of a prepared data set: history lengths, events and label rate over time, popularity, tokens of an item."""
 
-from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ctrsink.data.inspect import DAY, HISTORIES, Inspection
-from ctrsink.errors import InputError
+from ctrsink.report.drawing import BLUE, ORANGE, draw_figures
 
-BLUE, ORANGE = "#1f5fa8", "#c8641b"
 POINTS = 120
 """Points of time in a figure, at most: a log of years is drawn by weeks or months."""
 
 
 def draw_data(found: Inspection, to: str) -> list[str]:
-    """Draw each figure as a PNG file into the local folder `to`; returns the files.
-
-    Raises:
-        InputError: matplotlib is not installed, or `to` is no folder.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("figures need matplotlib: install it with `pip install 'ctrsink[train]'`") from None
-    folder = Path(to)
-    if "://" in to or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{to}: figures are written to a local folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Callable[[Any, Inspection], None]] = {
+    """Draw each figure as a PNG file into the local folder `to`; returns the files; see draw_figures for what is raised."""
+    drawings = {
         "history_lengths": _history_lengths,
         "over_time": _over_time,
         "popularity": _popularity,
         "item_tokens": _item_tokens,
     }
-    files: list[str] = []
-    for name, draw in figures.items():
-        figure = Figure(figsize=(8, 4.8), layout="constrained")
-        draw(figure, found)
-        for axes in figure.axes:
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#e4e6ea", linewidth=0.7)
-            axes.set_axisbelow(True)
-        files.append(str(folder / f"{name}.png"))
-        figure.savefig(files[-1], dpi=120)
-    return files
+    return draw_figures({name: partial(draw, found=found) for name, draw in drawings.items()}, to)
 
 
 def _history_lengths(figure: Any, found: Inspection) -> None:

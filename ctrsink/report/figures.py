@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ctrsink import storage
-from ctrsink.evaluate.metrics import auc
+from ctrsink.evaluate.metrics import auc, no_better_than_the_mean, normalised_entropy
 from ctrsink.train.telemetry import read_metrics
 
 
@@ -28,9 +28,9 @@ def compare_runs(run_dirs: dict[str, str], to: str, split: str = "test") -> str:
         labels, probabilities = _predictions(run_dir, split)
         parts = np.array_split(np.argsort(probabilities), 10)
         predicted, observed = [probabilities[p].mean() for p in parts], [labels[p].mean() for p in parts]
-        right.plot(
-            predicted, observed, marker="o", color=line.get_color(), label=f"{label}, AUC {auc(labels, probabilities):.4f}"
-        )
+        worth = no_better_than_the_mean({"normalised_entropy": normalised_entropy(labels, probabilities)})
+        told = f"{label}, AUC {auc(labels, probabilities):.4f}{'' if worth is None else ', no better than the mean'}"
+        right.plot(predicted, observed, marker="o", color=line.get_color(), label=told)
     left.set(xlabel="sequences trained on", ylabel="log loss of the training batch", title="Training")
     right.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
     right.set(

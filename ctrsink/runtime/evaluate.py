@@ -2,6 +2,7 @@
 
 from ctrsink.config.train import Split
 from ctrsink.dist import Topology
+from ctrsink.errors import Diverged, InputError
 from ctrsink.evaluate.evaluator import evaluate_splits
 from ctrsink.train.restore import restore_run
 
@@ -12,9 +13,14 @@ def evaluate_run(run_dir: str, splits: tuple[Split, ...], step: int | None = Non
     In fp32 on the CPU, whatever the run trained in.
 
     Raises:
-        InputError: there is no such run or checkpoint, or the data set is not what it was.
+        InputError: there is no such run or checkpoint, its predictions are not finite, or the data set is not what it was.
     """
     run = restore_run(run_dir, step)
     spec = run.spec.evaluate.model_copy(update={"splits": splits})
     forward = lambda batch: run.model(batch, run.readout)[1]  # noqa: E731
-    return evaluate_splits(forward, run.dataset, run.layout, spec, run_dir, run.checkpoint.step, Topology())
+    try:
+        return evaluate_splits(forward, run.dataset, run.layout, spec, run_dir, run.checkpoint.step, Topology())
+    except Diverged as error:
+        raise InputError(
+            f"{run_dir}, checkpoint of step {run.checkpoint.step}: {error}; name another with --checkpoint"
+        ) from None

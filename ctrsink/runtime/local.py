@@ -6,6 +6,7 @@ from typing import Any
 from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
 from ctrsink.runtime.process import prepare_process
+from ctrsink.runtime.stalls import BEFORE, Stalls
 from ctrsink.runtime.stopping import StopRequests, on_sigterm
 
 
@@ -23,9 +24,11 @@ def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     asked: list[str] = []
     requests = StopRequests(spec.run_dir)
-    surroundings = Surroundings(stop=lambda: asked[0] if asked else requests.reason())
+    stalls = Stalls(BEFORE)
+    surroundings = Surroundings(stop=lambda: asked[0] if asked else requests.reason(), doing=stalls.doing)
     try:
         with on_sigterm(asked.append):
             return Trainer(spec, Topology(device=device), vocabulary, surroundings).run(stop_after)
     finally:
+        stalls.close()
         requests.close()

@@ -1,23 +1,21 @@
-"""What can be known to be wrong before a worker is started: data set, tokenizer, a missing package."""
+"""What can be known to be wrong before a worker is started: data set, tokenizer, sequences, a backbone, a missing package."""
 
 import logging
 
-from transformers import AutoTokenizer
-
 from ctrsink.config import RunSpec
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.tokenize import fingerprint, load_tokenizer
+from ctrsink.data.manifest import Manifest, read_manifest
 from ctrsink.errors import InputError, first_line
+from ctrsink.model.build import check_model
 from ctrsink.train.mlflow_run import require_mlflow
 
 log = logging.getLogger("ctrsink.train")
 
 
 def check(spec: RunSpec) -> int:
-    """Check that the data set exists and was prepared with the model's tokenizer; returns the tokenizer's size.
+    """Check that the data set exists, was prepared with the model's tokenizer and fits the run; returns the tokenizer's size.
 
     Raises:
-        InputError: it does not, or was not; or the run is to be in MLflow, which is not installed.
+        InputError: it does not, or was not; or the model cannot be built; or the run is to be in MLflow, which is not installed.
     """
     if spec.train.mlflow is not None:
         require_mlflow()
@@ -36,9 +34,42 @@ def check(spec: RunSpec) -> int:
             "a part of %s was appended with prepare.past_events %d: there histories are shorter than data.history %d",
             spec.data.uri, least, spec.data.history,
         )  # fmt: skip
+    vocabulary = _vocabulary(spec, manifest)
+    _check_sequences(spec, manifest, vocabulary)
+    return vocabulary
+
+
+def _check_sequences(spec: RunSpec, manifest: Manifest, vocabulary: int) -> None:
+    """Refuse what would end the run at some later step: a sequence too long for the backbone, or one that shows its answers."""
+    from ctrsink.data.cache import Cache
+    from ctrsink.data.dataset import Dataset
+    from ctrsink.data.foresee import longer_than, suspects
+    from ctrsink.data.layout import Layout
+    from ctrsink.model.build import backbone_config
+    from ctrsink.model.limits import length_limit, too_long
+
+    limit, reason = length_limit(backbone_config(spec.model, vocabulary)) or (None, "")
+    layout = Layout.of(spec.data, spec.model, manifest)
+    shards = suspects(manifest, layout, limit)
+    if not shards:
+        return
+    dataset = Dataset(spec.data.uri, 2, Cache.of(spec.data.cache))
+    measured = spec.evaluate.splits if spec.evaluate.max_sequences is None else ()
+    length = longer_than(limit, dataset, layout, sorted({"train", *measured}), shards)
+    if length is not None:
+        raise InputError(too_long(reason, length))
+
+
+def _vocabulary(spec: RunSpec, manifest: Manifest) -> int:
+    from transformers import AutoTokenizer  # takes a second and more: what is refused above is refused at once
+
+    from ctrsink.data.tokenize import fingerprint, load_tokenizer
+
     backbone = spec.model.backbone
     if backbone.path is None:
-        return len(load_tokenizer(spec.data.uri))
+        vocabulary = len(load_tokenizer(spec.data.uri))
+        check_model(spec.model, vocabulary)
+        return vocabulary
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone.path, revision=backbone.revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:

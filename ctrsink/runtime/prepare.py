@@ -4,20 +4,26 @@ from ctrsink import storage
 from ctrsink.config import RunSpec
 from ctrsink.config.data import PrepareSpec
 from ctrsink.data.events import OnBadRow
-from ctrsink.data.manifest import Manifest
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.data.manifest import Manifest, read_manifest, require_none
 from ctrsink.data.prepare.execute import Execute, in_process
 from ctrsink.runtime.process import stay_on_loopback
 
 
 def prepare_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow, overwrite: bool) -> Manifest:
     """Prepare the log of `spec.prepare`, which must be there, as the data set `to`, else `spec.data.uri`; see build.prepare."""
+    if not overwrite:
+        require_none(to or spec.data.uri)
+    from ctrsink.data.prepare.build import prepare  # imports torch: what can be refused without is refused before
+
     section, to, execute = _place(spec, to)
     return prepare(section, to, on_bad_row, overwrite, execute)
 
 
 def append_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow) -> Manifest:
     """Append the log of `spec.prepare`, which must be there, to the data set `to`, else `spec.data.uri`; see build.append."""
+    read_manifest(to or spec.data.uri)
+    from ctrsink.data.prepare.build import append
+
     section, to, execute = _place(spec, to)
     return append(section, to, on_bad_row, execute)
 

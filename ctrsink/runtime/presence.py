@@ -7,14 +7,14 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from ctrsink import storage
 from ctrsink.errors import InputError, RunError
 from ctrsink.runtime.every import Every
-from ctrsink.train.rundir import PRESENCE_NAME
+from ctrsink.train.rundir import PRESENCE_NAME, read_run, request_stop, withdraw_stop
 
 PERIOD_S = 5.0
 PATIENCE = 4
@@ -24,8 +24,10 @@ log = logging.getLogger("ctrsink.train")
 
 
 @contextmanager
-def held(run_dir: str) -> Generator[None, None, None]:
+def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
     """Hold the run's folder meanwhile, by a file with a sign of life in it, a new one every PERIOD_S.
+
+    What it gives says whether the folder is still held by this process.
 
     No clock of another host is compared: a holder is alive if its file changes while one looks. The process that starts a run
     holds it, not its workers, which may be started again while it lives. One that was taken for dead and was not (it was
@@ -38,6 +40,9 @@ def held(run_dir: str) -> Generator[None, None, None]:
     sign = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8), "beat": 0}
     _take(run_dir, path, sign)
     lost = False
+
+    def ours() -> bool:
+        return (_sign_of_life(path) or {}).get("token") == sign["token"]
 
     def beat() -> None:
         nonlocal lost
@@ -53,18 +58,37 @@ def held(run_dir: str) -> Generator[None, None, None]:
 
     beating = Every(PERIOD_S, beat, "presence")
     try:
-        yield
+        yield lambda: not lost and ours()
     finally:
         if beating.close() and not lost:
             with suppress(InputError, RunError, OSError):
-                if (_sign_of_life(path) or {}).get("token") == sign["token"]:
+                if ours():
                     storage.delete(path)
+
+
+def stop_run(run_dir: str, reason: str) -> str:
+    """Ask whoever trains the run to save it and stop; returns who that is.
+
+    Raises:
+        InputError: there is no run, or nobody trains it: none gives a sign of life. Then no request stays behind.
+    """
+    read_run(run_dir)
+    path = storage.join(run_dir, PRESENCE_NAME)
+    if (found := _content(path)) is not None:
+        request_stop(run_dir, reason)
+        last, lives = _watched(run_dir, path)
+        if lives or last is None:  # gone: it has stopped already
+            return _name(_parsed(found))
+        withdraw_stop(run_dir)
+    raise InputError(f"nobody trains {run_dir}, so there is nothing to stop: `ctrsink train --resume` goes on with the run")
 
 
 def _take(run_dir: str, path: str, sign: dict[str, Any]) -> None:
     content = json.dumps(sign).encode()
     while not storage.create(path, content):
-        last = _until_dead(run_dir, path)
+        last, lives = _watched(run_dir, path)
+        if lives:
+            raise InputError(_held_by(run_dir, _parsed(last or b"")))
         if last is None or _content(path) != last:
             continue  # gone, or somebody was faster: once more from the beginning
         storage.write_bytes(path, content)
@@ -74,8 +98,8 @@ def _take(run_dir: str, path: str, sign: dict[str, Any]) -> None:
         return
 
 
-def _until_dead(run_dir: str, path: str) -> bytes | None:
-    """Wait until the holder has given no sign of life for long enough; returns its last one, None where it has gone."""
+def _watched(run_dir: str, path: str) -> tuple[bytes | None, bool]:
+    """The holder's last sign of life, None where it has gone, and whether that came while one looked, which is long enough."""
     last = _content(path)
     if last is not None:
         log.info("%s held %s last: waiting %g s for a sign of life", _name(_parsed(last)), run_dir, PATIENCE * PERIOD_S)
@@ -85,11 +109,11 @@ def _until_dead(run_dir: str, path: str) -> bytes | None:
         asked = time.monotonic()
         now = _content(path)
         if now is not None and now != last:
-            raise InputError(_held_by(run_dir, _parsed(now)))
+            return now, True
         if time.monotonic() - asked > PERIOD_S:  # the storage was away, and so for the holder
             until = time.monotonic() + PATIENCE * PERIOD_S
         last = now
-    return last
+    return last, False
 
 
 def _held_by(run_dir: str, found: dict[str, Any] | None) -> str:

@@ -18,9 +18,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import RuntimeSpec
-from ctrsink.errors import InputError, PeerLost, RunError, first_line
+from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
 from ctrsink.runtime import repeats
 from ctrsink.runtime.gauges import RayGauges
+from ctrsink.runtime.places import told_of_waiting
+from ctrsink.runtime.reach import require_cluster
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
@@ -33,11 +35,14 @@ def connect(address: str | None, cpus: int) -> None:
     """Join the cluster at `address` or the one that a Ray job runs in; else start one here, on loopback, with `cpus` CPUs.
 
     Raises:
-        InputError: the cluster cannot be reached.
+        InputError: the cluster cannot be reached, or none can be started here.
     """
     if ray.is_initialized():
         return
+    named = "runtime.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        require_cluster(address, named)
     try:
         if address:
             ray.init(address=address, log_to_driver=True)
@@ -50,8 +55,11 @@ def connect(address: str | None, cpus: int) -> None:
                 log_to_driver=True,
                 _node_ip_address="127.0.0.1",
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"runtime.address {address}: cannot join the Ray cluster ({first_line(error)})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if address:
+            raise InputError(f"{named} {address}: cannot join the Ray cluster ({first_line(error)})") from None
+        hint = "see whether RAY_TMPDIR is a short path on a disk with room"
+        raise InputError(f"cannot start a Ray cluster on this machine ({first_line(error)}): {hint}") from None
 
 
 def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
@@ -73,7 +81,6 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     spec = _without_working_folder(spec)
     runtime = spec.runtime
     repeats.forget(spec.run_dir)
-    _tell_of_missing(runtime)
     place_s, tries = placing(runtime)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(place_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
@@ -108,7 +115,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
     )
     try:
         asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
-        with asking, _watched(bool(elsewhere) or len(ray.nodes()) > 1):
+        with asking, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error) from error
@@ -143,19 +150,6 @@ def placing(runtime: RuntimeSpec) -> tuple[float, int]:
     return place_s, runtime.max_failures if runtime.max_failures < 0 else math.ceil(runtime.start_timeout_s / PLACE_S)
 
 
-def _tell_of_missing(runtime: RuntimeSpec) -> None:
-    """Warn where the cluster has less than the run asks for: it may grow, so the run waits."""
-    least = runtime.workers if isinstance(runtime.workers, int) else runtime.workers.min
-    wanted = {"CPU": least * runtime.cpus_per_worker, "GPU": least if runtime.device == "cuda" else 0}
-    there = ray.cluster_resources()
-    for name, count in wanted.items():
-        if count > there.get(name, 0):
-            log.warning(
-                "%d workers need %d %ss, the cluster has %d: waiting for more, %g s at most",
-                least, count, name, there.get(name, 0), runtime.start_timeout_s,
-            )  # fmt: skip
-
-
 def _worker(config: dict[str, Any]) -> None:
     """What runs in each Ray worker."""
     from ctrsink.runtime.process import prepare_process
@@ -165,15 +159,17 @@ def _worker(config: dict[str, Any]) -> None:
     context = get_context()
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
     from ctrsink.dist import Topology
+    from ctrsink.runtime.stalls import BEFORE, Stalls
     from ctrsink.runtime.stopping import StopRequests
-    from ctrsink.train.failures import Diverged
     from ctrsink.train.loop import Trainer
     from ctrsink.train.surroundings import Surroundings
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
     requests = StopRequests(spec.run_dir) if topology.is_first else None
-    surroundings = Surroundings(requests.reason if requests else lambda: None, _preemption, RayGauges(spec.name))
+    stalls = Stalls(BEFORE)
+    stop = requests.reason if requests else lambda: None
+    surroundings = Surroundings(stop, _preemption, stalls.doing, RayGauges(spec.name))
     try:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
@@ -186,6 +182,7 @@ def _worker(config: dict[str, Any]) -> None:
         repeats.record(spec.run_dir, topology.rank, error)
         raise
     finally:
+        stalls.close()
         if requests:
             requests.close()
 

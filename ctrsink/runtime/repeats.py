@@ -5,9 +5,9 @@ import logging
 from contextlib import suppress
 from typing import Any
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable
-from ctrsink.train.checkpoint import list_checkpoints
+from ctrsink.train.listing import list_checkpoints
 from ctrsink.train.rundir import FAILURES_NAME
 
 TIMES = 3
@@ -27,7 +27,7 @@ def record(run_dir: str, rank: int, error: InputError | RunError) -> None:
         failure = {"message": str(error), "behind": (list_checkpoints(run_dir) or [None])[0]}
         before = _read(path)
         times = before["times"] + 1 if before.items() >= failure.items() else 1
-        storage.write_bytes(path, json.dumps(failure | {"times": times}).encode())
+        storage.write_bytes(path, json.dumps(kept.stamped(failure | {"times": times})).encode())
     except (InputError, RunError, OSError) as unwritten:  # what went wrong first is told
         log.warning("the failure is not counted: %s", unwritten)
 
@@ -49,7 +49,7 @@ def forget(run_dir: str) -> None:
 
 def _read(path: str) -> dict[str, Any]:
     with suppress(FileNotFoundError, ValueError):
-        found = json.loads(storage.read_bytes(path))
-        if isinstance(found, dict) and found.keys() == {"times", "message", "behind"}:
+        found = kept.opened(json.loads(storage.read_bytes(path)), path)
+        if found.keys() == {"times", "message", "behind"}:
             return found
     return {"times": 0}

@@ -1,10 +1,11 @@
 """Start a run where its configuration says."""
 
+from contextlib import suppress
 from typing import Any
 
 from ctrsink.config import RunSpec
 from ctrsink.data.manifest import read_manifest
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, RunError
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.presence import held
 from ctrsink.runtime.process import stay_on_loopback
@@ -15,19 +16,21 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
     """Check, claim the run's folder, train, evaluate; see Trainer.run.
 
     Raises:
-        InputError: something about the data, the model or the run's folder is wrong, or somebody trains the run already; a new
-            run that has no checkpoint yet leaves nothing behind.
+        InputError: something about the data, the model or the run's folder is wrong, or somebody trains the run already.
+
+    A new run that ends before its first step, for whatever reason, leaves nothing behind.
     """
-    vocabulary = check(spec)
     if not resume:
         require_new(spec.run_dir)
-    with held(spec.run_dir):
+    vocabulary = check(spec)
+    with held(spec.run_dir) as still_held:
         new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
         try:
             return _train(spec, vocabulary, stop_after)
-        except InputError:
-            if new:
-                release(spec.run_dir)
+        except BaseException:
+            with suppress(InputError, RunError, OSError):  # what ended the run is told
+                if new and still_held():
+                    release(spec.run_dir)
             raise
 
 

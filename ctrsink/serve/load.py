@@ -4,19 +4,45 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ctrsink import storage
+from ctrsink.config.data import TextSpec
+from ctrsink.config.explain import explain
+from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.tree import shown
 from ctrsink.data.encoder import FOLDER, Encoder, folder_fingerprint
 from ctrsink.data.knowledge import FILE, Knowledge
+from ctrsink.data.layout import Layout
 from ctrsink.data.tokenize import fingerprint
 from ctrsink.errors import InputError, first_line
 from ctrsink.model.hf import FORMAT, CTRSinkConfig, CTRSinkModel
+
+_NEEDED = ("backbone", "readout", "layout", "text", "prefix_tokens", "tokenizer_fingerprint")
+_SECTIONS: dict[str, Any] = {
+    "backbone": dict[str, Any],
+    "sinks": SinkSpec,
+    "target": TargetSpec,
+    "similarity": str,
+    "feedback_texts": list[str],
+    "knowledge": dict[str, Any],
+    "bias": BiasSpec,
+    "temporal": bool,
+    "window": int,
+    "readout": ReadoutSpec,
+    "layout": Layout,
+    "text": TextSpec,
+    "prefix_tokens": list[int],
+    "tokenizer_fingerprint": str,
+    "encoder": dict[str, Any],
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,26 @@ def _check_config(uri: str, folder: Path) -> None:
         raise InputError(f"{uri} holds a model of type {kind}, not one that `ctrsink export` wrote")
     if config.get("format") != FORMAT:
         raise InputError(f"{uri} has the format {config.get('format')}, this version reads {FORMAT}: export the model again")
+    if (problem := _problem(config)) is not None:
+        raise InputError(f"{uri}/config.json is damaged ({problem}): export the model again")
+
+
+def _problem(config: dict[str, Any]) -> str | None:
+    """What in an exported configuration nothing could have written there; None where all is well."""
+    if unknown := sorted(config.keys() - CTRSinkConfig().to_dict().keys()):
+        return f"unknown key {shown(unknown[0])}"
+    if missing := [name for name in _NEEDED if config.get(name) is None]:
+        return f"missing key {missing[0]}"
+    for name, kind in _SECTIONS.items():
+        if config.get(name) is None:
+            continue
+        try:
+            TypeAdapter(kind).validate_python(config[name])
+        except ValidationError as error:
+            return f"{name}: {explain(error, kind)}"
+    if unknown := sorted(config["layout"].keys() - {field.name for field in fields(Layout)}):
+        return f"unknown key layout.{shown(unknown[0])}"
+    return None
 
 
 @contextmanager

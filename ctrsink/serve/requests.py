@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from string import Formatter
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -10,9 +9,13 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from ctrsink.config.base import Section
+from ctrsink.config.explain import explain
 from ctrsink.data.dataset import Dataset
+from ctrsink.data.events import LARGEST_FEEDBACK
 from ctrsink.data.manifest import read_file
-from ctrsink.errors import InputError
+from ctrsink.data.render import template_fields
+from ctrsink.data.values import text
+from ctrsink.errors import InputError, did_you_mean
 
 Item = dict[str, Any]
 # Beyond the year 5138 a time was counted in milliseconds.
@@ -24,7 +27,7 @@ class Behaviour(Section):
 
     item: Item
     """Fields of the item, at least those that the model's template names."""
-    feedback: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    feedback: Annotated[float, Field(strict=True, ge=-LARGEST_FEEDBACK, le=LARGEST_FEEDBACK)] | None = None
     label: Literal[0, 1] | None = None
     """Whether it was a click, for models of a log with a label column; elsewhere it follows from the feedback."""
     timestamp: Timestamp
@@ -52,41 +55,28 @@ def parse_request(tree: Any, fields: Sequence[str], where: str) -> Request:
     try:
         request = Request.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where}: {f'{key}: ' if key else ''}{first['msg']}") from None
+        raise InputError(f"{where}: {explain(error, Request)}") from None
     named = [(f"history.{i}.item", b.item) for i, b in enumerate(request.history)]
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
         for field in fields:
             if field not in item:
-                raise InputError(f"{where}: {key} has no field {field!r}, which the model's item text needs")
-            if isinstance(item[field], dict):
-                raise InputError(f"{where}: {key}.{field} is an object: give a text, a number or a list of them")
+                hint = did_you_mean(field, item)
+                raise InputError(f"{where}: {key} has no field {field!r}, which the model's item text needs{hint}")
+            try:
+                text(item[field])
+            except ValueError as error:
+                raise InputError(f"{where}: {key}.{field}: {error}") from None
     for i, behaviour in enumerate(request.history):
         if behaviour.timestamp > request.timestamp:
             raise InputError(f"{where}: history.{i}.timestamp {behaviour.timestamp:.0f} is later than the request's")
     return request.model_copy(update={"history": tuple(sorted(request.history, key=lambda b: b.timestamp))})
 
 
-def template_fields(template: str) -> list[str]:
-    """Names of the item fields that a template uses."""
-    return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
-
-
 def item_table(items: Sequence[Item], fields: Sequence[str]) -> pa.Table:
-    """The items' `fields` as text, as preparation holds them: empty for null, the entries of a list joined by spaces."""
-    columns = {field: pa.array([text_of(item[field]) for item in items], pa.string()) for field in fields}
+    """The items' `fields` as text, as preparation holds them (see values.text): empty where a value is missing."""
+    columns = {field: pa.array([text(item[field]) or "" for item in items], pa.string()) for field in fields}
     # A template without a field still renders every item: the table's length must not come from its columns.
     return pa.table({"": pa.nulls(len(items)), **columns})
-
-
-def text_of(value: Any) -> str:
-    """A value of a request as text, as preparation holds it."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else str(pa.scalar(value).cast(pa.string()))
 
 
 def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int] | None = None) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """The scorer: requests to probabilities, through the same text, tokens, sequences and batches as in training."""
 
 import json
+import logging
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ctrsink import storage
@@ -13,18 +18,20 @@ from ctrsink.config.data import TextSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.examples import build_sequences
 from ctrsink.data.layout import Layout
-from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts
+from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
+from ctrsink.data.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.data.sequences import Sequence
 from ctrsink.data.shard import told
-from ctrsink.data.tokenize import encode
+from ctrsink.data.tokenize import encode_items, encode_own
 from ctrsink.data.windows import Cuts, Events
 from ctrsink.errors import InputError
 from ctrsink.features.ragged import Ragged
 from ctrsink.serve.load import Loaded, load_model
-from ctrsink.serve.requests import Request, item_table, parse_request, template_fields
+from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
 
 CANDIDATES = 128  # behind one computation of the history
+log = logging.getLogger("ctrsink.serve")
 
 
 class Scorer:
@@ -73,7 +80,7 @@ class Scorer:
         return request
 
     def probabilities(self, request: Request, where: str) -> list[float]:
-        """As `score`, of a parsed request; errors name `where`."""
+        """As `score`, of a parsed request; errors name `where`, also where the model gives something that is no probability."""
         try:
             sequences = self._sequences(request)
         except InputError as error:
@@ -83,18 +90,26 @@ class Scorer:
             with torch.inference_mode():
                 logits = self.model(collate([sequence], [0]).to(self.model.device))
             out += logits[0].double().sigmoid().tolist()
+        dead = next((i for i, probability in enumerate(out) if not math.isfinite(probability)), None)
+        if dead is not None:
+            raise InputError(
+                f"{where}: the model's probability of candidates.{dead} is not finite: its weights have overflowed, export "
+                "another checkpoint"
+            )
         return out
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """The history and candidates behind it, as many as may share one."""
         count = len(request.history)
         items = [*(b.item for b in request.history), *request.candidates]
-        texts = self._item_tokens(items)
-        vectors = self.encoder and self.encoder.encode(self._item_texts(items))
+        fields = item_table(items, self.fields)
+        item_text = item_texts(self.text.item, fields)
+        texts = self._item_tokens(fields, item_text)
+        vectors = self.encoder and self.encoder.encode(item_text)
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
         rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
         feedback_rows = feedback_ids(self.text, rendered, given)
-        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode(self.tokenizer, list(rendered))])
+        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode_own(self.tokenizer, list(rendered))])
         moments = [*(b.timestamp for b in request.history), *[request.timestamp] * len(request.candidates)]
         timestamps = np.floor(moments).astype(np.int64)
         candidates = len(request.candidates)
@@ -113,67 +128,83 @@ class Scorer:
         # What depends on the candidate's vector is no history that candidates share.
         together = 1 if self.layout.needs_target_vectors else CANDIDATES
         chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
-        return [
-            build_sequences(Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])), self.layout, feedbacks, self.prefix)[
-                0
-            ]
-            for rows in chosen
-        ]
+        cuts = (Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])) for rows in chosen)
+        return [build_sequences(cut, self.layout, feedbacks, self.prefix)[0] for cut in cuts]
 
     def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
         """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
         numbers = {text: number for number, text in enumerate(self.model.config.feedback_texts or ())}
         return np.array([numbers.get(text, 0) for text in rendered], np.int64)
 
-    def _item_texts(self, items: list[dict[str, Any]]) -> list[str]:
-        return item_texts(self.text.item, item_table(items, template_fields(self.text.item)))
-
-    def _item_tokens(self, items: list[dict[str, Any]]) -> Ragged:
-        rendered = encode(self.tokenizer, self._item_texts(items))
+    def _item_tokens(self, fields: pa.Table, texts: list[str]) -> Ragged:
+        rendered = encode_items(self.tokenizer, self.text.item, fields, texts)
         tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in rendered]
         empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
         if empty is not None:
-            raise InputError(f"the text of the item {json.dumps(items[empty], ensure_ascii=False)} is empty: fill in its fields")
+            item = {name: fields.column(name)[empty].as_py() for name in self.fields}
+            raise InputError(f"the text of the item {json.dumps(item, ensure_ascii=False)} is empty: fill in its fields")
         return Ragged.of(tokens)
 
 
-def score_file(folder: str, input_path: str, output: str | None = None) -> dict[str, Any]:
-    """Score a file of requests, one JSON object a line, with the model in `folder`.
+def score_file(folder: str, input_path: str, output: str | None = None, on_bad_request: OnBadRequest = "fail") -> dict[str, Any]:
+    """Score a file of requests, one JSON object a line, with the model in `folder`; see score_lines."""
+    return score_lines(folder, read_lines(input_path, on_bad_request), output, on_bad_request)
+
+
+def score_lines(
+    folder: str, lines: list[RequestLine], output: str | None = None, on_bad_request: OnBadRequest = "fail"
+) -> dict[str, Any]:
+    """Score the requests of a file with the model in `folder`.
 
     Writes one line per request, `{"probabilities": [...]}` and the request's `id` if it has one, to `output` (a file, local or
-    s3://) or to stdout; all at the end, so that bad input leaves nothing behind.
+    s3://) or to stdout; all at the end, so that bad input leaves nothing behind. A request that is skipped has a line too, with
+    an `error`, so that lines stay those of the input.
 
     Returns:
-        Counts of `requests` and `candidates`.
+        Counts of `requests` and `candidates` scored, and how many were `skipped` where that was allowed.
 
     Raises:
-        InputError: a request cannot be scored; the message names its line.
+        InputError: a request cannot be scored; the message names its line. Or none of them can.
     """
-    try:
-        lines = storage.read_bytes(input_path).split(b"\n")
-    except FileNotFoundError:
-        raise InputError(f"{input_path} does not exist: give a file with one request a line") from None
-    if lines[-1] == b"":
-        lines.pop()
-    if not lines:
-        raise InputError(f"{input_path} is empty: give one request a line")
     scorer = Scorer.load(folder)
-    places = [f"{input_path}, line {number}" for number in range(1, len(lines) + 1)]
+    problems: dict[int, str] = {number: line.problem for number, line in enumerate(lines) if line.problem is not None}
+    requests: dict[int, Request] = {}
+    rows: dict[int, dict[str, Any]] = {}
+
+    @contextmanager
+    def judged(number: int) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            if on_bad_request == "fail":
+                raise
+            problems[number] = str(error)
+
     # Every line is checked before the first is scored: a mistake in the last one shows at once.
-    requests = [scorer.parse(_read_json(line, place), place) for line, place in zip(lines, places, strict=True)]
-    rows = []
-    for request, place in zip(requests, places, strict=True):
-        named = {} if request.id is None else {"id": request.id}
-        rows.append(json.dumps(named | {"probabilities": scorer.probabilities(request, place)}) + "\n")
+    for number, line in enumerate(lines):
+        if number not in problems:
+            with judged(number):
+                requests[number] = scorer.parse(line.tree, line.where)
+    for number, request in requests.items():
+        with judged(number):
+            rows[number] = {"probabilities": scorer.probabilities(request, lines[number].where)}
+    if problems:
+        first = problems[min(problems)]
+        if not rows:
+            raise InputError(f"none of {len(lines)} requests can be scored; the first: {first}")
+        log.warning("skipped %d of %d requests; the first: %s", len(problems), len(lines), first)
+    found = [
+        _named(line.tree) | (rows[number] if number in rows else {"error": problems[number]}) for number, line in enumerate(lines)
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in found)
     if output is None:
-        sys.stdout.write("".join(rows))
+        sys.stdout.write(content)
     else:
-        storage.write_bytes(output, "".join(rows).encode())
-    return {"requests": len(requests), "candidates": sum(len(r.candidates) for r in requests)}
+        storage.write_bytes(output, content.encode())
+    counts = {"requests": len(rows), "candidates": sum(len(requests[number].candidates) for number in rows)}
+    return counts | ({"skipped": len(problems)} if on_bad_request == "skip" else {})
 
 
-def _read_json(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:  # of JSON or of UTF-8
-        raise InputError(f"{where}: not a JSON object ({error})") from None
+def _named(tree: Any) -> dict[str, Any]:
+    """The request's id, to be returned with what it got."""
+    return {"id": tree["id"]} if isinstance(tree, dict) and tree.get("id") is not None else {}

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from ctrsink.data.knowledge import Knowledge
+from ctrsink.data.values import text
 from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
-from ctrsink.serve.requests import Behaviour, Item, Request, text_of
+from ctrsink.serve.requests import Behaviour, Item, Request
 
 ITEM_KEYS = ("id", "item_mean", "item_count")
 """What an item may say beside its fields: which one it is, and how it was received until then, where that is known better."""
@@ -21,7 +22,7 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
     """The history, and behind it the candidates, each asked after the whole history; `timestamps` int64, whole seconds."""
     count, candidates = len(request.history), len(request.candidates)
     items = [*(b.item for b in request.history), *request.candidates]
-    rows = knowledge.rows([None if item.get("id") is None else text_of(item["id"]) for item in items])
+    rows = knowledge.rows([text(item.get("id")) for item in items])
     mean, number = knowledge.received(rows)
     mean = _overridden(mean, items, "item_mean")
     number = _overridden(number, items, "item_count")
@@ -29,7 +30,8 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
     labels = np.array([label(b, knowledge) for b in request.history] + [-1] * candidates, np.int8)
     fields = [
         np.array(
-            [number for f in knowledge.fields for number in field_ids(f.column, f.separator, text_of(item[f.column]))], np.int64
+            [number for f in knowledge.fields for number in field_ids(f.column, f.separator, text(item[f.column]) or "")],
+            np.int64,
         )
         for item in items
     ]

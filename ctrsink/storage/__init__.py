@@ -11,13 +11,13 @@ from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 from ctrsink.errors import StorageUnavailable
 from ctrsink.storage import local
 from ctrsink.storage.faults import explained
-from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, join, local_path, sha256
+from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, join, leads_out, local_path, require_below, sha256
 from ctrsink.storage.s3 import Operation, connect, to_info
 
 __all__ = [
     "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
-    "find", "info", "is_remote", "join", "list_dirs", "list_files", "local_path", "read_bytes", "read_range", "sha256",
-    "upload_dir", "write_bytes",
+    "find", "info", "is_remote", "join", "leads_out", "list_dirs", "list_files", "local_path", "read_bytes", "read_range",
+    "require_below", "sha256", "upload_dir", "write_bytes",
 ]  # fmt: skip
 
 
@@ -127,7 +127,11 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
 
 
 def delete(uri: str) -> None:
-    """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
+    """Remove a file, or a folder with all that is in it; nothing happens where there is none.
+
+    Raises:
+        InputError: it is a whole bucket, or the root of the disk.
+    """
     with explained(uri):
         if is_remote(uri):
             s3 = Operation(uri)

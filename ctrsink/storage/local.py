@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ctrsink.errors import InputError
 from ctrsink.storage.places import Info
 
 
@@ -86,6 +87,8 @@ def names(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
 
 def delete(path: Path) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
+    if path.resolve() == Path(path.resolve().anchor):
+        raise InputError(f"{path} is the root of the disk, which is never deleted: name a folder in it")
     if path.is_dir():
         shutil.rmtree(path)
     else:

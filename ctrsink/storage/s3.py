@@ -16,7 +16,7 @@ from s3fs import S3FileSystem
 from ctrsink.errors import InputError
 from ctrsink.storage import local
 from ctrsink.storage.faults import ShortBody, code_of, of_one_key
-from ctrsink.storage.places import Info, bucket_and_key
+from ctrsink.storage.places import Info, bucket_and_key, require_below
 from ctrsink.storage.retry import DEADLINE_VARIABLE, Patience, deadline_s
 
 PART_BYTES = 32 * 2**20
@@ -37,6 +37,7 @@ class Operation:
     """One thing done to `uri`; the caller runs its coroutines with `run`."""
 
     def __init__(self, uri: str) -> None:
+        self.uri = uri
         self.bucket, self.key = bucket_and_key(uri)
         self._files = connect(attempts=1)
         self._patience = Patience(uri)
@@ -150,10 +151,15 @@ class Operation:
         return next((entry for entry in page.get("Contents", []) if entry["Key"] == key), None)
 
     async def find(self) -> list[Info]:
-        """Every object below, by its path there; placeholders of folders are no files."""
+        """Every object below, by its path there; placeholders of folders are no files.
+
+        Raises:
+            InputError: a key leads out of the folder, as a path.
+        """
         prefix = f"{self.key}/" if self.key else ""
         entries = [entry async for page in self.pages(prefix) for entry in page.get("Contents", [])]
-        return sorted(to_info(e, e["Key"].removeprefix(prefix)) for e in entries if not e["Key"].endswith("/"))
+        files = [(entry, entry["Key"].removeprefix(prefix)) for entry in entries if not entry["Key"].endswith("/")]
+        return sorted(to_info(entry, require_below(name, self.uri)) for entry, name in files)
 
     async def exists(self) -> bool:
         """Whether there is an object, or one below."""
@@ -171,9 +177,17 @@ class Operation:
         return sorted(name for name in found if name)
 
     async def delete(self) -> None:
-        """Remove the object and all below it, not its neighbours that merely begin alike."""
+        """Remove the object and all below it, not its neighbours that merely begin alike.
+
+        Raises:
+            InputError: it is the whole bucket, or a key below leads out of it, as a path; nothing is removed then.
+        """
+        if not self.key:
+            raise InputError(f"{self.uri} is a whole bucket, which is never deleted: name a folder in it")
         keys = [e["Key"] async for page in self.pages(self.key) for e in page.get("Contents", [])]
-        keys = [{"Key": key} for key in keys if key == self.key or not self.key or key.startswith(self.key + "/")]
+        keys = [{"Key": key} for key in keys if key == self.key or key.startswith(self.key + "/")]
+        for entry in keys:
+            require_below(entry["Key"].removesuffix("/"), self.uri)
         batches = [keys[i : i + _MOST_DELETED] for i in range(0, len(keys), _MOST_DELETED)]
         await _together(self.request("delete_objects", Delete={"Objects": batch, "Quiet": True}) for batch in batches)
 
@@ -236,8 +250,11 @@ def _connect(pid: int, environment: tuple[str | None, ...], attempts: int) -> S3
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise InputError("AWS_ENDPOINT_URL is no address: it must start with http:// or https://")
+    # botocore itself knows AWS_DEFAULT_REGION only; AWS_REGION is what the other clients of AWS, and its machines, set.
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or None
     files = S3FileSystem(
         endpoint_url=endpoint,
+        client_kwargs={"region_name": region},
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={

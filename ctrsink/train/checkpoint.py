@@ -7,7 +7,6 @@ DeepSpeed's shards, of which only presence and size are looked at here.
 
 import json
 import logging
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -15,11 +14,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load
 
-from ctrsink import storage
+from ctrsink import kept, storage, strict_json
 from ctrsink.errors import InputError, RunError
+from ctrsink.train.listing import FOLDER, folder_of, list_checkpoints, step_of
 from ctrsink.train.tensor_file import to_safetensors
 
-FOLDER = "checkpoints"
 PARAMETERS, MOMENTS, STATE = FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
 MARKER = "complete.json"
 SHARDS = "shards"
@@ -53,12 +52,14 @@ class Checkpoint:
     """Spent in training steps so far."""
     controller: dict[str, Any] = field(default_factory=dict)
     """State of the stage controller, as JSON has it."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last validation before it; empty where there was none."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Of the last validation before it; empty where there was none. nan, and None once saved: the sample has no such metric."""
     trained: dict[str, Any] = field(default_factory=dict)
     """Audit of what was trained on: counts and a checksum."""
     native: dict[str, int] = field(default_factory=dict)
     """`world` and `zero_stage` of the shards that hold the moments; empty in a portable checkpoint."""
+    precision: str = ""
+    """What the run trains in, which `train.precision: auto` leaves open; empty in a checkpoint from before there was that."""
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
@@ -90,30 +91,14 @@ def write_files(folder: str, checkpoint: Checkpoint, names: tuple[str, ...]) -> 
 
 def write_marker(folder: str, entries: dict[str, dict[str, Any]]) -> None:
     """Make the folder a checkpoint of the files in `entries`; all of them must have been written."""
-    storage.write_bytes(storage.join(folder, MARKER), json.dumps(entries).encode())
+    storage.write_bytes(storage.join(folder, MARKER), json.dumps(kept.stamped(entries)).encode())
 
 
 def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
     if name == STATE:
-        kept = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments")]
-        return json.dumps({key: getattr(checkpoint, key) for key in kept}).encode()
+        names = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments")]
+        return strict_json.dumps(kept.stamped({name: getattr(checkpoint, name) for name in names})).encode()
     return to_safetensors(checkpoint.parameters if name == PARAMETERS else checkpoint.moments)
-
-
-def folder_of(run_dir: str, step: int) -> str:
-    """Where the checkpoint of `step` lies."""
-    return storage.join(run_dir, FOLDER, f"step-{step:08d}")
-
-
-def step_of(folder: str) -> int:
-    """The step whose checkpoint lies in `folder`."""
-    return int(folder.rpartition("-")[2])
-
-
-def list_checkpoints(run_dir: str) -> list[str]:
-    """Folders of the run's checkpoints, complete or not, newest first."""
-    names = [n for n in storage.list_dirs(storage.join(run_dir, FOLDER)) if re.fullmatch(r"step-\d{8,}", n)]
-    return [storage.join(run_dir, FOLDER, name) for name in sorted(names, key=step_of, reverse=True)]
 
 
 def latest_checkpoint(run_dir: str, before: int | None = None) -> Checkpoint | None:
@@ -162,7 +147,7 @@ def find_checkpoint(run_dir: str, step: Step = None) -> Checkpoint:
 def _best_step(run_dir: str) -> int:
     path = storage.join(run_dir, FOLDER, BEST)
     try:
-        return int(json.loads(storage.read_bytes(path))["step"])
+        return int(kept.opened(json.loads(storage.read_bytes(path)), path)["step"])
     except FileNotFoundError:
         hint = "train with train.keep.best and a validation, or name a step"
         raise InputError(f"{run_dir} knows no best checkpoint: {hint}") from None
@@ -187,7 +172,7 @@ def load_checkpoint(folder: str) -> Checkpoint:
     """Read a checkpoint and check it against its marker.
 
     Raises:
-        InputError: it is incomplete or altered.
+        InputError: it is incomplete or altered, or of a newer version.
     """
     entries = read_marker(folder)
     shards = {name: size for name, (size, _) in entries.items() if name not in FILES}
@@ -205,9 +190,12 @@ def load_checkpoint(folder: str) -> Checkpoint:
         if (len(content), storage.sha256(content)) != entries[name]:
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its hash")
         contents[name] = content
-    state: dict[str, Any] = json.loads(contents[STATE])
     moments = load(contents[MOMENTS]) if MOMENTS in contents else {}
-    return Checkpoint(parameters=load(contents[PARAMETERS]), moments=moments, **state)
+    try:
+        state = kept.opened(json.loads(contents[STATE]), storage.join(folder, STATE))
+        return Checkpoint(parameters=load(contents[PARAMETERS]), moments=moments, **state)
+    except (ValueError, TypeError):
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE} is not what was written") from None
 
 
 def read_marker(folder: str) -> dict[str, tuple[int, str]]:
@@ -215,14 +203,15 @@ def read_marker(folder: str) -> dict[str, tuple[int, str]]:
 
     Raises:
         DamagedCheckpoint: there is no marker, or it is not what was written.
+        InputError: it is of a newer version.
     """
     try:
-        entries = json.loads(_read(folder, MARKER))
+        entries = kept.opened(json.loads(_read(folder, MARKER)), storage.join(folder, MARKER))
         found = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         others = found.keys() - FILES
         if not {PARAMETERS, STATE} <= found.keys() or (MOMENTS in found) == bool(others):
             raise ValueError
-        if any(not name.startswith(f"{SHARDS}/") or ".." in name for name in others):
+        if any(not name.startswith(f"{SHARDS}/") or storage.leads_out(name) for name in others):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None

@@ -13,7 +13,7 @@ from torch import nn
 from ctrsink.batch import Batch
 from ctrsink.config.run import RunSpec
 from ctrsink.config.stages import Group, ReadoutSpec, StageSpec
-from ctrsink.dist import Topology, all_sum
+from ctrsink.dist import Topology, all_max, all_sum
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.groups import set_trainable, trained_as
 from ctrsink.train.lean_deepspeed import (
@@ -146,6 +146,11 @@ class Engine:
                 parameters[name] = value.float().cpu().clone()
                 moments |= {key: moment.cpu().clone() for key, moment in pair.items()}
         return EngineState(parameters, moments, self.steps())
+
+    def is_finite(self) -> bool:
+        """Collective: whether every trained weight, of which each rank looks at its own part, is a finite number."""
+        own = (getattr(parameter, "ds_tensor", parameter) for parameter in self.named.values())
+        return not all_max(any(not bool(value.isfinite().all()) for value in own), self.topology)
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""

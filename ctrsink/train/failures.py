@@ -7,15 +7,11 @@ from contextlib import contextmanager
 from torch.distributed import DistError
 
 from ctrsink.config.train import TrainSpec
-from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable, first_line
+from ctrsink.errors import Diverged, InputError, PeerLost, RunError, StorageUnavailable, first_line
 from ctrsink.train.engine import StepResult
 
 SKIPPED_IN_A_ROW = 10
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")  # as gloo says it
-
-
-class Diverged(RunError):
-    """The loss or the gradient is not finite; every rank found so in the same step, and starting again would not help."""
 
 
 @contextmanager

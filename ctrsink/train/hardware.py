@@ -1,12 +1,15 @@
-"""How well the machines are used: FLOPs per second over the device's peak, and memory of every rank."""
+"""What the machines can do and how well they are used: bf16, FLOPs per second over the device's peak, memory of every rank."""
 
+import logging
 import re
 
 import numpy as np
 import psutil
 import torch
 
-from ctrsink.dist import Topology, gather_rows
+from ctrsink.dist import Topology, all_max, gather_rows
+
+log = logging.getLogger("ctrsink.train")
 
 # Dense bf16 products with fp32 accumulation, in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -22,6 +25,38 @@ PEAK_TFLOPS = {
 }
 SMALL_WORLD = 8
 """Up to so many ranks each has a column of its own in the rows."""
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device has instructions for products in bfloat16; where it has none, torch computes them far slower than fp32.
+
+    CPUs: AVX-512 BF16 (AMD from Zen 4, Intel Cooper Lake), AMX (Intel from Sapphire Rapids), ARM's bf16. GPUs: from Ampere on.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(name.endswith("bf16") and there is True for name, there in torch.cpu.get_capabilities().items())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # older than that function
+
+
+def precision_of(wanted: str, kept: str, topology: Topology) -> str:
+    """The precision to train in, the same on all ranks; collective. A choice that will be slow is told of.
+
+    Args:
+        wanted: `train.precision`.
+        kept: what the run began in; empty where it begins now.
+    """
+    everywhere = not all_max(int(not has_bf16(topology.device)), topology)
+    precision = kept or (("bf16" if everywhere else "fp32") if wanted == "auto" else wanted)
+    if topology.is_first and wanted == "auto":
+        log.info("train.precision auto: %s", precision)
+    if topology.is_first and precision == "bf16" and not everywhere:
+        log.warning(
+            "a worker's %s has no instructions for bf16, in which its products take many times as long as in fp32: "
+            "set train.precision to fp32 or auto",
+            "GPU" if topology.device.startswith("cuda") else "CPU",
+        )
+    return precision
 
 
 def known_peak(name: str) -> float | None:

@@ -19,16 +19,17 @@ from ctrsink.data.layout import Layout
 from ctrsink.data.order import mix64
 from ctrsink.data.stream import SequenceSource, Step, TrainStream
 from ctrsink.dist import Topology, all_max, barrier
-from ctrsink.errors import InputError
+from ctrsink.errors import Diverged, InputError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.flops import FlopCount
+from ctrsink.train.advice import advice
 from ctrsink.train.audit import Audit
 from ctrsink.train.capacity import tokens_within
 from ctrsink.train.checkpoint import Checkpoint, require_data
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.failures import Finite, located
-from ctrsink.train.hardware import over_ranks, peak_of
+from ctrsink.train.hardware import over_ranks, peak_of, precision_of
 from ctrsink.train.native import Shards, load_native, restore
 from ctrsink.train.probe import probe, probe_batch
 from ctrsink.train.rundir import identities, write_result
@@ -55,6 +56,8 @@ class Progress:
     """Impressions trained on before this process began, by all ranks."""
     seconds: float = 0.0
     """Spent in training steps."""
+    precision: str = ""
+    """That of the run, empty before it has begun."""
 
 
 class Trainer:
@@ -101,9 +104,14 @@ class Trainer:
             RunError: a step failed; the message names rank, step, stage and shards.
         """
         self._restore()
+        self.progress.precision = precision_of(self.spec.train.precision, self.progress.precision, self.topology)
         stop_at = None if stop_after is None else self.controller.step + stop_after
         if self.topology.is_first:
             self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
+            for line in (
+                advice(self.spec, sum(self.source.per_shard), self.controller.last_step) if not self.controller.step else ()
+            ):
+                log.warning("%s", line)
         try:
             stopped = self._run_stages(stop_at)
             finished = self.controller.finished and stopped is None
@@ -150,6 +158,7 @@ class Trainer:
             EngineState({}, checkpoint.moments, checkpoint.steps),
             Audit(**checkpoint.trained),
             checkpoint.seconds,
+            checkpoint.precision,
         )
 
     def _run_stages(self, stop_at: int | None) -> str | None:
@@ -197,6 +206,7 @@ class Trainer:
             return f"{self._where(1)}, {', '.join(stream.shards_of(position))}"
 
         began = time.monotonic()
+        self._doing(lambda: f"the data of {', '.join(stream.shards_of(position))}")
         with located(where):
             step = next(steps)
             waited = time.monotonic() - began
@@ -204,6 +214,7 @@ class Trainer:
             reason = self.surroundings.stop()
             look = self.topology.is_first and began - self._looked > LOOK_EVERY_S
             factor = controller.factor()
+            self._doing(lambda: "the computation of a step, on this rank or on another that it waits for")
             micro_batches = self._evened(step)
             result = engine.step(micro_batches, step.impressions, stage, factor, (reason is not None, look))
         if (skipped := self.finite.skips(result, where)) is not None:
@@ -230,8 +241,12 @@ class Trainer:
     def _where(self, ahead: int = 0) -> str:
         return f"rank {self.topology.rank}, step {self.controller.step + ahead}, stage {self.controller.stage.name}"
 
+    def _doing(self, what: Callable[[], str]) -> None:
+        self.surroundings.doing(self.controller.step, lambda: f"{what()} ({self._where()})")
+
     def _during(self, what: str) -> AbstractContextManager[None]:
         """Failures between two steps are told with what was done."""
+        self._doing(lambda: f"the {what}")
         return located(lambda: f"{self._where()}, {what}")
 
     def _evened(self, step: Step) -> list[Batch]:
@@ -255,7 +270,7 @@ class Trainer:
             self.engine.destroy()
             self.engine = None  # or two models would be held at a time
             gc.collect()
-        model = build_model(self.spec.model, self.vocabulary, self.spec.seed, self.spec.train.precision)
+        model = build_model(self.spec.model, self.vocabulary, self.spec.seed, self.progress.precision)
         load_parameters(model, self.progress.parameters)
         model.to(self.topology.device).train()
         self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state)
@@ -326,6 +341,8 @@ class Trainer:
         return self.progress.trained + self.audit.over_ranks(self.topology)
 
     def _checkpoint(self, engine: Engine, metrics: dict[str, float]) -> None:
+        if not engine.is_finite():  # it would take the place of a good one, and nothing could go on from it
+            raise Diverged("the weights are not finite after this step: lower the learning rates, or look at the data")
         trained = self._trained()
 
         def make(state: EngineState) -> Checkpoint:
@@ -340,6 +357,7 @@ class Trainer:
                 metrics={name.removeprefix("valid/"): value for name, value in metrics.items()},
                 trained=asdict(trained),
                 seconds=self.progress.seconds,
+                precision=self.progress.precision,
             )
 
         self.saver.save(engine, make, self.telemetry.flush() if self.telemetry is not None else None)

@@ -44,7 +44,8 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     layout = Layout.of(spec.data, spec.model, dataset.manifest)
     # Wherever the run trained, this is the backend that every device has.
     portable = spec.model.model_copy(update={"attention": "sdpa"})
-    model = build_model(portable, len(load_tokenizer(spec.data.uri)), spec.seed, spec.train.precision).float()
+    precision = checkpoint.precision or spec.train.precision  # frozen weights were rounded to it
+    model = build_model(portable, len(load_tokenizer(spec.data.uri)), spec.seed, precision).float()
     model.mixed_precision = False
     load_parameters(model, checkpoint.parameters)
     controller = StageController(spec, sum(SequenceSource(dataset, "train", layout).per_shard))

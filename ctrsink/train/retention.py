@@ -5,10 +5,11 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.checkpoint import BEST, FOLDER, MARKER, STATE, folder_of, list_checkpoints, step_of
+from ctrsink.train.checkpoint import BEST, MARKER, STATE
+from ctrsink.train.listing import FOLDER, folder_of, list_checkpoints, step_of
 
 log = logging.getLogger("ctrsink.train")
 
@@ -41,7 +42,7 @@ class Keeper:
 
     def __init__(self, run_dir: str, keep: KeepSpec) -> None:
         self.run_dir, self.keep = run_dir, keep
-        self._metrics: dict[int, dict[str, float]] = {}  # of the checkpoints seen so far
+        self._metrics: dict[int, dict[str, float | None]] = {}  # of the checkpoints seen so far
 
     def apply(self, newest: int) -> None:
         """Name the best checkpoint, then delete what need not stay; `newest` is the step just saved, and stays.
@@ -66,7 +67,7 @@ class Keeper:
         best = best_of(whole, scores, self.keep)
         if best is not None:
             entry = {"step": best, "metric": self.keep.best, "value": scores[best]}
-            storage.write_bytes(storage.join(self.run_dir, FOLDER, BEST), json.dumps(entry).encode())
+            storage.write_bytes(storage.join(self.run_dir, FOLDER, BEST), json.dumps(kept.stamped(entry)).encode())
         if self.keep.last is None:
             return
         remains = [step for step in found if step < newest and step not in whole]
@@ -81,12 +82,14 @@ class Keeper:
         for step in steps:
             if step not in self._metrics:
                 self._metrics[step] = _metrics_of(folder_of(self.run_dir, step))
-        return {step: self._metrics[step][self.keep.best] for step in steps if self.keep.best in self._metrics[step]}
+        found = {step: self._metrics[step].get(self.keep.best) for step in steps}
+        return {step: value for step, value in found.items() if value is not None}
 
 
-def _metrics_of(folder: str) -> dict[str, float]:
-    """What the checkpoint says of its validation; nothing where it is damaged."""
+def _metrics_of(folder: str) -> dict[str, float | None]:
+    """What the checkpoint says of its validation, None of a metric without a value; nothing where it is damaged."""
+    path = storage.join(folder, STATE)
     try:
-        return json.loads(storage.read_bytes(storage.join(folder, STATE))).get("metrics", {})
-    except (FileNotFoundError, ValueError, AttributeError):
+        return kept.opened(json.loads(storage.read_bytes(path)), path).get("metrics", {})
+    except (FileNotFoundError, ValueError):
         return {}

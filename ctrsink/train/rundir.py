@@ -1,15 +1,15 @@
 """The run's folder: whose it is, and what may differ when a run is continued."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
-import yaml
-
-from ctrsink import storage, strict_json
+from ctrsink import kept, storage, strict_json
 from ctrsink.config import RunSpec, dump_run, parse_run
+from ctrsink.config.tree import read_yaml
 from ctrsink.data.manifest import Manifest
-from ctrsink.errors import InputError
-from ctrsink.train.checkpoint import list_checkpoints
+from ctrsink.errors import InputError, RunError
+from ctrsink.train.listing import list_checkpoints
 
 CONFIG_NAME = "config.yaml"
 RESULT_NAME = "result.json"
@@ -51,18 +51,29 @@ def claim(spec: RunSpec, resume: bool, datasets: tuple[str, ...]) -> bool:
     if not new:
         if not resume:
             raise InputError(_taken(spec.run_dir))
-        difference = first_difference(read_run(spec.run_dir), spec)
-        if difference is not None:
-            raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
-        if _claimed_data(spec.run_dir) not in (None, *datasets):
-            raise InputError(
-                f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
-                "give the old one back, or choose another run_dir"
-            )
+        require_same(spec, datasets)
         storage.write_bytes(path, dump_run(spec).encode())
-    storage.delete(storage.join(spec.run_dir, STOP_NAME))
-    storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
+    try:
+        withdraw_stop(spec.run_dir)
+        storage.write_bytes(storage.join(spec.run_dir, DATA_NAME), datasets[-1].encode())
+    except BaseException:
+        with suppress(InputError, RunError, OSError):
+            if new:
+                release(spec.run_dir)
+        raise
     return new
+
+
+def require_same(spec: RunSpec, datasets: tuple[str, ...]) -> None:
+    """Raise InputError where the run in `spec.run_dir` computes something else, or on other data; see `claim`."""
+    difference = first_difference(read_run(spec.run_dir), spec)
+    if difference is not None:
+        raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
+    if _claimed_data(spec.run_dir) not in (None, *datasets):
+        raise InputError(
+            f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
+            "give the old one back, or choose another run_dir"
+        )
 
 
 def require_new(run_dir: str) -> None:
@@ -84,10 +95,10 @@ def _claimed_data(run_dir: str) -> str | None:
 
 
 def release(run_dir: str) -> None:
-    """Take back the claim of a run that bad input ended before its first step; one that has trained can be continued."""
+    """Take back the claim of a run that ended before its first step; one that has trained can be continued."""
     if storage.exists(storage.join(run_dir, METRICS_NAME)) or list_checkpoints(run_dir):
         return
-    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME):
+    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME, RESULT_NAME):
         storage.delete(storage.join(run_dir, name))
     if set(storage.list_files(run_dir)) <= {PRESENCE_NAME} and not storage.list_dirs(run_dir):
         storage.delete(run_dir)
@@ -101,16 +112,19 @@ def read_run(run_dir: str) -> RunSpec:
     """
     path = storage.join(run_dir, CONFIG_NAME)
     try:
-        return parse_run(yaml.safe_load(storage.read_bytes(path)), path)
+        return parse_run(read_yaml(storage.read_bytes(path), path), path)
     except FileNotFoundError:
         raise InputError(f"{run_dir} holds no run: there is no {CONFIG_NAME}; give the run_dir of `ctrsink train`") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise InputError(f"{path} is damaged: it is no YAML; choose another run_dir") from None
 
 
 def request_stop(run_dir: str, reason: str) -> None:
     """Ask the processes that train the run, wherever they are, to save it and stop."""
     storage.write_bytes(storage.join(run_dir, STOP_NAME), reason.encode())
+
+
+def withdraw_stop(run_dir: str) -> None:
+    """Nobody is asked to stop any more."""
+    storage.delete(storage.join(run_dir, STOP_NAME))
 
 
 def stop_request(run_dir: str) -> str | None:
@@ -123,12 +137,13 @@ def stop_request(run_dir: str) -> str | None:
 
 def write_result(run_dir: str, result: dict[str, Any]) -> None:
     """Leave what a training process found for whoever started it."""
-    storage.write_bytes(storage.join(run_dir, RESULT_NAME), strict_json.dumps(result, indent=1).encode())
+    storage.write_bytes(storage.join(run_dir, RESULT_NAME), strict_json.dumps(kept.stamped(result), indent=1).encode())
 
 
 def read_result(run_dir: str) -> dict[str, Any]:
     """What the last training process of the run left, see Trainer.run."""
-    return json.loads(storage.read_bytes(storage.join(run_dir, RESULT_NAME)))
+    path = storage.join(run_dir, RESULT_NAME)
+    return kept.opened(json.loads(storage.read_bytes(path)), path)
 
 
 def first_difference(old: RunSpec, new: RunSpec) -> str | None:

@@ -96,7 +96,7 @@ class StageController:
         if plateau is None:
             return
         value = metrics[plateau.metric]
-        if math.isnan(value):
+        if not math.isfinite(value):
             raise InputError(
                 f"stages.{self.stage.name}: plateau: the validation sample has no {plateau.metric}, for example because all its "
                 "labels are equal: take more train.validation.sequences, or logloss"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def _nothing() -> None:
-    return None
+def _nothing(*args: object) -> None:
+    del args
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Surroundings:
     """Why this rank wants the run saved and stopped, or None; asked at every step, so it must answer at once."""
     preemption: Callable[[], str | None] = _nothing
     """Which loss of a node is announced, or None: the run is saved and goes on. All ranks ask together, every few seconds."""
+    doing: Callable[[int, Callable[[], str]], None] = _nothing
+    """Takes how many steps have ended and what the run does now, whenever that changes, for whoever wonders what it waits for."""
     gauges: Callable[[dict[str, Any]], None] | None = None
     """Takes each row of metrics of the first rank, for whoever watches the process from outside."""
 

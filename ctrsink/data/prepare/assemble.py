@@ -16,6 +16,7 @@ from ctrsink.data.prepare.partition import Partition, read_ids
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.statistics import Rule, read_received
 from ctrsink.data.render import feedback_ids
+from ctrsink.data.requests import known_events
 from ctrsink.data.shard import Counted, Knowing
 
 
@@ -55,16 +56,14 @@ class Assembly:
     def __call__(self, number: int) -> int:
         """Write shard `number` of the part; returns that number, once its entry is written, last."""
         events, past = self._events(number)
+        again = chronology.duplicates(events) & ~past
+        if self.partition.spec.duplicates == "drop":
+            events, past = events.filter(pa.array(~again)), past[~again]
         found = chronology.chronologies(events.column("user").combine_chunks(), column_numpy(events, "timestamp", 0))
         order = pa.array(found.order)
         events, past = events.take(order).combine_chunks(), past[found.order]
         feedback = column_numpy(events, "feedback", np.nan)
-        label = chronology.labels(
-            column_numpy(events, "label", NO_LABEL),
-            feedback,
-            self.partition.source.columns.label is not None,
-            self.partition.spec.positive_from,
-        )
+        label = self.partition.labels(events)
         split = np.where(past, PAST, chronology.split_of(column_numpy(events, "timestamp", 0), self.split_times))
         texts = self.partition.spec.text
         columns = {
@@ -83,6 +82,10 @@ class Assembly:
         sidecar = pa.Table.from_arrays([mentioned, *of_items], schema=TOKENS_SCHEMA)
         if self.vectors:
             sidecar = sidecar.append_column(VECTOR, _column(self.vectors, VECTOR).take(mentioned))
+        place = np.searchsorted(mentioned.to_numpy(), columns["item"].to_numpy())
+        lengths = pc.list_value_length(sidecar.column("tokens")).to_numpy()[place]
+        known = known_events(columns["request"].combine_chunks(), np.diff(found.offsets))
+        behind = known < np.arange(len(known)) - found.offsets[:-1].repeat(np.diff(found.offsets))
         shard = self.first_shard + number
         name = f"shards/{shard:05d}"
         entry = ShardEntry(
@@ -90,8 +93,11 @@ class Assembly:
             prefixes=self.ranges[number],
             users=len(found.users),
             events=int((~past).sum()),
+            duplicates=int(again.sum()),
             events_file=put(self.to, name, ".parquet", to_parquet(table), self.past is not None),
             tokens_file=put(self.to, name, ".tokens.parquet", to_parquet(sidecar), self.past is not None),
+            shared=int((behind & (label != NO_LABEL) & ~past).sum()),
+            longest=chronology.longest_runs(lengths, found.offsets),
         )
         if self.counted is not None:
             outcome = "feedback" if self.partition.source.columns.feedback is not None else "label"
@@ -114,8 +120,7 @@ class Assembly:
     def _events(self, number: int) -> tuple[pa.Table, np.ndarray]:
         """Events of all blocks in the order of the log, items by number, and which of them are past ones."""
         first, end = self.ranges[number]
-        blocks = [self.partition.events(block, ends, first, end) for block, ends in enumerate(self.slice_ends)]
-        table = pa.concat_tables(blocks).drop_columns("prefix")
+        table = self.partition.users(self.slice_ends, first, end).drop_columns("prefix")
         item = pc.cast(pc.index_in(table.column("item"), read_ids(self.items)), pa.int32())
         table = table.set_column(table.column_names.index("item"), "item", item)
         rule = Rule.of(self.partition.spec.statistics)

@@ -4,9 +4,10 @@ import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,8 @@ from ctrsink import __version__, storage
 from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology, encoder, tokenize
 from ctrsink.data.arrow import to_parquet
-from ctrsink.data.events import OnBadRow
+from ctrsink.data.cells import iso
+from ctrsink.data.events import OnBadRow, forms_of
 from ctrsink.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -29,6 +31,7 @@ from ctrsink.data.manifest import (
     StatisticsEntry,
     read_file,
     read_manifest,
+    require_none,
 )
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import Execute, in_process
@@ -39,10 +42,11 @@ from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.places import Places
 from ctrsink.data.prepare.progress import Done, reported
-from ctrsink.data.prepare.statistics import Received, Rule, totals_as_counts
-from ctrsink.data.prepare.survey import Totals, count_splits, split_times
+from ctrsink.data.prepare.repeats import Repeats
+from ctrsink.data.prepare.statistics import Received, Rule, counts_in, totals_as_counts
+from ctrsink.data.prepare.survey import FAR_YEARS, Survey, Totals, count_splits, split_times
 from ctrsink.data.prepare.vectors import Encoding
-from ctrsink.data.render import feedback_table
+from ctrsink.data.render import feedback_table, template_fields
 from ctrsink.data.shard import Counted, Knowing
 from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError, first_line
@@ -51,6 +55,7 @@ from ctrsink.features.registry import Need, numbers_with
 log = logging.getLogger("ctrsink.data")
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
 _MAX_SLICES = 1024
+_REASONS = 8  # for which rows are bad, that are told at most
 
 
 def prepare(
@@ -65,8 +70,8 @@ def prepare(
     Raises:
         InputError: the log or the configuration cannot be used, or `to` holds a data set and `overwrite` is not set.
     """
-    if storage.exists(storage.join(to, MANIFEST_NAME)) and not overwrite:
-        raise InputError(f"{to} holds a data set already: choose another folder, or replace it with --overwrite")
+    if not overwrite:
+        require_none(to)
     return _build(spec, to, None, on_bad_row, execute)
 
 
@@ -121,7 +126,7 @@ def _build(spec: PrepareSpec, to: str, base: Manifest | None, on_bad_row: OnBadR
         raise RunError(f"{to} was changed by another preparation while this one ran: run this again")
     storage.write_bytes(storage.join(to, MANIFEST_NAME), (manifest.model_dump_json(indent=1) + "\n").encode())
     _clear(to, work)
-    log.info("%s now holds %d events of %d users in %d shards", to, manifest.events, manifest.users, len(manifest.shards))
+    log.info("%s now holds %d events of %s in %d shards", to, manifest.events, manifest.people, len(manifest.shards))
     return manifest
 
 
@@ -146,7 +151,7 @@ class _Build:
 
     def run(self) -> Manifest:
         self._refuse_foreign_folders()
-        source = open_source(self.spec.source)
+        source = open_source(self.spec.source, template_fields(self.spec.text.item))
         listed = source.items()
         blocks = tuple(source.blocks(self.spec.block_bytes))
         # A tokenizer or an encoder that cannot be had is found before hours of work.
@@ -169,22 +174,29 @@ class _Build:
             items=welcome,
         )
         totals = self._read(partition)
-        surveys = lambda: (partition.survey(number) for number in range(len(blocks)))  # noqa: E731
         self._check(totals)
+        self._warn_of_forms(totals, items)
+        slice_ends = tuple(partition.survey(number).slice_ends for number in range(len(blocks)))
+        repeats = self._repeats(partition, slice_ends, totals)
+
+        def surveys() -> Iterator[Survey]:
+            yield from (partition.survey(number) for number in range(len(blocks)))
+            yield from repeats.surveys() if repeats else ()
+
         times = split_times(totals, surveys, self.spec.split)
         splits = count_splits(surveys(), times)
-        chronology.check_splits(splits, self.spec.split)
+        chronology.check_splits(splits, self.spec.split, totals.first_time, totals.last_time)
 
         if listed is None:
             found = pa.table({"item": pa.array(sorted(totals.items), pa.string())})
             items = Items.of(found, self.spec.text) if items is None else items.extended(found, self.spec.text)
         assert items is not None
         texts = feedback_table(self.spec.text, self.base.feedback_texts if self.base else (), totals.feedback)
-        tokenizer = tokenizer or tokenize.make_tokenizer(self.spec.tokenizer, [*items.texts, *texts])
+        tokenizer = tokenizer or tokenize.make_tokenizer(self.spec.tokenizer, [*items.vocabulary_texts(), *texts])
         ids = items.write_ids(self.work)
-        tokens = items.write_tokens(self.work, tokenizer, self.spec.text.max_item_tokens)
+        tokens = items.write_tokens(self.work, tokenizer, self.spec.text)
         fields = items.write_fields(self.work, self.spec.statistics.fields)
-        received = self._received(partition, items)
+        received = self._received(partition, repeats, items)
         content = received.to_bytes()
         received_path = storage.join(self.work, f"received-{storage.sha256(content)[:16]}.arrow")
         storage.write_bytes(received_path, content)
@@ -197,9 +209,21 @@ class _Build:
             partition=partition,
             to=self.to,
             folder=self._folder(
-                "shards", partition.folder, ranges, times, texts, ids, tokens, vectors, past, fields, received_path, counted
+                "shards",
+                partition.folder,
+                ranges,
+                times,
+                texts,
+                ids,
+                tokens,
+                vectors,
+                past,
+                self.spec.duplicates,
+                fields,
+                received_path,
+                counted,
             ),
-            slice_ends=tuple(survey.slice_ends for survey in surveys()),
+            slice_ends=slice_ends,
             ranges=ranges,
             split_times=times,
             feedback_texts=texts,
@@ -229,6 +253,8 @@ class _Build:
         written = sum(entry.events for entry in shards)
         if written != totals.events:
             raise RunError(f"{written} of {totals.events} events reached the shards of {self.to}: remove {self.work} and repeat")
+        duplicates = sum(entry.duplicates for entry in shards)
+        self._tell_duplicates(duplicates, totals.events)
         part = PartEntry(
             split_times=times,
             splits=splits,
@@ -237,6 +263,8 @@ class _Build:
             first_time=totals.first_time,
             last_time=totals.last_time,
             skipped_rows=totals.rows - totals.events,
+            duplicates=duplicates,
+            duplicates_dropped=self.spec.duplicates == "drop",
             past_events=self.spec.past_events if self.base else 0,
         )
         encoded = encoding and vectors and encoding.entry(self.to, vectors)
@@ -289,6 +317,8 @@ class _Build:
                     next(running)
                 survey = partition.survey(number)
                 where = places.next(block.file, survey.file_rows, survey.header_lines, survey.problem)
+                if where and survey.problem and survey.problem.of_file:
+                    raise InputError(where)
                 if where and self.on_bad_row == "fail":
                     raise InputError(f"{where}; correct it, or leave bad rows out with --on-bad-row skip")
                 if where:
@@ -300,10 +330,33 @@ class _Build:
             pass
         return totals
 
+    def _repeats(self, partition: Partition, slice_ends: tuple[np.ndarray, ...], totals: Totals) -> Repeats | None:
+        """Where events that were logged again are to be dropped: find them and take them off `totals`."""
+        if self.spec.duplicates == "keep":
+            return None
+        ranges = tuple(chronology.cut_shards(totals.prefix_events, self.spec.shard_events))
+        repeats = Repeats(partition, self._folder("repeats", partition.folder, ranges), slice_ends, ranges)
+        repeats.run(self.execute)
+        for survey in repeats.surveys():
+            totals.add(survey)
+        return repeats
+
+    def _tell_duplicates(self, duplicates: int, events: int) -> None:
+        if duplicates:
+            drop = self.spec.duplicates == "drop"
+            log.warning(
+                "%s: %d of %d events were logged before with the same user, item, time, feedback, label and request: %s",
+                self.spec.source.path,
+                duplicates,
+                events + duplicates * drop,
+                "left out" if drop else "they are kept, prepare.duplicates=drop takes each event once",
+            )
+
     def _check(self, totals: Totals) -> None:
-        path = self.spec.source.path
+        path, skipped = self.spec.source.path, totals.rows - totals.events
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in totals.reasons.most_common(_REASONS))
         if not totals.events:
-            reason = f"all {totals.rows} rows are bad" if totals.rows else "it has no row"
+            reason = f"all {totals.rows} rows are bad ({reasons})" if totals.rows else "it has no row"
             raise InputError(f"the event log {path} holds no event: {reason}")
         if not totals.impressions:
             raise InputError(f"no event of {path} has a label: map source.columns.label or source.columns.feedback")
@@ -312,6 +365,38 @@ class _Build:
                 f"{path} begins at {totals.first_time}, but the data set {self.to} reaches to {self.base.parts[-1].last_time} "
                 "(seconds since 1970): append events that are newer than all there are"
             )
+        if 10 * skipped > totals.rows:
+            log.warning(
+                "%s: left out %d of %d rows (%.0f %%): %s", path, skipped, totals.rows, 100 * skipped / totals.rows, reasons
+            )
+        median, strays = totals.strays()
+        if strays:
+            log.warning(
+                "%s: %d of %d events (%.2g %%) lie more than %d years from the median, %s; the first is of %s, the last of %s: "
+                "correct their times if they are none",
+                path,
+                strays,
+                totals.events,
+                100 * strays / totals.events,
+                FAR_YEARS,
+                iso(median)[:10],
+                iso(totals.first_time),
+                iso(totals.last_time),
+            )
+
+    def _warn_of_forms(self, totals: Totals, items: Items | None) -> None:
+        """Ids that are whole numbers are written in one way, here and in the data set that is appended to."""
+        columns = self.spec.source.columns
+        if self.base is not None and items is not None and any(totals.forms.values()):
+            newest = pq.read_table(io.BytesIO(read_file(self.to, self.base.shards[-1].events_file)), columns=["user"])
+            for name, ids in ((columns.user, newest.column("user")), (columns.item, items.ids)):
+                totals.forms[name] = forms_of(ids) | totals.forms.get(name, {})
+        for name, found in totals.forms.items():
+            if len(found) > 1:
+                log.warning(
+                    "%s, column %s: ids are written as %s and as %s; as text, 5.0 and 5 are two ids: write them without .0",
+                    self.spec.source.path, name, found["fraction"], found["whole"],
+                )  # fmt: skip
 
     def _write(self, assembly: Assembly, totals: Totals) -> tuple[tuple[ShardEntry, ...], pa.Table]:
         """Run the second tasks."""
@@ -365,18 +450,21 @@ class _Build:
             labelled=labelled,
             prefix_tokens=tuple(tokenize.prefix_tokens(tokenizer, self.spec.text.prefix)),
             feedback_texts=texts,
-            feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode(tokenizer, list(texts))),
+            feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode_own(tokenizer, list(texts))),
             item_count=items.table.num_rows,
             **found,
         )
 
-    def _received(self, partition: Partition, items: Items) -> Received:
+    def _received(self, partition: Partition, repeats: Repeats | None, items: Items) -> Received:
         """How items were received in the whole log, and in what the data set held before."""
         before = None
         if self.base is not None:
             entry = self.base.statistics
             before = totals_as_counts(read_file(self.to, entry.file), entry.last_period)
-        return Received.of((partition.received(number) for number in range(len(partition.blocks))), items.ids, before)
+        counts = counts_in(partition.folder, len(partition.blocks))
+        if repeats is not None:  # what is dropped was counted with the others
+            counts = chain(counts, counts_in(repeats.folder, len(repeats.ranges)))
+        return Received.of(counts, items.ids, before)
 
     def _statistics(self, partition: Partition, received: Received, items: int) -> StatisticsEntry:
         table, last = received.totals(items)

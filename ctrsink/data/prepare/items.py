@@ -16,6 +16,7 @@ from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
 
 log = logging.getLogger("ctrsink.data")
+_NAMED = 5  # items, in a message
 _CHUNK = 50_000  # items tokenised at a time: their ids are Python lists for a moment
 
 
@@ -33,6 +34,22 @@ class Items:
     @property
     def texts(self) -> list[str]:
         return self.table.column("text").to_pylist()
+
+    def vocabulary_texts(self) -> list[str]:
+        """What a vocabulary is trained on: the texts, each cut where it has a word without end, which a warning names."""
+        texts = self.texts
+        cut = [tokenize.until_endless_word(text) for text in texts]
+        longer = [number for number, text in enumerate(texts) if len(cut[number]) < len(text)]
+        if longer:
+            named = ", ".join(repr(self.ids[number].as_py()) for number in longer[:_NAMED])
+            more = f" and {len(longer) - _NAMED} more" if len(longer) > _NAMED else ""
+            log.warning(
+                "the texts of items %s%s have a word of more than %d signs: the vocabulary is trained on them up to there",
+                named,
+                more,
+                tokenize.LONGEST_WORD,
+            )
+        return cut
 
     @classmethod
     def of(cls, table: pa.Table, text: TextSpec) -> "Items":
@@ -62,15 +79,18 @@ class Items:
         """Write the ids below `folder`; returns the file, whose name depends on the content."""
         return _write(folder, "ids", pa.table({"item": self.ids}))
 
-    def write_tokens(self, folder: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> str:
-        """Write the token ids of all items, each cut to `limit`; returns the file, whose name depends on the content.
+    def write_tokens(self, folder: str, tokenizer: PreTrainedTokenizerBase, text: TextSpec) -> str:
+        """Write the token ids of all items, each cut to `text.max_item_tokens`; returns the file, named by its content.
 
         Raises:
             InputError: an item has none.
         """
-        chunks, texts, kind = [], self.texts, TOKENS_SCHEMA.field("tokens").type
-        for start in range(0, len(texts), _CHUNK):
-            ids = [tokens[:limit] for tokens in tokenize.encode(tokenizer, texts[start : start + _CHUNK])]
+        chunks, kind = [], TOKENS_SCHEMA.field("tokens").type
+        fields = self.table.drop_columns("text").rename_columns({"id": "item"})
+        for start in range(0, self.table.num_rows, _CHUNK):
+            texts = self.table.column("text").slice(start, _CHUNK).to_pylist()
+            found = tokenize.encode_items(tokenizer, text.item, fields.slice(start, _CHUNK), texts)
+            ids = [tokens[: text.max_item_tokens] for tokens in found]
             for number, tokens in enumerate(ids, start):
                 if not tokens:
                     raise InputError(

@@ -12,8 +12,8 @@ from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_ipc, to_ipc
 from ctrsink.data.events import EVENTS_SCHEMA, check_events
-from ctrsink.data.prepare.statistics import Rule, outcomes
-from ctrsink.data.prepare.survey import Survey, count_times
+from ctrsink.data.prepare.statistics import Rule, outcomes, write_received
+from ctrsink.data.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
 from ctrsink.data.render import feedback_minima
 from ctrsink.data.sources.source import Block, Source
 
@@ -36,50 +36,59 @@ class Partition:
     def __call__(self, number: int) -> int:
         """Read block `number`; returns that number, once its survey is written, last."""
         raw = self.source.read(self.blocks[number])
-        columns = self.source.columns
-        checked = check_events(raw, columns, read_ids(self.items) if self.items else None)
+        checked = check_events(raw, self.source.columns, read_ids(self.items) if self.items else None)
         events = checked.events
         prefix = chronology.prefixes(events.column("user").combine_chunks())
         order = np.argsort(prefix, kind="stable")
         content, ends = _sliced(events.take(pa.array(order)), prefix[order], self.slices)
-        feedback = column_numpy(events, "feedback", np.nan)
-        label = chronology.labels(
-            column_numpy(events, "label", chronology.NO_LABEL), feedback, columns.label is not None, self.spec.positive_from
-        )
-        seconds, counts = count_times(column_numpy(events, "timestamp", 0), label)
+        seconds, counts = count_times(column_numpy(events, "timestamp", 0), self.labels(events))
         survey = Survey(
             rows=checked.rows,
             file_rows=raw.file_rows,
             header_lines=raw.header_lines,
             problem=checked.problem,
+            reasons=checked.reasons,
             prefix_events=np.bincount(prefix, minlength=chronology.PREFIXES),
             seconds=seconds,
             counts=counts,
-            feedback=feedback_minima(self.spec.text, feedback),
+            feedback=feedback_minima(self.spec.text, column_numpy(events, "feedback", np.nan)),
             items=None if self.items else events.column("item").unique().to_pylist(),
             slice_ends=ends,
+            forms=checked.forms,
         )
-        rule, rated = Rule.of(self.spec.statistics), columns.feedback is not None
-        received = rule.count(
-            events.column("item").combine_chunks(),
-            column_numpy(events, "timestamp", 0),
-            outcomes(feedback, label, rated),
-        )
-        storage.write_bytes(self._path(number, "events"), content)
-        storage.write_bytes(self._path(number, "received"), to_ipc(received))
-        storage.write_bytes(self._path(number, "survey"), survey.to_bytes())
+        storage.write_bytes(self._path(number), content)
+        write_received(self.folder, number, self.received(events))
+        write_survey(self.folder, number, survey)
         return number
 
     def done(self) -> set[int]:
         """Blocks that an earlier preparation has read already."""
-        return {int(name.removesuffix(".survey")) for name in storage.list_files(self.folder) if name.endswith(".survey")}
+        return surveyed(self.folder)
 
     def survey(self, number: int) -> Survey:
-        return Survey.from_bytes(storage.read_bytes(self._path(number, "survey")))
+        return read_survey(self.folder, number)
 
-    def received(self, number: int) -> pa.Table:
-        """Counts of outcomes of block `number`, see Rule.count."""
-        return from_ipc(storage.read_bytes(self._path(number, "received")))
+    def labels(self, events: pa.Table) -> np.ndarray:
+        """See chronology.labels."""
+        return chronology.labels(
+            column_numpy(events, "label", chronology.NO_LABEL),
+            column_numpy(events, "feedback", np.nan),
+            self.source.columns.label is not None,
+            self.spec.positive_from,
+        )
+
+    def users(self, slice_ends: tuple[np.ndarray, ...], first: int, end: int) -> pa.Table:
+        """Events of all blocks whose prefix is in [first, end), in the order of the log; see `events`."""
+        return pa.concat_tables([self.events(block, ends, first, end) for block, ends in enumerate(slice_ends)])
+
+    def received(self, events: pa.Table) -> pa.Table:
+        """Counts of the outcomes of events, see Rule.count."""
+        feedback, rated = column_numpy(events, "feedback", np.nan), self.source.columns.feedback is not None
+        return Rule.of(self.spec.statistics).count(
+            events.column("item").combine_chunks(),
+            column_numpy(events, "timestamp", 0),
+            outcomes(feedback, self.labels(events), rated),
+        )
 
     def events(self, number: int, slice_ends: np.ndarray, first: int, end: int) -> pa.Table:
         """Events of block `number` whose prefix is in [first, end), in SLICED_SCHEMA; `slice_ends` as in its Survey."""
@@ -88,7 +97,7 @@ class Partition:
         starts = np.concatenate([[0], slice_ends])
         if starts[a] == starts[b + 1]:
             return SLICED_SCHEMA.empty_table()
-        content = storage.read_range(self._path(number, "events"), int(starts[a]), int(starts[b + 1]))
+        content = storage.read_range(self._path(number), int(starts[a]), int(starts[b + 1]))
         cuts = [int(c - starts[a]) for c in starts[a : b + 2]]
         pieces = [from_ipc(content[x:y]) for x, y in itertools.pairwise(cuts) if y > x]
         table = pa.concat_tables(pieces)
@@ -96,8 +105,8 @@ class Partition:
         low = int(np.searchsorted(prefix, first))
         return table.slice(low, int(np.searchsorted(prefix, end - 1, side="right")) - low)
 
-    def _path(self, number: int, kind: str) -> str:
-        return storage.join(self.folder, f"{number:06d}.{kind}")
+    def _path(self, number: int) -> str:
+        return storage.join(self.folder, f"{number:06d}.events")
 
 
 def _sliced(events: pa.Table, prefix: np.ndarray, slices: int) -> tuple[bytes, np.ndarray]:

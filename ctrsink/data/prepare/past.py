@@ -34,31 +34,30 @@ class Past:
 
         From the newest part back, so that no more than `limit` events of a user are held.
         """
-        index = pq.read_table(io.BytesIO(read_file(self.uri, self.manifest.index)), columns=["shard", "past_events"])
-        shard_of, past = (column_numpy(index, name, 0) for name in ("shard", "past_events"))
         wanted = np.full(len(users), self.limit)
         pieces: list[pa.Table] = []
-        for number, shard in reversed(list(enumerate(self.manifest.shards))):
+        for shard in reversed(self.manifest.shards):
             if shard.prefixes[0] < end and first < shard.prefixes[1] and wanted.any():
                 table = pq.read_table(io.BytesIO(read_file(self.uri, shard.events_file)), columns=SCHEMA.names)
-                pieces.append(_latest(table, past[shard_of == number], users, wanted))
+                pieces.append(_latest(table, self.manifest.parts[shard.part].first_time, users, wanted))
         table = pa.concat_tables([SCHEMA.empty_table(), *reversed(pieces)])
         found = chronology.chronologies(table.column("user").combine_chunks(), column_numpy(table, "timestamp", 0))
         return table.take(pa.array(found.order))
 
 
-def _latest(shard: pa.Table, past: np.ndarray, users: pa.Array, wanted: np.ndarray) -> pa.Table:
+def _latest(shard: pa.Table, first_time: int, users: pa.Array, wanted: np.ndarray) -> pa.Table:
     """Of each of `users` the `wanted` latest events in one shard, which are then wanted no more; a row each.
 
     Args:
-        past: of each chronology of the shard, the events that are past ones there too and lie in an earlier shard.
+        first_time: of the shard's part; older events are past ones there too, and lie in an earlier shard.
     """
     user = pc.fill_null(pc.index_in(shard.column("user"), users), -1).to_numpy()
     rows = np.flatnonzero(user >= 0)
     lists = {name: shard.column(name).combine_chunks() for name in SCHEMA.names if name != "user"}
     offsets = lists["item"].offsets.to_numpy().astype(np.int64)
     ends = offsets[rows + 1]
-    counts = np.minimum(ends - offsets[rows] - past[rows], wanted[user[rows]])
+    own = np.append(0, np.cumsum(lists["timestamp"].values.to_numpy() >= first_time))
+    counts = np.minimum(own[ends] - own[offsets[rows]], wanted[user[rows]])
     wanted[user[rows]] -= counts
     places = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
     owners = shard.column("user").combine_chunks().take(pa.array(np.repeat(rows, counts)))

@@ -5,7 +5,7 @@ cut. `append` goes on from the totals that a data set keeps.
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -183,6 +183,23 @@ def latest(content: bytes, strength: float) -> tuple[np.ndarray, np.ndarray, flo
     sums = whole + part / _PART
     overall = float(sums.sum() / count.sum()) if count.sum() else float("nan")
     return (sums + strength * overall) / (count + strength), count, overall
+
+
+def write_received(folder: str, number: int, counts: pa.Table) -> None:
+    """Keep what task `number` has counted, see Rule.count."""
+    storage.write_bytes(storage.join(folder, f"{number:06d}.received"), to_ipc(counts))
+
+
+def counts_in(folder: str, tasks: int) -> Iterator[pa.Table]:
+    """What as many tasks have counted."""
+    return (from_ipc(storage.read_bytes(storage.join(folder, f"{number:06d}.received"))) for number in range(tasks))
+
+
+def negated(counts: pa.Table) -> pa.Table:
+    """Counts that take back what was counted."""
+    for place, name in enumerate(_SUMS, start=2):
+        counts = counts.set_column(place, name, pc.negate(counts.column(name)))
+    return counts
 
 
 @lru_cache(maxsize=2)

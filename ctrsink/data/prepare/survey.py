@@ -1,19 +1,24 @@
 """What is learned of a log while its blocks are read, and what follows for all of it: bounded in memory by one block's survey."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
+from ctrsink import storage
 from ctrsink.config.data import SplitSpec
 from ctrsink.data.arrow import from_ipc, to_ipc
-from ctrsink.data.chronology import PREFIXES, split_ranks
-from ctrsink.data.events import Problem
+from ctrsink.data.chronology import PREFIXES, split_of, split_ranks
+from ctrsink.data.events import Forms, Problem
 from ctrsink.data.manifest import SPLITS, Split, SplitCounts, SplitTimes
 
 _COARSE = 12  # bits: seconds are first counted by 4,096 of them, and one by one only around the split times
+FAR_YEARS = 20
+"""From the median time of a log: an event that lies further away is strange."""
+_ENDING = ".survey"
 _ARRAYS = ("prefix_events", "seconds", "counts", "slice_ends")
 
 
@@ -27,6 +32,8 @@ class Survey:
     header_lines: int | None
     """See RawRows."""
     problem: Problem | None
+    reasons: dict[str, int]
+    """See Checked."""
     prefix_events: np.ndarray
     """Events of each prefix (see chronology.prefixes), [PREFIXES]."""
     seconds: np.ndarray
@@ -39,6 +46,8 @@ class Survey:
     """Distinct items, where there is no item table."""
     slice_ends: np.ndarray
     """Byte at which each slice of the block's file ends."""
+    forms: dict[str, Forms]
+    """See Checked."""
 
     @property
     def events(self) -> int:
@@ -49,9 +58,11 @@ class Survey:
             "rows": self.rows,
             "file_rows": self.file_rows,
             "header_lines": self.header_lines,
-            "problem": self.problem and [self.problem.row, self.problem.what],
+            "problem": self.problem and [self.problem.row, self.problem.what, self.problem.of_file],
+            "reasons": self.reasons,
             "feedback": self.feedback,
             "items": self.items,
+            "forms": self.forms,
         }
         arrays = {name: pa.array([getattr(self, name).ravel()]) for name in _ARRAYS}
         return to_ipc(pa.table({"plain": [json.dumps(plain)], **arrays}))
@@ -64,6 +75,25 @@ class Survey:
         arrays = {name: table.column(name)[0].values.to_numpy() for name in _ARRAYS}
         arrays["counts"] = arrays["counts"].reshape(3, -1)
         return cls(**plain, problem=Problem(*problem) if problem else None, **arrays)
+
+
+def write_survey(folder: str, number: int, survey: Survey) -> None:
+    """Write the survey of a task; its being there says that the task is done."""
+    storage.write_bytes(_path(folder, number), survey.to_bytes())
+
+
+def read_survey(folder: str, number: int) -> Survey:
+    """What write_survey wrote."""
+    return Survey.from_bytes(storage.read_bytes(_path(folder, number)))
+
+
+def surveyed(folder: str) -> set[int]:
+    """Tasks whose surveys are there."""
+    return {int(name.removesuffix(_ENDING)) for name in storage.list_files(folder) if name.endswith(_ENDING)}
+
+
+def _path(folder: str, number: int) -> str:
+    return storage.join(folder, f"{number:06d}{_ENDING}")
 
 
 def count_times(timestamp: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,11 +115,15 @@ class Totals:
     """Surveys added up."""
 
     rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
     prefix_events: np.ndarray = field(default_factory=lambda: np.zeros(PREFIXES, np.int64))
     feedback: dict[str, float] = field(default_factory=dict)
     items: set[str] = field(default_factory=set)
     coarse: dict[int, int] = field(default_factory=dict)
     """Impressions by time."""
+    forms: dict[str, Forms] = field(default_factory=dict)
+    coarse_events: dict[int, int] = field(default_factory=dict)
+    """Events by time."""
     impressions: int = 0
     first_time: int = 2**63 - 1
     last_time: int = -(2**63)
@@ -98,27 +132,41 @@ class Totals:
         self.rows += survey.rows
         self.prefix_events += survey.prefix_events
         self.items.update(survey.items or ())
+        self.reasons.update(survey.reasons)
         for text, value in survey.feedback.items():
             self.feedback[text] = min(value, self.feedback.get(text, value))
+        for column, found in survey.forms.items():
+            self.forms[column] = found | self.forms.get(column, {})
         if not len(survey.seconds):
             return
         self.first_time = min(self.first_time, int(survey.seconds[0]))
         self.last_time = max(self.last_time, int(survey.seconds[-1]))
         self.impressions += int(survey.counts[1].sum())
         bins, at = np.unique(survey.seconds >> _COARSE, return_inverse=True)
-        for bin_, count in zip(bins.tolist(), np.bincount(at, survey.counts[1]).astype(np.int64).tolist(), strict=True):
-            self.coarse[bin_] = self.coarse.get(bin_, 0) + count
+        for found, counts in ((self.coarse_events, survey.counts[0]), (self.coarse, survey.counts[1])):
+            for bin_, count in zip(bins.tolist(), np.bincount(at, counts).astype(np.int64).tolist(), strict=True):
+                found[bin_] = found.get(bin_, 0) + count
 
     @property
     def events(self) -> int:
         return int(self.prefix_events.sum())
 
+    def strays(self) -> tuple[int, int]:
+        """The median time of the events, about, and how many lie further than FAR_YEARS from it; there must be some events."""
+        times = np.array(sorted(self.coarse_events))
+        counts = np.array([self.coarse_events[time] for time in times.tolist()])
+        median = times[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
+        return int(median) << _COARSE, int(counts[np.abs(times - median) << _COARSE > FAR_YEARS * 365.25 * 86_400].sum())
+
 
 def split_times(totals: Totals, surveys: Callable[[], Iterator[Survey]], spec: SplitSpec) -> SplitTimes:
-    """Cut the time so that about `spec.train` and `spec.valid` of the impressions lie before the cuts; there must be some."""
+    """The times of `spec`, or where its shares of the impressions end, about; there must be some impressions."""
+    if spec.train_end is not None and spec.valid_end is not None:
+        return SplitTimes(train_from=spec.train_from, train_end=spec.train_end, valid_end=spec.valid_end)
+    assert spec.shares is not None
     bins = np.array(sorted(totals.coarse))
     ends = np.cumsum([totals.coarse[b] for b in bins.tolist()])
-    ranks = split_ranks(totals.impressions, spec)
+    ranks = split_ranks(totals.impressions, *spec.shares)
     wanted = [int(np.searchsorted(ends, rank, side="right")) for rank in ranks]
     fine: dict[int, dict[int, int]] = {w: {} for w in wanted}
     for survey in surveys():
@@ -139,7 +187,7 @@ def count_splits(surveys: Iterator[Survey], times: SplitTimes) -> dict[Split, Sp
     """Impressions and positives of each split."""
     sums = np.zeros((2, len(SPLITS)), np.int64)
     for survey in surveys:
-        cuts = np.searchsorted(survey.seconds, [times.train_end, times.valid_end])
-        for number, piece in enumerate(np.split(survey.counts[1:], cuts, axis=1)):
-            sums[:, number] += piece.sum(1)
+        split = split_of(survey.seconds, times)
+        for number in range(len(SPLITS)):
+            sums[:, number] += survey.counts[1:, split == number].sum(1)
     return {name: SplitCounts(impressions=int(sums[0, i]), positives=int(sums[1, i])) for i, name in enumerate(SPLITS)}

@@ -6,23 +6,28 @@ import zlib
 from collections.abc import Sequence
 
 from ctrsink import storage
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, did_you_mean
 
 HEAD = 1 << 20  # bytes that are looked at to learn a file's columns
+
+
+class EmptyFile(InputError):
+    """A file that holds nothing; among others it may be left out."""
 
 
 def size_of(uri: str) -> int:
     """Bytes of a file of the user's.
 
     Raises:
-        InputError: it is missing or empty.
+        EmptyFile: it is empty.
+        InputError: it is missing.
     """
     try:
         size = storage.info(uri).bytes
     except FileNotFoundError:
         raise InputError(f"{uri} does not exist: correct the path") from None
     if not size:
-        raise InputError(f"{uri} is empty")
+        raise EmptyFile(f"{uri} is empty")
     return size
 
 
@@ -66,7 +71,8 @@ def read_whole(uri: str) -> bytes:
     """The content of a file, unpacked where its name ends in .gz.
 
     Raises:
-        InputError: it is missing, empty or no gzip file.
+        EmptyFile: there is nothing in it but blanks.
+        InputError: it is missing or no gzip file.
     """
     content = read_part(uri, 0, size_of(uri))
     if uri.endswith(".gz"):
@@ -75,7 +81,7 @@ def read_whole(uri: str) -> bytes:
         except (gzip.BadGzipFile, EOFError, zlib.error):
             raise InputError(f"{uri} is not a whole gzip file") from None
     if not content.strip():
-        raise InputError(f"{uri} is empty")
+        raise EmptyFile(f"{uri} is empty")
     return content
 
 
@@ -83,17 +89,33 @@ def read_head(uri: str) -> bytes:
     """The first HEAD bytes of a file, unpacked where its name ends in .gz.
 
     Raises:
-        InputError: it is missing, empty or no gzip file.
+        EmptyFile: there is nothing in it but blanks.
+        InputError: it is missing or no gzip file, or begins with nothing but blanks.
     """
-    head = read_part(uri, 0, min(size_of(uri), HEAD))
+    size = size_of(uri)
+    head, whole = read_part(uri, 0, min(size, HEAD)), size <= HEAD
     if uri.endswith(".gz"):
-        try:
-            head = zlib.decompressobj(wbits=31).decompress(head, HEAD)
-        except zlib.error:
-            raise InputError(f"{uri} is not a whole gzip file") from None
+        head, ended = _unpacked_head(uri, head)
+        if whole and not ended:
+            raise InputError(f"{uri} is not a whole gzip file")
+        whole = whole and len(head) < HEAD
     if not head.strip():
-        raise InputError(f"{uri} is empty")
+        raise EmptyFile(f"{uri} is empty") if whole else InputError(f"{uri} begins with {HEAD >> 20} MiB of blanks: remove them")
     return head
+
+
+def _unpacked_head(uri: str, packed: bytes) -> tuple[bytes, bool]:
+    """What the start of a gzip file holds, of all its members, HEAD bytes at most; and whether none of them is cut off there."""
+    head = b""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            while len(head) < HEAD and (piece := file.read1(HEAD - len(head))):
+                head += piece
+    except EOFError:
+        return head, False
+    except (gzip.BadGzipFile, zlib.error):
+        raise InputError(f"{uri} is not a whole gzip file") from None
+    return head, True
 
 
 def decoded(content: bytes) -> str:
@@ -109,7 +131,8 @@ def require_columns(uri: str, names: Sequence[str], wanted: Sequence[str]) -> No
     for name in wanted:
         if names.count(name) != 1:
             how_many = "no" if name not in names else "more than one"
-            raise InputError(f"{uri} has {how_many} column {name!r}; it has {', '.join(names) or 'none'}")
+            hint = did_you_mean(name, names, ": ") if name not in names else ""
+            raise InputError(f"{uri} has {how_many} column {name!r}; it has {', '.join(names) or 'none'}{hint}")
 
 
 class RangeFile(io.RawIOBase):

@@ -1,7 +1,7 @@
 """jsonl and parquet become RawRows, and a whole table is read by the ending of its name."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from ctrsink.data.events import RawRows
 from ctrsink.data.sources.delimited import read_csv
 from ctrsink.data.sources.files import RangeFile, read_whole, size_of
+from ctrsink.data.values import id_text, text
 from ctrsink.errors import InputError
 
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -28,8 +29,8 @@ def kind_of(uri: str) -> str:
     raise InputError(f"{uri}: a table is a .csv, .jsonl or .parquet file (csv and jsonl also with .gz)")
 
 
-def read_table(uri: str) -> RawRows:
-    """Read a whole table by the ending of its name.
+def read_table(uri: str, ids: Collection[str] = ()) -> RawRows:
+    """Read a whole table by the ending of its name; `ids` are the columns of ids in it.
 
     Raises:
         InputError: the file is missing, empty, damaged, or of another kind.
@@ -38,14 +39,14 @@ def read_table(uri: str) -> RawRows:
     if kind == "csv":
         return read_csv(uri)
     if kind == "jsonl":
-        return read_jsonl(uri, read_whole(uri))
+        return read_jsonl(uri, read_whole(uri), ids=ids)
     return read_row_groups(uri, open_parquet(uri))
 
 
-def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None) -> RawRows:
-    """An object a line into columns of strings, all or those to `keep`, where a missing one is null.
+def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None, ids: Collection[str] = ()) -> RawRows:
+    """An object a line into columns of strings (see values.text), all or those to `keep`, where a missing one is null.
 
-    Numbers become text as they were written, the entries of a list are joined by spaces.
+    `ids` are the columns of ids, which are read by values.id_text.
     """
     records: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -54,7 +55,7 @@ def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None) -> R
     rows = [line for line in lines if line.strip()]
     for number, line in enumerate(rows, start=1):
         try:
-            record = json.loads(line, parse_float=str, parse_int=str, parse_constant=_constant)
+            record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
@@ -62,9 +63,25 @@ def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None) -> R
             numbers.append(number)
         else:
             broken.append((number, "the line is not a JSON object"))
-    names = keep or list(dict.fromkeys(name for record in records for name in record))
-    table = pa.table({name: pa.array([_text(record.get(name)) for record in records], pa.string()) for name in names})
-    return RawRows(uri, table, np.array(numbers, np.int64), 0 if len(rows) == len(lines) else None, broken)
+    # A name that is no text is one that nobody can ask for.
+    names = keep or list(dict.fromkeys(name for record in records for name in record if _is_text(name)))
+    columns: dict[str, pa.Array] = {}
+    wrong: dict[str, dict[int, str]] = {}
+    floats: dict[str, str] = {}
+    for name in names:
+        convert, cells = id_text if name in ids else text, []
+        for row, record in enumerate(records):
+            value = record.get(name)
+            try:
+                cells.append(convert(value))
+            except ValueError as error:
+                cells.append(None)
+                wrong.setdefault(name, {})[row] = str(error)
+            if name in ids and isinstance(value, float) and cells[-1] is not None:
+                floats.setdefault(name, repr(value))
+        columns[name] = pa.array(cells, pa.string())
+    header_lines = 0 if len(rows) == len(lines) else None
+    return RawRows(uri, pa.table(columns), np.array(numbers, np.int64), header_lines, broken, wrong=wrong, floats=floats)
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
@@ -74,7 +91,8 @@ def open_parquet(uri: str) -> pq.ParquetFile:
         InputError: it is missing, empty or damaged.
     """
     try:
-        return pq.ParquetFile(RangeFile(uri, size_of(uri)), pre_buffer=True)
+        # Nanoseconds in 64 bits end in the year 2262, those of INT96 do not: as seconds none is read as another time.
+        return pq.ParquetFile(RangeFile(uri, size_of(uri)), pre_buffer=True, coerce_int96_timestamp_unit="s")
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(uri, error) from None
 
@@ -94,17 +112,13 @@ def read_row_groups(uri: str, file: pq.ParquetFile, groups: range | None = None,
     return RawRows(uri, pa.Table.from_arrays(plain, names=table.column_names), np.arange(1, table.num_rows + 1))
 
 
+def _is_text(name: str) -> bool:
+    try:
+        text(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _damaged(uri: str, error: Exception) -> InputError:
     return InputError(f"{uri} is not a whole parquet file: {' '.join(str(error).split())}")
-
-
-def _constant(name: str) -> str | None:
-    return None if name == "NaN" else name  # what pandas and numpy write for an absent number
-
-
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return " ".join(_text(entry) or "" for entry in value)
-    return json.dumps(value, ensure_ascii=False)

@@ -1,6 +1,9 @@
 """A log of the user's own: csv, jsonl or parquet, one file or a folder of many, by the names of its columns."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -9,10 +12,12 @@ from ctrsink.data.arrow import pc
 from ctrsink.data.events import RawRows, check_items
 from ctrsink.data.sources.cut import cut_lines
 from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
-from ctrsink.data.sources.files import files_at, read_head, read_part, read_whole, require_columns
+from ctrsink.data.sources.files import EmptyFile, files_at, read_head, read_part, read_whole, require_columns
 from ctrsink.data.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
 from ctrsink.data.sources.source import Block
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, did_you_mean
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,23 @@ class Tables:
     path: str
     item_table: str | None
     columns: ColumnSpec
+    item_columns: Mapping[str, str] = field(default_factory=dict)
+    """Columns of the item table by what they are called here: `item`, and fields."""
+    fields: Collection[str] | None = None
+    """Those that must be text; None: all."""
 
     def items(self) -> pa.Table | None:
         """The item table; its files may have different fields, and a missing one is an empty text."""
         if self.item_table is None:
             return None
-        tables = [check_items(read_table(uri)) for uri, _ in _files(self.item_table)]
-        items = pa.concat_tables(tables, promote_options="default")
+        key = self.item_columns.get("item", "item")
+        needed = None if self.fields is None else {self.item_columns.get(name, name) for name in self.fields}
+        files = _files(self.item_table)
+        read = [rows for uri, _ in files for rows in _unless_empty(files, partial(_item_rows, uri, key))]
+        if not read:
+            raise InputError(f"the item table {self.item_table} is empty")
+        tables = [check_items(rows, key, needed) for rows in read]
+        items = self._renamed(pa.concat_tables(tables, promote_options="default"))
         counts = items.column("item").value_counts()
         repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
         if len(repeated):
@@ -38,7 +53,9 @@ class Tables:
     def blocks(self, block_bytes: int) -> list[Block]:
         """csv and jsonl are cut at rows, parquet between row groups; a packed file is one block."""
         cut = {"csv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
-        blocks = [block for uri, size in _files(self.path) for block in cut[kind_of(uri)](uri, size, block_bytes)]
+        files = _files(self.path)
+        pieces = [_unless_empty(files, partial(cut[kind_of(uri)], uri, size, block_bytes)) for uri, size in files]
+        blocks = [block for piece in pieces for block in piece]
         if not blocks:
             raise InputError(f"the event log {self.path} holds no event: it has no row")
         return blocks
@@ -54,8 +71,22 @@ class Tables:
         else:
             packed = block.file.endswith(".gz")
             content = read_whole(block.file) if packed else read_part(block.file, block.start, block.end)
-            raw = read_jsonl(block.file, content, self._wanted)
+            raw = read_jsonl(
+                block.file, content, self._wanted, (self.columns.user, self.columns.item, self.columns.request or "")
+            )
         return _with_numbers(raw, {self.columns.feedback, self.columns.label} - {None})
+
+    def _renamed(self, items: pa.Table) -> pa.Table:
+        """The checked item table by the names of `item_columns`, the others as they are; what is mapped takes a name first."""
+        taken = {name: theirs for name, theirs in self.item_columns.items() if name != "item"}
+        for name, theirs in taken.items():
+            if theirs not in items.column_names:
+                raise InputError(
+                    f"{self.item_table} has no column {theirs!r}, which prepare.source.items_columns names for {name}; "
+                    f"it has {', '.join(items.column_names)}{did_you_mean(theirs, items.column_names, ': ')}"
+                )
+        rest = [name for name in items.column_names if name not in taken and name not in taken.values()]
+        return pa.table({**{name: items.column(name) for name in rest}, **{n: items.column(t) for n, t in taken.items()}})
 
     @property
     def _wanted(self) -> list[str]:
@@ -98,6 +129,23 @@ def _files(uri: str) -> list[tuple[str, int]]:
     return files
 
 
+def _item_rows(uri: str, key: str) -> list[RawRows]:
+    raw = read_table(uri, ids=(key,))
+    if not raw.file_rows:
+        raise EmptyFile(f"the item table {uri} is empty")
+    return [raw]
+
+
+def _unless_empty(files: list[tuple[str, int]], read: Callable[[], list[T]]) -> list[T]:
+    """What `read` gives, or nothing where one of several `files` turns out to hold nothing."""
+    try:
+        return read()
+    except EmptyFile:
+        if len(files) == 1:
+            raise
+        return []
+
+
 def _with_numbers(raw: RawRows, names: set[str | None]) -> RawRows:
     table = raw.table
     for name in names:
@@ -105,4 +153,4 @@ def _with_numbers(raw: RawRows, names: set[str | None]) -> RawRows:
         words = pc.utf8_lower(cells)
         cells = pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", cells))
         table = table.set_column(table.column_names.index(name), name, cells)
-    return RawRows(raw.file, table, raw.numbers, raw.header_lines, raw.broken)
+    return replace(raw, table=table)

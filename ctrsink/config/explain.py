@@ -1,0 +1,111 @@
+"""What pydantic found wrong, in one line of the user's own terms: the first mistake, its key, and what is allowed there."""
+
+import difflib
+import types
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ctrsink.config.tree import dotted, shown
+
+# What pydantic says in words of Python, or with names of classes.
+_EXPECTED = {
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+    "dataclass_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+
+
+def explain(error: ValidationError, root: Any) -> str:
+    """The first mistake in one line; the number of the others behind it.
+
+    Args:
+        root: the type that was validated, a section for the most part.
+    """
+    # A misspelt key explains the one that is missing, not the other way round.
+    errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    # Alternatives of one value are one mistake.
+    keys = list(dict.fromkeys(_key(root, e["loc"], e["type"] == "extra_forbidden") for e in errors))
+    text = _line(errors[0], root, keys[0])
+    if keys[0] and errors[0]["type"] not in ("extra_forbidden", "missing"):
+        text = f"{dotted(keys[0])}: {text}"
+    return text + (f" [and {len(keys) - 1} more]" if len(keys) > 1 else "")
+
+
+def _line(first: ErrorDetails, root: Any, key: tuple[int | str, ...]) -> str:
+    value = first["input"]
+    match first["type"]:
+        case "extra_forbidden":
+            names = _names_at(root, key[:-1])
+            near = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.5)
+            return f"unknown key {dotted(key)}{f', did you mean {near[0]}?' if near else ''} (allowed: {', '.join(names)})"
+        case "missing":
+            return f"missing key {dotted(key)}"
+        case "literal_error" | "enum":
+            expected = first["ctx"]["expected"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+            return f"{shown(value)} is not allowed{_nearest(value, expected)} (allowed: {expected})"
+        case "value_error":
+            return first["msg"].removeprefix("Value error, ")
+        case kind if kind in _EXPECTED:
+            return f"Input should be {_EXPECTED[kind]} (got {shown(value)})"
+        case _:
+            message = first["msg"].replace("Tuple", "List").replace("tuple", "list")
+            return message if isinstance(value, dict | BaseModel) else f"{message} (got {shown(value)})"
+
+
+def _key(root: Any, loc: tuple[int | str, ...], unknown: bool) -> tuple[int | str, ...]:
+    """`loc` without what pydantic puts in between for itself: the alternative of a union that it tried, `[key]`.
+
+    Args:
+        unknown: its last part is a key that does not exist.
+    """
+    found: list[int | str] = []
+    annotation = root
+    for number, part in enumerate(loc, start=1):
+        below = _below(annotation, part)
+        if below is not None or (unknown and number == len(loc)):
+            found.append(part)
+            annotation = below
+    return tuple(found)
+
+
+def _below(annotation: Any, part: int | str) -> Any:
+    """What stands at a key, or at a place of a list, in a value of this type; None where there is nothing of that name."""
+    for kind in _alternatives(annotation):
+        origin, arguments = get_origin(kind), get_args(kind)
+        if isinstance(part, int) and origin in (tuple, list):
+            return arguments[0]
+        if isinstance(part, str) and origin is dict:
+            return arguments[1]
+        if isinstance(part, str) and origin is None and issubclass(kind, BaseModel) and part in kind.model_fields:
+            return kind.model_fields[part].annotation
+    return None
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The plain types in an annotation such as `SinkSpec | None` or `Annotated[int, ...] | WorkersSpec`."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return [kind for inner in get_args(annotation) for kind in _alternatives(inner)]
+    if origin is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    return [annotation] if isinstance(annotation, type) or origin in (tuple, list, dict) else []
+
+
+def _names_at(root: Any, key: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that are valid at `key`."""
+    annotation = root
+    for part in key:
+        annotation = _below(annotation, part)
+    sections = [kind for kind in _alternatives(annotation) if get_origin(kind) is None and issubclass(kind, BaseModel)]
+    return [name for section in sections for name in section.model_fields]
+
+
+def _nearest(value: Any, expected: str) -> str:
+    names = [n.strip(" '") for n in expected.replace(" or ", ",").split(",")]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""

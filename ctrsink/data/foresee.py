@@ -1,0 +1,58 @@
+"""Sequences that a run cannot use are found before a worker starts, in just those shards whose counts make them possible."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ctrsink.data.dataset import Dataset
+from ctrsink.data.layout import Layout
+from ctrsink.data.manifest import Manifest, ShardEntry, Split
+from ctrsink.data.stream import BUILT_AT_ONCE, SequenceSource
+
+
+def suspects(manifest: Manifest, layout: Layout, limit: int | None) -> list[int]:
+    """Numbers of the shards that may hold a sequence of more than `limit` positions, or one that shows a request its answers."""
+    shared = layout.examples == "per_user" and layout.targets > 1
+
+    def suspect(shard: ShardEntry) -> bool:
+        return (shared and bool(shard.shared)) or (limit is not None and most_positions(manifest, layout, shard) > limit)
+
+    return [number for number, shard in enumerate(manifest.shards) if suspect(shard)]
+
+
+def most_positions(manifest: Manifest, layout: Layout, shard: ShardEntry) -> int:
+    """No sequence of the shard has more positions; 0 where the data set is too old to tell."""
+    if shard.longest is None:
+        return 0
+    power = len(shard.longest) - 1
+    events = 2**power
+    if layout.examples != "per_user":  # between the targets of a per_user sequence any number of events may lie
+        power = min(power, layout.history.bit_length())
+        events = min(events, layout.history + 1)
+    tokens = shard.longest[power]
+    if layout.retrieve is not None:
+        events = min(events, layout.retrieve + 1)
+        tokens = min(tokens, events * shard.longest[0])
+    feedback = max(map(len, manifest.feedback_tokens), default=0)
+    return len(manifest.prefix_tokens) + tokens + events * (feedback + bool(layout.signals))
+
+
+def longer_than(limit: int | None, dataset: Dataset, layout: Layout, splits: Sequence[Split], shards: list[int]) -> int | None:
+    """Build the sequences of some shards; positions of the first that has more than `limit`, None where there is none.
+
+    Args:
+        limit: None for any number.
+        splits: of all but train only the newest part is looked at.
+
+    Raises:
+        InputError: a sequence cannot be built, see build_sequences.
+    """
+    for split in splits:
+        source = SequenceSource(dataset, split, layout, newest=split != "train")
+        ends = np.cumsum(source.per_shard)
+        for number in shards:
+            for first in range(ends[number] - source.per_shard[number], ends[number], BUILT_AT_ONCE):
+                longest = source.longest(np.arange(first, min(first + BUILT_AT_ONCE, ends[number])))
+                if limit is not None and longest > limit:
+                    return longest
+    return None

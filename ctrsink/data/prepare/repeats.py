@@ -1,0 +1,69 @@
+"""Between the two: where events that were logged again are dropped, what of them the blocks' surveys have counted too much."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from ctrsink.data import chronology
+from ctrsink.data.arrow import column_numpy
+from ctrsink.data.prepare.execute import Execute
+from ctrsink.data.prepare.partition import Partition
+from ctrsink.data.prepare.progress import Done, reported
+from ctrsink.data.prepare.statistics import negated, write_received
+from ctrsink.data.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """All that these tasks need; each looks at the users of one range of prefixes, as equal events may lie in any blocks."""
+
+    partition: Partition
+    folder: str
+    slice_ends: tuple[np.ndarray, ...]
+    """Of each block, see Survey."""
+    ranges: tuple[tuple[int, int], ...]
+    """Prefixes [first, end) of each task."""
+
+    def __call__(self, number: int) -> int:
+        """Write the survey of range `number`, whose counts are below 0; returns that number."""
+        events = self.partition.users(self.slice_ends, *self.ranges[number])
+        again = events.filter(pa.array(chronology.duplicates(events)))
+        seconds, counts = count_times(column_numpy(again, "timestamp", 0), self.partition.labels(again))
+        survey = Survey(
+            rows=-again.num_rows,
+            file_rows=0,
+            header_lines=None,
+            problem=None,
+            reasons={},
+            prefix_events=-np.bincount(column_numpy(again, "prefix", 0), minlength=chronology.PREFIXES),
+            seconds=seconds,
+            counts=-counts,
+            feedback={},
+            items=None,
+            slice_ends=np.empty(0, np.int64),
+            forms={},
+        )
+        write_received(self.folder, number, negated(self.partition.received(again)))
+        write_survey(self.folder, number, survey)
+        return number
+
+    def surveys(self) -> Iterator[Survey]:
+        """Those of all ranges, once they are written."""
+        return (read_survey(self.folder, number) for number in range(len(self.ranges)))
+
+    def run(self, execute: Execute) -> None:
+        """Write the surveys that are not yet there."""
+        done = surveyed(self.folder)
+        running = execute(self, [number for number in range(len(self.ranges)) if number not in done])
+
+        def finished() -> Iterator[Done]:
+            for number in range(len(self.ranges)):
+                if number not in done:
+                    next(running)
+                found = -read_survey(self.folder, number).rows
+                yield Done(1, found, number in done)
+
+        for _ in reported(finished(), len(self.ranges), "found, logged again,"):
+            pass

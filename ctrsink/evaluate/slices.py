@@ -1,0 +1,119 @@
+"""Where a model is good and where not: what is known of each impression, and the groups that this makes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from ctrsink.data.dataset import Dataset, Shard
+
+DAY = 86_400
+PERIODS = 10
+"""Groups of days, at most: of a log of years several days are one group."""
+HISTORY = (0, 10, 20, 50, 100, 200)
+POPULARITY = (0, 1, 10, 100, 1000)
+"""Least values of the groups."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of N impressions of a split, apart from any model."""
+
+    users: pa.Array
+    """Ids, [N]."""
+    events: np.ndarray
+    """int64 [N]; number of the event in the user's chronology."""
+    labels: np.ndarray
+    """int8 [N]."""
+    history: np.ndarray
+    """Behaviours of the user that were known, [N]."""
+    item_events: np.ndarray
+    """Events of the item in the training range, [N]."""
+    user_impressions: np.ndarray
+    """Impressions of the user in the training range, [N]."""
+    times: np.ndarray
+    """Seconds since 1970, [N]."""
+
+
+def facts(dataset: Dataset, split: str) -> Facts:
+    """Of every impression of the split in the data set's newest part, which is what models are measured on."""
+    item_events = np.zeros(dataset.manifest.item_count, np.int64)
+    trained: dict[str, int] = {}
+    columns: list[tuple[np.ndarray, ...]] = []
+    names: list[np.ndarray] = []
+    newest = len(dataset.manifest.parts) - 1
+    for number, entry in enumerate(dataset.manifest.shards):
+        shard = dataset.shard(number)
+        owners = np.arange(len(shard.users)).repeat(np.diff(shard.offsets))
+        in_train = _within(dataset, number, shard, "train")
+        item_events += np.bincount(shard.items[in_train], minlength=len(item_events))
+        impressions = np.bincount(owners[in_train & (shard.labels >= 0)], minlength=len(shard.users))
+        for user in np.flatnonzero(impressions):
+            trained[shard.users[user]] = trained.get(shard.users[user], 0) + int(impressions[user])
+        if entry.part == newest:
+            rows = np.flatnonzero(_within(dataset, number, shard, split) & (shard.labels >= 0))
+            names.append(shard.users[owners[rows]])
+            events = rows - shard.offsets[owners[rows]]
+            columns.append((events, shard.labels[rows], shard.known[rows], shard.items[rows], shard.timestamps[rows]))
+    users = np.concatenate(names)
+    events, labels, history, items, times = (np.concatenate(column) for column in zip(*columns, strict=True))
+    seen = np.array([trained.get(user, 0) for user in users.tolist()], np.int64)
+    return Facts(pa.array(users.tolist(), pa.string()), events, labels, history, item_events[items], seen, times)
+
+
+def _within(dataset: Dataset, number: int, shard: Shard, split: str) -> np.ndarray:
+    """Which events of the shard lie in the split, bool [N]."""
+    users = np.flatnonzero(dataset.index["shard"] == number)
+    lows, highs = np.array([dataset.events(split, user) for user in users.tolist()], np.int64).reshape(-1, 2).T
+    rows = dataset.index["row"][users]
+    edges = np.zeros(len(shard.labels) + 1, np.int64)
+    np.add.at(edges, shard.offsets[rows] + lows, 1)
+    np.add.at(edges, shard.offsets[rows] + highs, -1)
+    return edges[:-1].cumsum() > 0
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """One way to divide the impressions: the names of its groups, and the group of each impression, [N]."""
+
+    names: tuple[str, ...]
+    groups: np.ndarray
+
+
+def groupings(found: Facts) -> dict[str, Grouping]:
+    """By length of the history, popularity of the item, whether user and item are new, and time."""
+    return {
+        "history": _by_least(found.history, HISTORY),
+        "popularity": _by_least(found.item_events, POPULARITY),
+        "user": Grouping(("seen in training", "new"), (found.user_impressions == 0).astype(np.int64)),
+        "item": Grouping(("seen in training", "new"), (found.item_events == 0).astype(np.int64)),
+        "day": by_day(found.times),
+    }
+
+
+def _by_least(values: np.ndarray, least: Sequence[int]) -> Grouping:
+    names = [f"{a:,}" if a == b - 1 else f"{a:,} to {b - 1:,}" for a, b in pairwise(least)]
+    return Grouping((*names, f"{least[-1]:,} and more"), np.searchsorted(least, values, side="right") - 1)
+
+
+def by_day(times: np.ndarray, periods: int = PERIODS) -> Grouping:
+    """Days (UTC), or at most `periods` groups of neighbouring days with about as many impressions each.
+
+    Args:
+        times: seconds since 1970, [N] with N > 0.
+    """
+    days, of, counts = np.unique(times // DAY, return_inverse=True, return_counts=True)
+    middles = np.cumsum(counts) - counts / 2
+    group = np.arange(len(days)) if len(days) <= periods else (middles * periods / len(times)).astype(np.int64)
+    _, group = np.unique(group, return_inverse=True)  # a day with very many leaves a group without any
+    firsts = days[np.searchsorted(group, np.arange(group[-1] + 1))]
+    lasts = days[np.searchsorted(group, np.arange(group[-1] + 1), side="right") - 1]
+    names = [_date(a) if a == b else f"{_date(a)} to {_date(b)}" for a, b in zip(firsts, lasts, strict=True)]
+    return Grouping(tuple(names), group[of])
+
+
+def _date(day: int) -> str:
+    return datetime.fromtimestamp(int(day) * DAY, UTC).date().isoformat()

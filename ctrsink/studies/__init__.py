@@ -1,0 +1,1 @@
+"""Variants of a model over several seeds, and what can be said of their differences."""
