@@ -97,7 +97,7 @@ def plain(h: Histories) -> dict[str, list[float]]:
         out["item_count"].append(np.log1p(h.item_count[row]))
         out["user_res"].append(res[row])
         out["user_count"].append(np.log1p(sum(has[r] for r in window)))
-        for count, drawn in ((5, 2), (20, 4)):
+        for count, drawn in ((2, 1), (5, 2), (20, 4)):
             rows = latest(window, count)
             out[f"recent{count}"].append(sum(e[r] for r in rows) / (sum(has[r] for r in rows) + drawn))
         rows = latest(window, 10)
@@ -108,12 +108,16 @@ def plain(h: Histories) -> dict[str, list[float]]:
             like = [r for r in window if value in values(r)]
             means.append(sum(d[r] for r in like) / (sum(has[r] for r in like) + 4))
         out["field_res"].append(float(np.mean(means)) if means else 0.0)
-        above = below = 0.0
+        out["expected"].append(h.item_mean[row] + res[row])
+        out["user_std"].append(float(np.sqrt(sum(e[r] ** 2 for r in window) / (sum(has[r] for r in window) + 1))))
+        above = below = liked = 0.0
         for r in window:
             both = bool(h.counted[row] and h.counted[r])
             s = similarity(h.neighbours, h.items[row], h.items[r], own[row] * own[r] if both else 0.0, both)
-            above, below = above + s * d[r], below + abs(s)
+            above, below, liked = above + s * d[r], below + abs(s), liked + s * (h.labels[r] > 0)
         out["affinity"].append(above / (below + 0.3))
+        out["affinity_rate"].append(liked / (below + 0.3))
+        out["familiarity"].append(float(np.log1p(10 * below)))
     return out
 
 

@@ -16,7 +16,6 @@ from ctrsink.data.similarity import cosines
 from ctrsink.data.windows import Cuts, Events, Windows, windows_of
 from ctrsink.features.ragged import Ragged, ranges
 from ctrsink.features.registry import SIGNALS
-from ctrsink.features.user import pair_similarity
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ def _similarity(w: Windows, layout: Layout, asks: Ragged, behaviours: Ragged) ->
             out[start + before] = np.nan_to_num(found, nan=0.0)
         else:
             assert events.histories is not None
-            out[start + before] = pair_similarity(events.histories, own_asked[before], own_seen[before])
+            out[start + before] = events.histories.similarity(own_asked[before], own_seen[before])
     return out
 
 

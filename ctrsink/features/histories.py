@@ -6,9 +6,22 @@ from functools import cached_property
 import numpy as np
 
 from ctrsink.features.neighbours import Neighbours
-from ctrsink.features.ragged import Ragged
+from ctrsink.features.ragged import Ragged, ranges
 
 DRAWN_TO_ZERO = 5.0  # imagined events without deviation, of a user's mean deviation
+_PAIRS = 4_000_000  # of an event and one before it, held at a time
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Sums over the events j of each event's window, weighted by the similarity s of their items to its own, float64 [N] each."""
+
+    opinion: np.ndarray
+    """Of `s d`, d the deviation beyond the user's own."""
+    positive: np.ndarray
+    """Of s where the label is 1."""
+    weight: np.ndarray
+    """Of |s|."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +95,34 @@ class Histories:
         sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
         first, end = self.rows
         return sums[end] - sums[first if latest is None else np.maximum(first, end - latest)]
+
+    @cached_property
+    def alike(self) -> Alike:
+        """What the user met before that is like each event's item."""
+        assert self.items is not None
+        first, end = self.rows
+        counts = np.where(self.items >= 0, end - first, 0)
+        sums = np.zeros((3, len(self.begins)))
+        asked = np.flatnonzero(counts)
+        cuts = np.searchsorted(np.cumsum(counts[asked]), np.arange(_PAIRS, counts.sum(), _PAIRS))
+        for part in np.split(asked, cuts):
+            rows = ranges(first[part], counts[part])
+            weights = self.similarity(part.repeat(counts[part]), rows).astype(np.float64)
+            if len(part):
+                starts = np.cumsum(counts[part]) - counts[part]
+                for place, values in enumerate(
+                    (self.beyond_user[rows] * weights, (self.labels[rows] > 0) * weights, np.abs(weights))
+                ):
+                    sums[place, part] = np.add.reduceat(values, starts)
+        return Alike(*sums)
+
+    def similarity(self, asked: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Similarity of the items of two events of one user each, without that user's own part, float32 [P].
+
+        Args:
+            asked, seen: rows of the events [P].
+        """
+        assert self.neighbours is not None and self.items is not None and self.counted is not None
+        both = self.counted[asked] & self.counted[seen]
+        own = np.where(both, self.own[asked] * self.own[seen], 0.0)
+        return self.neighbours.similarity(self.items[asked], self.items[seen], own, both)

@@ -55,13 +55,18 @@ SIGNALS: dict[str, Signal] = {
     "item_count": Signal("number", _BOTH, lambda h: np.log1p(h.item_count)),
     # What is known of the user.
     "user_res": Signal("number", _BOTH, lambda h: h.user_res),
+    "expected": Signal("number", _BOTH, lambda h: h.item_mean + h.user_res),
+    "user_std": Signal("number", _BOTH, user.user_std),
     "user_count": Signal("number", _BOTH, user.user_count),
+    "recent2": Signal("number", _BOTH, partial(user.recent, latest=2, drawn=1.0)),
     "recent5": Signal("number", _BOTH, partial(user.recent, latest=5, drawn=2.0)),
     "recent20": Signal("number", _BOTH, partial(user.recent, latest=20, drawn=4.0)),
     "recent_rate": Signal("number", _BOTH, user.recent_rate),
     "field_res": Signal("number", _BOTH, user.field_res, needs=("fields",)),
     # Not of behaviours: of those in the training range the user's own part is taken out, which a request does not know.
     "affinity": Signal("number", ("target",), user.affinity, needs=("neighbours",)),
+    "affinity_rate": Signal("number", ("target",), user.affinity_rate, needs=("neighbours",)),
+    "familiarity": Signal("number", ("target",), user.familiarity, needs=("neighbours",)),
 }
 
 

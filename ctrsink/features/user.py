@@ -3,9 +3,9 @@
 import numpy as np
 
 from ctrsink.features.histories import Histories
-from ctrsink.features.ragged import Ragged, ranges
+from ctrsink.features.ragged import Ragged
 
-_PAIRS = 4_000_000  # of an event and one before it, held at a time
+_DRAWN = 0.3  # similarity of imagined events without opinion
 
 
 def user_count(h: Histories) -> np.ndarray:
@@ -51,37 +51,24 @@ def field_res(h: Histories) -> np.ndarray:
     return np.bincount(event, means, len(h.begins)) / np.maximum(counts, 1)
 
 
+def user_std(h: Histories) -> np.ndarray:
+    """Root mean square of the user's deviations in the window, drawn to 0 by one imagined one."""
+    return np.sqrt(h.total(np.square(h.deviation)) / (h.total(h.has) + 1))
+
+
 def affinity(h: Histories) -> np.ndarray:
     """What the user thought so far of items like this one: deviations beyond their own level, weighted by similarity.
 
     `sum_j s(i, j) d_j / (sum_j |s(i, j)| + 0.3)` over the events j of the window.
     """
-    assert h.neighbours is not None and h.items is not None and h.counted is not None
-    first, end = h.rows
-    counts = np.where(h.items >= 0, end - first, 0)
-    out = np.zeros(len(h.begins))
-    cuts = np.searchsorted(np.cumsum(counts), np.arange(_PAIRS, counts.sum() + _PAIRS, _PAIRS))
-    start = 0
-    for stop in np.unique(np.append(cuts + 1, len(counts))).tolist():
-        part = slice(start, min(stop, len(counts)))
-        start = part.stop
-        rows = ranges(first[part], counts[part])
-        event = np.arange(part.start, part.stop).repeat(counts[part])
-        weights = pair_similarity(h, event, rows).astype(np.float64)
-        place = event - part.start
-        size = part.stop - part.start
-        above = np.bincount(place, weights * h.beyond_user[rows], size)
-        out[part] = above / (np.bincount(place, np.abs(weights), size) + 0.3)
-    return out
+    return h.alike.opinion / (h.alike.weight + _DRAWN)
 
 
-def pair_similarity(h: Histories, asked: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Similarity of the items of two events of one user each, without that user's own part, float32 [P].
+def affinity_rate(h: Histories) -> np.ndarray:
+    """As affinity, of positive labels in place of deviations."""
+    return h.alike.positive / (h.alike.weight + _DRAWN)
 
-    Args:
-        asked, seen: rows of the events [P].
-    """
-    assert h.neighbours is not None and h.items is not None and h.counted is not None
-    both = h.counted[asked] & h.counted[seen]
-    own = np.where(both, h.own[asked] * h.own[seen], 0.0)
-    return h.neighbours.similarity(h.items[asked], h.items[seen], own, both)
+
+def familiarity(h: Histories) -> np.ndarray:
+    """How much the user met so far that is like this item: logarithm of one more than ten times `sum_j |s(i, j)|`."""
+    return np.log1p(10 * h.alike.weight)
