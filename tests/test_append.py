@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ctrsink.config.data import PrepareSpec, SplitSpec, TextSpec
+from ctrsink.config.data import PrepareSpec, SplitSpec, StatisticsSpec, TextSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import WORK, Manifest, read_file, read_manifest
 from ctrsink.data.prepare.build import append, prepare
@@ -117,6 +117,7 @@ def test_items_and_feedback_that_are_new_come_behind_the_known_ones(tmp_path: Pa
         ({"rows": slice(HALF - 1, None)}, r"begins at \d+, but the data set .* reaches to \d+ .* append events that are newer"),
         ({"positive_from": 2.0}, r"prepare.positive_from is not that of the data set .* \(4.0\)"),
         ({"text": TextSpec(item="{item}")}, "prepare.text is not that of the data set"),
+        ({"statistics": StatisticsSpec(period="week")}, r"prepare.statistics.period is not that of the data set .* \(86400\)"),
     ],
 )
 def test_what_cannot_be_appended_is_refused_and_changes_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -49,14 +49,31 @@ def test_the_largest_runs_are_those_of_a_search(users: list[list[int]]) -> None:
     examples=st.sampled_from(["per_target", "per_request", "per_user"]),
     history=st.integers(0, 25),
     targets=st.integers(1, 9),
-    sinks=st.booleans(),
+    sinks=st.sampled_from(["signals", "numbers", None]),
+    text_history=st.none() | st.integers(0, 9),
     which=st.booleans(),
 )
 def test_no_sequence_has_more_positions_than_its_shard_may(
-    alone: str, together: str, examples: Any, history: int, targets: int, sinks: bool, which: bool
+    alone: str,
+    together: str,
+    examples: Any,
+    history: int,
+    targets: int,
+    sinks: str | None,
+    text_history: int | None,
+    which: bool,
 ) -> None:
     dataset = Dataset(together if which and examples != "per_user" else alone)
-    layout = Layout(examples, history, 1 if examples == "per_target" else targets, ("previous_gap",) if sinks else (), 4)
+    layout = Layout(
+        examples,
+        history,
+        1 if examples == "per_target" else targets,
+        ("previous_gap",) if sinks == "signals" else (),
+        4,
+        numbers=("item_count",) if sinks == "numbers" else (),
+        text_history=text_history if sinks else None,
+        scales=(("item_count", 0.0, 1.0),),
+    )
     most, longest = 0, 0
     for split in SPLITS:
         source = SequenceSource(dataset, split, layout)

@@ -199,7 +199,9 @@ def make_requests(folder: Path, second: bool = False) -> str:
         before = row
     rows.sort(key=lambda row: (row["timestamp"], row["user"]))
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "items.jsonl").write_text("".join(json.dumps({"item": f"i{i}", "title": f"No. {i}"}) + "\n" for i in range(9)))
+    (folder / "items.jsonl").write_text(
+        "".join(json.dumps({"item": f"i{i}", "title": f"No. {i}" + " and more" * (i % 3)}) + "\n" for i in range(9))
+    )
     columns = ColumnSpec(feedback="stars", request=None if second else "page")
     spec = PrepareSpec(
         source=SourceSpec(kind="table", path=str(folder / "log.jsonl"), items=str(folder / "items.jsonl"), columns=columns),

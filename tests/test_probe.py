@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface
 
 from ctrsink.batch import PAD, PREFIX, SINK, Batch
-from ctrsink.config.model import BiasSpec, LoraSpec
+from ctrsink.config.model import BiasSpec, LoraSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model.ctr import BACKENDS, CTRModel
 from ctrsink.model.flops import FlopCount, visible_pairs
@@ -178,3 +178,6 @@ def test_a_step_costs_by_what_is_trained() -> None:
         found = FlopCount.of(model).step(batch, False)
         assert (found.matrices, found.attention) == (per_token * batch.tokens, per_pair * pairs * 32 * 2)
         assert found.total == found.matrices + found.attention
+    told = tiny_model(tiny_spec(target=TargetSpec(signals=("item_mean",))))
+    set_trainable(told, ("head",))
+    assert FlopCount.of(told).per_token == 4 * weights  # what targets are told lies below the backbone

@@ -56,6 +56,8 @@ def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
             {"model": {"sinks": {"signals": ["none"]}}},
             "model.sinks.signals was ['feedback', 'deviation', 'item_mean', 'item_count'], is ['none']",
         ),
+        ({"data": {"text_history": 5}}, "data.text_history was None, is 5"),
+        ({"model": {"target": {}}}, "model.target"),
         ({"model": {"bias": None}}, "model.bias"),
         ({"model": {"lora": {"rank": 4}}}, "model.lora"),
         ({"model": {"backbone": {"config": {"hidden_size": 8}}}}, "model.backbone.config.hidden_size was None, is 8"),

@@ -25,16 +25,19 @@ def most_positions(manifest: Manifest, layout: Layout, shard: ShardEntry) -> int
     if shard.longest is None:
         return 0
     power = len(shard.longest) - 1
-    events = 2**power
+    events = spoken = 2**power  # spoken: those with a text
     if layout.examples != "per_user":  # between the targets of a per_user sequence any number of events may lie
-        power = min(power, layout.history.bit_length())
         events = min(events, layout.history + 1)
-    tokens = shard.longest[power]
+        spoken = events if layout.text_history is None else min(events, layout.text_history + 1)
+        power = min(power, (spoken - 1).bit_length())
+    # What the others of its request answered may lie between a target and its history.
+    tokens = shard.longest[power] + (shard.longest[0] if shard.shared else 0)
     if layout.retrieve is not None:
         events = min(events, layout.retrieve + 1)
-        tokens = min(tokens, events * shard.longest[0])
+        spoken = min(events, spoken)
+        tokens = min(tokens, spoken * shard.longest[0])
     feedback = max(map(len, manifest.feedback_tokens), default=0)
-    return len(manifest.prefix_tokens) + tokens + events * (feedback + bool(layout.signals))
+    return len(manifest.prefix_tokens) + tokens + spoken * feedback + events * layout.sinks
 
 
 def longer_than(limit: int | None, dataset: Dataset, layout: Layout, splits: Sequence[Split], shards: list[int]) -> int | None:

@@ -43,7 +43,8 @@ class FlopCount:
         backbone: Any = model.backbone
         config = backbone.config.get_text_config()
         embedding = backbone.get_input_embeddings().weight
-        returns = any(p.requires_grad and group_of(name) != "head" for name, p in model.named_parameters())
+        # What targets are told is trained with the head, but lies below the backbone.
+        returns = any(p.requires_grad and not name.startswith("head.") for name, p in model.named_parameters())
         weights = 0
         for name, parameter in model.named_parameters():
             # Under ZeRO-3 the parameter itself is empty; its shape is kept beside it.
