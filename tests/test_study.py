@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ctrsink.config import load_study
+from ctrsink.data.columns import signal_columns
 from ctrsink.data.dataset import Dataset
 from ctrsink.errors import InputError
 from ctrsink.evaluate.metrics import all_metrics
@@ -105,6 +106,17 @@ def test_baselines_and_stacks_stand_beside_the_runs_on_the_same_impressions(fini
     assert chosen["strength"] > 0
 
 
+def test_without_a_folder_of_signals_they_are_those_of_the_data_set(data: str, tmp_path: Path) -> None:
+    """What targets can be told, and nothing that tells the outcome."""
+    path = write_study(tmp_path, data, variants={"bias": []}, seeds=[0], baselines=["logistic"], compare_with="logistic")
+    found = good("study", "--config", path)
+    assert list(found["variants"]) == ["logistic", "bias"]
+    assert 0 < found["variants"]["logistic"]["metrics"]["auc"]["mean"] < 0.95
+    columns = signal_columns(Dataset(data), "test").column_names
+    assert {"item_mean", "item_count", "user_res", "hour"} <= set(columns)
+    assert not {"deviation", "feedback"} & set(columns)
+
+
 def test_the_folder_holds_the_comparison_and_its_figures(finished: tuple[Path, dict[str, Any]]) -> None:
     path, found = finished
     folder = path.parent / "study"
@@ -183,7 +195,6 @@ def test_signals_of_another_data_set_are_refused(data: str, tmp_path: Path, fini
         ({"base": None}, ["base is missing"]),
         ({"seeds": [1, 1]}, ["seeds: one stands twice"]),
         ({"sedes": [1]}, ["unknown key sedes, did you mean seeds?"]),
-        ({"baselines": ["lightgbm"]}, ["signals is missing"]),
         ({"baselines": ["catboost"]}, ["baselines.0: 'catboost' is not allowed"]),
         ({"stacked": ["other"], "signals": "x"}, ["stacked: there is no variant other (allowed: bias, plain)"]),
         ({"variants": {"item_mean": []}, "baselines": ["item_mean"]}, ["a name is that of a baseline"]),

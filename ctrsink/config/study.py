@@ -28,7 +28,8 @@ class StudySpec(Section):
     stacked: tuple[str, ...] = ()
     """Variants whose score LightGBM gets as one more column beside those of `signals`."""
     signals: str | None = None
-    """Folder with train.parquet, valid.parquet and test.parquet of the data set, as `ctrsink data signals --to` writes them."""
+    """Folder with train.parquet, valid.parquet and test.parquet, such as `ctrsink data signals --to` writes; columns of one's own
+    may stand beside. null: the signals of the data set, all that targets can be told."""
     compare_with: str | None = None
     """The variant or baseline that the others are compared with; null: the first variant."""
     split: Literal["valid", "test"] = "test"
@@ -43,11 +44,6 @@ class StudySpec(Section):
         for name in self.stacked:
             if name not in self.variants:
                 raise ValueError(f"stacked: there is no variant {name} (allowed: {', '.join(self.variants)})")
-        if self.signals is None and (self.stacked or set(self.baselines) - {"item_mean"}):
-            raise ValueError(
-                "signals is missing: logistic, lightgbm and stacked variants are fitted on the folder that "
-                "`ctrsink data signals --to` writes"
-            )
         names = self.names
         if len(set(names)) != len(names):
             raise ValueError(f"variants: a name is that of a baseline or stacked variant, too: {', '.join(names)}")

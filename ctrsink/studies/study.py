@@ -11,8 +11,9 @@ from ctrsink import storage
 from ctrsink.config import RunSpec, StudySpec, load_study
 from ctrsink.config.study import stacked_name
 from ctrsink.data.arrow import pc
+from ctrsink.data.columns import signal_columns
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.manifest import read_manifest
+from ctrsink.data.manifest import SPLITS, read_manifest
 from ctrsink.errors import InputError
 from ctrsink.evaluate.columns_alone import KEYS, lightgbm, logistic
 from ctrsink.evaluate.evaluator import FOLDER
@@ -50,7 +51,9 @@ def run_study(path: str, to: str | None = None) -> dict[str, Any]:
         for name, spec in variants.items()
     }
     _check(study, runs)
-    _signals(study)  # what is wrong with them is told now, not after hours of runs
+    data = next(iter(runs.values())).data.uri
+    if study.signals is not None:
+        _signals(study, data)  # what is wrong with them is told now, not after hours of runs
     for number, ((name, seed), spec) in enumerate(runs.items()):
         if _finished(spec):
             continue
@@ -58,7 +61,7 @@ def run_study(path: str, to: str | None = None) -> dict[str, Any]:
         result = start(spec, resume=True)
         if not result["finished"]:
             return {"folder": folder, "stopped": result["stopped"], "finished": sum(map(_finished, runs.values()))}
-    floors = _floors(study, runs, folder, _signals(study))
+    floors = _floors(study, runs, folder, _signals(study, data))
     some = next(iter(runs.values()))
     shown = {split: read_measured(some.run_dir, split).impressions for split in some.evaluate.splits if split != "train"}
     for floor in floors:
@@ -122,14 +125,21 @@ def _floors(study: StudySpec, runs: Runs, folder: str, tables: dict[str, pa.Tabl
     return floors
 
 
-def _signals(study: StudySpec) -> dict[str, pa.Table]:
+def _signals(study: StudySpec, data: str) -> dict[str, pa.Table]:
     """The columns of the signals by split, those of events that are no impressions left out; nothing where none are needed.
+
+    Args:
+        data: folder of the data set, whose own they are where the study names none.
 
     Raises:
         InputError: a file is missing or damaged.
     """
     tables: dict[str, pa.Table] = {}
-    for split in ("train", "valid", "test") if study.signals is not None else ():
+    if not study.stacked and not set(study.baselines) - {"item_mean"}:
+        return tables
+    if study.signals is None:
+        return {split: signal_columns(Dataset(data), split) for split in SPLITS}
+    for split in SPLITS:
         path = storage.join(study.signals, f"{split}.parquet")
         again = "write them with `ctrsink data signals`"
         try:
