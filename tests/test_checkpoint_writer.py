@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.errors import InputError, RunError, StorageUnavailable
 from ctrsink.train.checkpoint import BEST, FOLDER, MARKER, Checkpoint, find_checkpoint, folder_of, latest_checkpoint, step_of
@@ -77,7 +77,8 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
         writer.save(checkpoint(step, logloss=loss, auc=0.5))
         writer.wait()
     assert steps_in(tmp_path) == [20, 40, 50]
-    assert json.loads((tmp_path / FOLDER / BEST).read_text()) == {"step": 20, "metric": "logloss", "value": 0.4}
+    best = kept.opened(json.loads((tmp_path / FOLDER / BEST).read_text()), BEST)
+    assert best == {"step": 20, "metric": "logloss", "value": 0.4}
     assert find_checkpoint(str(tmp_path), "best").step == 20
     assert find_checkpoint(str(tmp_path)).step == 50
     # A run that goes on knows the scores of its earlier checkpoints from these themselves.

@@ -82,7 +82,7 @@ def test_splits_follow_time_and_shares(blocks: list[list[int]], share: tuple[int
 def survey_of(times: list[int], labels: list[int]) -> Survey:
     seconds, counts = count_times(np.array(times, np.int64), np.array(labels, np.int8))
     return Survey(
-        len(times), len(times), None, None, np.zeros(PREFIXES, np.int64), seconds, counts, {}, None, np.zeros(1, np.int64)
+        len(times), len(times), None, None, {}, np.zeros(PREFIXES, np.int64), seconds, counts, {}, None, np.zeros(1, np.int64), {}
     )
 
 
