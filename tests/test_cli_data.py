@@ -144,6 +144,7 @@ def attempts(tmp_path: Path) -> Callable[[str], list[tuple[object, ...]]]:
     config = own_log(tmp_path)
     good("data", "prepare", "--config", config)
     good("train", "--config", config, "stages.0.steps=1", "stages.1.steps=1")
+    (tmp_path / "in.jsonl").write_text("{}\n")
 
     def commands(place: str) -> list[tuple[object, ...]]:
         return [
@@ -152,7 +153,7 @@ def attempts(tmp_path: Path) -> Callable[[str], list[tuple[object, ...]]]:
             ("train", "--config", config, f"run_dir={tmp_path / 'new'}", f"data.uri={place}"),
             ("evaluate", "--run", place),
             ("export", "--run", tmp_path / "run", "--to", place),
-            ("score", "--model", place, "--input", config),
+            ("score", "--model", place, "--input", tmp_path / "in.jsonl"),
         ]
 
     return commands
