@@ -16,6 +16,7 @@ from ctrsink.data.prepare import neighbours
 from ctrsink.data.prepare.neighbours import Pairing, cut_items, mean_square, opinions
 from ctrsink.data.shard import read_neighbours
 from ctrsink.evaluate.metrics import auc
+from ctrsink.features import neighbours as features
 from ctrsink.features.histories import Histories
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.user import affinity
@@ -68,13 +69,18 @@ def dense(shards: list[Histories], items: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 2**32), st.integers(1, ITEMS))
-def test_pairs_are_the_sums_over_common_users(seed: int, partners: int) -> None:
+@given(st.integers(0, 2**32), st.integers(1, ITEMS), st.sampled_from([0, ITEMS]))
+def test_pairs_are_the_sums_over_common_users(seed: int, partners: int, dense_items: int) -> None:
     chance = np.random.default_rng(seed)
     shards = [log(chance, 5, ITEMS, 9), log(chance, 4, ITEMS, 9)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_DENSE", dense_items)
         patch.setattr(neighbours, "PAIRS", 40)  # several tasks
         found = build(Path(folder), shards, ITEMS, partners)
+        pairs = np.repeat(np.arange(ITEMS), ITEMS), np.tile(np.arange(ITEMS), ITEMS)
+        rows, places = found.find(*pairs)
+    assert found.partners[places].tolist() == pairs[1][rows].tolist()
+    assert len(rows) == len(found.partners)
     sums, common, variance = dense(shards, ITEMS)
     assert found.variance == pytest.approx(variance)
     for item in range(ITEMS):
@@ -107,8 +113,9 @@ def test_the_own_part_is_taken_out_exactly(tmp_path: Path) -> None:
                 partner = i != j and users > 0
                 expected = (sums[i, j] - own[i] * own[j]) / (variance * (users + 20)) if partner else 0
                 mine = np.array([own[i] * own[j]])
-                found = table.similarity(np.array([i]), np.array([j]), mine, np.array([True]))
-                assert float(found[0]) == pytest.approx(expected, abs=1e-5)
+                found, places = table.find(np.array([i]), np.array([j]))
+                value = table.similarity(places, mine[found], np.array([True])[found])
+                assert (float(value[0]) if len(found) else 0) == pytest.approx(expected, abs=1e-5)
 
 
 def test_random_answers_are_not_foretold_in_the_training_range_nor_after_it(tmp_path: Path) -> None:

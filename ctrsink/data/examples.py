@@ -228,7 +228,8 @@ def _similarity(w: Windows, layout: Layout, asks: Ragged, behaviours: Ragged) ->
             out[start + before] = np.nan_to_num(found, nan=0.0)
         else:
             assert events.histories is not None
-            out[start + before] = events.histories.similarity(own_asked[before], own_seen[before])
+            found, values = events.histories.similar(own_asked[before], own_seen[before])
+            out[start + before[found]] = values
     return out
 
 

@@ -106,23 +106,28 @@ class Histories:
         asked = np.flatnonzero(counts)
         cuts = np.searchsorted(np.cumsum(counts[asked]), np.arange(_PAIRS, counts.sum(), _PAIRS))
         for part in np.split(asked, cuts):
-            rows = ranges(first[part], counts[part])
-            weights = self.similarity(part.repeat(counts[part]), rows).astype(np.float64)
-            if len(part):
-                starts = np.cumsum(counts[part]) - counts[part]
-                for place, values in enumerate(
-                    (self.beyond_user[rows] * weights, (self.labels[rows] > 0) * weights, np.abs(weights))
-                ):
-                    sums[place, part] = np.add.reduceat(values, starts)
+            rows, event = ranges(first[part], counts[part]), part.repeat(counts[part])
+            found, weights = self.similar(event, rows)
+            rows, event = rows[found], event[found]
+            if len(found):
+                starts = np.flatnonzero(np.diff(event, prepend=-1))
+                weighted = (self.beyond_user[rows] * weights, (self.labels[rows] > 0) * weights, np.abs(weights))
+                for place, values in enumerate(weighted):
+                    sums[place, event[starts]] = np.add.reduceat(values, starts)
         return Alike(*sums)
 
-    def similarity(self, asked: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Similarity of the items of two events of one user each, without that user's own part, float32 [P].
+    def similar(self, asked: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Similarity of the items of two events of one user each, without that user's own part.
 
         Args:
             asked, seen: rows of the events [P].
+
+        Returns:
+            Which of the pairs are known, ascending int64 [F], and their similarity, float64 [F]. That of the others is 0.
         """
         assert self.neighbours is not None and self.items is not None and self.counted is not None
+        found, places = self.neighbours.find(self.items[asked], self.items[seen])
+        asked, seen = asked[found], seen[found]
         both = self.counted[asked] & self.counted[seen]
         own = np.where(both, self.own[asked] * self.own[seen], 0.0)
-        return self.neighbours.similarity(self.items[asked], self.items[seen], own, both)
+        return found, self.neighbours.similarity(places, own, both)
