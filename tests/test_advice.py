@@ -56,10 +56,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_run_says_so_at_its_start_once(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = parse_run(short_run(data, str(tmp_path / "run"), train={"batch_size": 2000}), "test")
+    spec = parse_run(short_run(data, str(tmp_path / "run"), train={"batch_size": 200}), "test")
     start(spec, stop_after=1)
     said = capsys.readouterr().err
-    assert "WARNING stages.align: a batch of 2000 sequences is larger than the train split" in said
+    assert "WARNING stages.align: a batch of 200 sequences is larger than the train split" in said
     assert "WARNING the run makes 20 optimiser steps" in said
     assert said.index("the run makes 20") < said.index("step 1/20")
     start(spec, resume=True, stop_after=1)
