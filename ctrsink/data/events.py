@@ -122,8 +122,11 @@ def check_items(raw: RawRows, key: str = "item") -> pa.Table:
     """Turn raw rows into an item table: `item` and the other columns as text, an empty text where there was none.
 
     Raises:
-        InputError: there is no column `item` or no row, an id is missing or appears twice, a row is broken.
+        InputError: there is no column `item` or no row, an id is missing or appears twice, a column does, a row is broken.
     """
+    names = raw.table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"the item table {raw.file} has the column {twice[0]!r} more than once: rename or drop one")
     checks = _Checks()
     ids = checks.text(raw, key)
     counts = ids.value_counts()
