@@ -163,8 +163,12 @@ def check_items(raw: RawRows, key: str = "item", needed: Collection[str] | None 
         needed: columns that must be text; another one that holds what is none is left out, with a warning. None: all are.
 
     Raises:
-        InputError: there is no column `key` or no row, an id is missing or appears twice, a row is broken, a value is no text.
+        InputError: there is no column `key` or no row, an id is missing or appears twice, a column does, a row is broken, or a
+            value is no text.
     """
+    names = raw.table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"the item table {raw.file} has the column {twice[0]!r} more than once: rename or drop one")
     checks = _Checks()
     ids = checks.ids(raw, key)
     checks.present(key, ids)

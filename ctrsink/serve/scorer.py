@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ctrsink import storage
+from ctrsink import storage, strict_json
 from ctrsink.config.data import TextSpec
 from ctrsink.data.collate import collate
 from ctrsink.data.examples import build_sequences
@@ -222,7 +222,7 @@ def score_lines(
     found = [
         _named(line.tree) | (rows[number] if number in rows else {"error": problems[number]}) for number, line in enumerate(lines)
     ]
-    content = "".join(json.dumps(row) + "\n" for row in found)
+    content = "".join(strict_json.dumps(row) + "\n" for row in found)
     if output is None:
         sys.stdout.write(content)
     else:
