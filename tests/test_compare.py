@@ -123,7 +123,7 @@ def test_another_data_set_at_that_place_gives_no_slices(runs: list[str], tmp_pat
     for run in runs:
         path = Path(run) / "config.yaml"
         path.write_text(path.read_text().replace(data, other))
-    assert compare(runs)["slices_left_out"] == "the data set is no longer the one that the runs were measured on"
+    assert compare(runs)["slices_left_out"] == f"{other}: these are not the impressions that the runs were measured on"
 
 
 def test_the_order_of_predictions_does_not_matter(runs: list[str]) -> None:

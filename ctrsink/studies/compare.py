@@ -147,9 +147,9 @@ def _slices(variants: Variants, reference: str, weights: np.ndarray, split: str)
     run = next(iter(variants.values()))[0]
     try:
         found = facts(Dataset(run.data, keep_shards=1), split)
-        rows = rows_of(run.impressions, found.users, found.events, found.labels)
+        rows = rows_of(run.impressions, found.users, found.events, found.labels, run.data)
     except InputError as error:
-        return {"slices": {}, "slices_left_out": f"{run.data}: {error}"}
+        return {"slices": {}, "slices_left_out": str(error)}
     out: dict[str, Any] = {}
     for title, grouping in groupings(found).items():
         group = grouping.groups[rows]

@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from ctrsink import storage, strict_json
 from ctrsink.data.dataset import Dataset
-from ctrsink.errors import InputError
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.columns_alone import Fitted, stacked
 from ctrsink.evaluate.evaluator import names_of, write_predictions
@@ -102,10 +101,8 @@ def stack(tables: Tables, runs: Mapping[str, Measured], seed: int) -> tuple[Tabl
 
 
 def _rows(shown: Impressions, table: pa.Table, split: str) -> np.ndarray:
-    try:
-        return rows_of(shown, table["user"].combine_chunks(), table["event"].to_numpy(), table["label"].to_numpy())
-    except InputError as error:
-        raise InputError(f"the columns of {split}: {error}; write them anew from the data set of the runs") from None
+    users = table["user"].combine_chunks()
+    return rows_of(shown, users, table["event"].to_numpy(), table["label"].to_numpy(), f"the columns of {split}")
 
 
 def _hash(shown: Impressions) -> str:

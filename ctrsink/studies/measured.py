@@ -168,8 +168,11 @@ def variants_of(runs: Sequence[Measured]) -> dict[str, list[Measured]]:
     return found
 
 
-def rows_of(shown: Impressions, users: pa.Array, events: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def rows_of(shown: Impressions, users: pa.Array, events: np.ndarray, labels: np.ndarray, where: str) -> np.ndarray:
     """The row of each impression among others, which are given by user, event and label, int64 [N].
+
+    Args:
+        where: what errors call the others.
 
     Raises:
         InputError: one is not among them, or has another label there.
@@ -180,5 +183,5 @@ def rows_of(shown: Impressions, users: pa.Array, events: np.ndarray, labels: np.
     order = np.argsort(keys)
     at = np.append(order, 0)[np.searchsorted(keys, wanted, sorter=order)]
     if not len(keys) or not np.array_equal(keys[at], wanted) or not np.array_equal(labels[at], shown.labels):
-        raise InputError("these are not the impressions that the runs were measured on")
+        raise InputError(f"{where}: these are not the impressions that the runs were measured on")
     return at
