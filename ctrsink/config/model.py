@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ctrsink.config.base import Section
 from ctrsink.config.signals import SignalName
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import SIGNALS, Side
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", *_DEPTHS)
@@ -107,7 +107,7 @@ class TargetSpec(Section):
         return tuple(name for name in self.signals if SIGNALS[name].kind == "number")
 
 
-def _of_side(names: tuple[str, ...], side: Literal["behaviour", "target"]) -> tuple[str, ...]:
+def _of_side(names: tuple[str, ...], side: Side) -> tuple[str, ...]:
     for name in names:
         if side not in SIGNALS[name].sides:
             allowed = ", ".join(known for known, signal in SIGNALS.items() if side in signal.sides)

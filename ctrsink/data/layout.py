@@ -89,7 +89,7 @@ class Layout:
     def needs(self) -> frozenset[Need]:
         """What of a data set sequences depend on."""
         names = (*self.signals, *self.numbers, *self.target_signals, *self.target_numbers)
-        found = {need for name in names for need in SIGNALS[name].needs}
+        found: set[Need] = {need for name in names for need in SIGNALS[name].needs}
         if self.retrieve is not None or self.similarity == "vectors":
             found.add("vectors")
         if self.similarity == "neighbours":
