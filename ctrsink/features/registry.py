@@ -67,6 +67,11 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
+def of_kind(names: tuple[str, ...], numbers: bool) -> tuple[str, ...]:
+    """Those of `names` that are numbers, or those that are not."""
+    return tuple(name for name in names if (SIGNALS[name].kind == "number") == numbers)
+
+
 def numbers_with(has: tuple[Need, ...]) -> tuple[str, ...]:
     """Names of the numbers that can be computed with what a data set has."""
     return tuple(name for name, signal in SIGNALS.items() if signal.kind == "number" and set(signal.needs) <= set(has))
