@@ -174,14 +174,19 @@ def test_a_typed_cell_that_is_no_text_is_named(cells: pa.Array) -> None:
     assert texts[0].as_py() is None
 
 
-def test_the_values_of_a_shop_score_as_they_were_trained(tmp_path: Path) -> None:
-    clients = shop_items(tmp_path / "shop.jsonl")
-    log = write_jsonl(tmp_path / "log.jsonl", log_rows(["u0", "u1", "u2"]))
-    spec = spec_for(log, tmp_path / "shop.jsonl", item="{title} for {price} {tags} {vegan}")
-    prepare(spec, str(tmp_path / "data"))
-    run = run_spec(Prepared(str(tmp_path / "data"), spec), str(tmp_path / "run"))
+def exported_shop(folder: Path, item: str) -> list[dict[str, Any]]:
+    """Data, and a model of them, in `folder`; returns what shop_items does."""
+    clients = shop_items(folder / "shop.jsonl")
+    spec = spec_for(write_jsonl(folder / "log.jsonl", log_rows(["u0", "u1", "u2"])), folder / "shop.jsonl", item=item)
+    prepare(spec, str(folder / "data"))
+    run = run_spec(Prepared(str(folder / "data"), spec), str(folder / "run"))
     write_run(run)
-    export_run(run.run_dir, str(tmp_path / "model"))
+    export_run(run.run_dir, str(folder / "model"))
+    return clients
+
+
+def test_the_values_of_a_shop_score_as_they_were_trained(tmp_path: Path) -> None:
+    clients = exported_shop(tmp_path, "{title} for {price} {tags} {vegan}")
     dataset, scorer = Dataset(str(tmp_path / "data")), Scorer.load(str(tmp_path / "model"))
     assert dataset.read_items()["text"].to_pylist()[:4:3] == ["Tea, loose for 6.5 6.5 true true", "Spoon for 10 10 true true"]
     order = [int(name[1:]) for name in dataset.read_items()["id"].to_pylist()]
@@ -199,13 +204,7 @@ def test_the_values_of_a_shop_score_as_they_were_trained(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    shop_items(folder / "shop.jsonl")
-    log = write_jsonl(folder / "log.jsonl", log_rows(["u0", "u1", "u2"]))
-    spec = spec_for(log, folder / "shop.jsonl", item="{title} {price}")
-    prepare(spec, str(folder / "data"))
-    run = run_spec(Prepared(str(folder / "data"), spec), str(folder / "run"))
-    write_run(run)
-    export_run(run.run_dir, str(folder / "model"))
+    exported_shop(folder, "{title} {price}")
     return str(folder / "model")
 
 

@@ -1,6 +1,5 @@
 """What pydantic found wrong, in one line of the user's own terms: the first mistake, its key, and what is allowed there."""
 
-import difflib
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -8,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ctrsink.config.tree import dotted, shown
+from ctrsink.errors import did_you_mean
 
 # What pydantic says in words of Python, or with names of classes.
 _EXPECTED = {
@@ -41,8 +41,7 @@ def _line(first: ErrorDetails, root: Any, key: tuple[int | str, ...]) -> str:
     match first["type"]:
         case "extra_forbidden":
             names = _names_at(root, key[:-1])
-            near = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.5)
-            return f"unknown key {dotted(key)}{f', did you mean {near[0]}?' if near else ''} (allowed: {', '.join(names)})"
+            return f"unknown key {dotted(key)}{did_you_mean(str(key[-1]), names)} (allowed: {', '.join(names)})"
         case "missing":
             return f"missing key {dotted(key)}"
         case "literal_error" | "enum":
@@ -106,6 +105,4 @@ def _names_at(root: Any, key: tuple[int | str, ...]) -> list[str]:
 
 
 def _nearest(value: Any, expected: str) -> str:
-    names = [n.strip(" '") for n in expected.replace(" or ", ",").split(",")]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
+    return did_you_mean(str(value), [name.strip(" '") for name in expected.replace(" or ", ",").split(",")])

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ctrsink.config.base import Section
 from ctrsink.config.signals import SignalName
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import SIGNALS, Side, of_kind
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", *_DEPTHS)
@@ -58,19 +58,17 @@ class SinkSpec(Section):
     @field_validator("signals")
     @classmethod
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or len(set(value)) != len(value):
-            raise ValueError("name at least one signal, each once; for constant sinks use [none]")
-        return _of_side(value, "behaviour")
+        return _told_of(value, "behaviour", "for constant sinks use [none]")
 
     @property
     def categories(self) -> tuple[str, ...]:
         """Signals with an embedding table."""
-        return tuple(name for name in self.signals if SIGNALS[name].kind != "number")
+        return of_kind(self.signals, numbers=False)
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """Signals that are z-scores."""
-        return tuple(name for name in self.signals if SIGNALS[name].kind == "number")
+        return of_kind(self.signals, numbers=True)
 
     @model_validator(mode="after")
     def _clock_fits(self) -> "SinkSpec":
@@ -92,22 +90,22 @@ class TargetSpec(Section):
     @field_validator("signals")
     @classmethod
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or len(set(value)) != len(value):
-            raise ValueError("name at least one signal, each once; for none set model.target to null")
-        return _of_side(value, "target")
+        return _told_of(value, "target", "for none set model.target to null")
 
     @property
     def categories(self) -> tuple[str, ...]:
         """Signals with an embedding table."""
-        return tuple(name for name in self.signals if SIGNALS[name].kind != "number")
+        return of_kind(self.signals, numbers=False)
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """Signals that are z-scores."""
-        return tuple(name for name in self.signals if SIGNALS[name].kind == "number")
+        return of_kind(self.signals, numbers=True)
 
 
-def _of_side(names: tuple[str, ...], side: Literal["behaviour", "target"]) -> tuple[str, ...]:
+def _told_of(names: tuple[str, ...], side: Side, instead: str) -> tuple[str, ...]:
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"name at least one signal, each once; {instead}")
     for name in names:
         if side not in SIGNALS[name].sides:
             allowed = ", ".join(known for known, signal in SIGNALS.items() if side in signal.sides)

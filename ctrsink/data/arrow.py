@@ -22,6 +22,15 @@ def to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def from_parquet(content: bytes, columns: list[str] | None = None, threads: bool = True) -> pa.Table:
+    """The table of a Parquet file, or just some `columns` of it.
+
+    Raises:
+        pa.ArrowException: the content is no such file.
+    """
+    return pq.read_table(pa.BufferReader(content), columns=columns, use_threads=threads)
+
+
 def to_ipc(table: pa.Table) -> bytes:
     """An Arrow stream."""
     sink = pa.BufferOutputStream()

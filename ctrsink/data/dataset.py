@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink import storage
+from ctrsink.data.arrow import from_parquet
 from ctrsink.data.cache import Cache
 from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, VECTOR, FileEntry, Manifest, read_file, read_manifest
@@ -43,7 +43,7 @@ class Dataset:
         self._layout: Layout | None = None
         self._neighbours: Neighbours | None = None
         self._start()
-        table = pq.read_table(pa.BufferReader(self._read(self.manifest.index)))
+        table = from_parquet(self._read(self.manifest.index))
         self.index: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
         self.feedbacks = Ragged.of(self.manifest.feedback_tokens)
         self.prefix = np.array(self.manifest.prefix_tokens, np.int64)
@@ -143,11 +143,11 @@ class Dataset:
         vectors = self._layout is not None and self._layout.needs_vectors
         wanted = [*TOKENS_SCHEMA.names, *([VECTOR] if vectors else [])]
         events, tokens = (
-            pq.read_table(pa.BufferReader(self._read(file)), columns=columns, use_threads=False)
+            from_parquet(self._read(file), columns=columns, threads=False)
             for file, columns in ((entry.events_file, COLUMNS), (entry.tokens_file, wanted))
         )
         return events, tokens
 
     def read_items(self) -> pa.Table:
         """The item table: `id`, text fields, and `text`."""
-        return pq.read_table(pa.BufferReader(self._read(self.manifest.items)))
+        return from_parquet(self._read(self.manifest.items))

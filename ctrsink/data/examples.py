@@ -10,7 +10,7 @@ import numpy as np
 
 from ctrsink.batch import FEEDBACK, PREFIX, SINK, TEXT
 from ctrsink.data.layout import Layout
-from ctrsink.data.sequences import Sequence, Sequences
+from ctrsink.data.sequences import OfAsked, OfSinks, Sequence, Sequences
 from ctrsink.data.signals import signal_ids
 from ctrsink.data.similarity import cosines
 from ctrsink.data.windows import Cuts, Events, Windows, windows_of
@@ -139,7 +139,7 @@ def _asked_rows(w: Windows, asks: np.ndarray, firsts: np.ndarray) -> Ragged:
     return Ragged(rows[asks[event]], np.append(0, np.add.reduceat(asks, firsts, dtype=np.int64).cumsum()))
 
 
-def _asked(w: Windows, layout: Layout, rows: Ragged) -> dict[str, np.ndarray]:
+def _asked(w: Windows, layout: Layout, rows: Ragged) -> OfAsked:
     """The columns that have a row for each event that is asked."""
     each = list(w.cuts.each(rows.values, rows.offsets[1:]))
     categories = [np.concatenate([events.categories[name][own] for events, own in each]) for name in layout.target_signals]
@@ -178,7 +178,7 @@ def _stacked(columns: list[np.ndarray], rows: int) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.int64) if columns else np.zeros((rows, 0), np.int64)
 
 
-def _sinks(w: Windows, layout: Layout, positions: np.ndarray, asked: Ragged) -> dict[str, np.ndarray]:
+def _sinks(w: Windows, layout: Layout, positions: np.ndarray, asked: Ragged) -> OfSinks:
     """The columns that have a row per sink, and the similarity of those asked and sinks."""
     if not layout.sinks:
         empty = np.zeros((0, 0), np.int64)

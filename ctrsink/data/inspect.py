@@ -1,15 +1,13 @@
 """What is in a prepared data set: counts, label rates, lengths, tokens and times, gathered shard by shard."""
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ctrsink.data.arrow import pc
+from ctrsink.data.arrow import from_parquet, pc
 from ctrsink.data.cells import iso
 from ctrsink.data.manifest import SPLITS, Manifest, ShardEntry, read_file, read_manifest
 from ctrsink.data.requests import known_events
@@ -71,7 +69,7 @@ def inspect(uri: str) -> Inspection:
         InputError: the manifest or a file is missing or damaged.
     """
     manifest = read_manifest(uri)
-    index = pq.read_table(io.BytesIO(read_file(uri, manifest.index)))
+    index = from_parquet(read_file(uri, manifest.index))
     shard_of_row, past = index["shard"].to_numpy(), index["past_events"].to_numpy()
     part_of_row = np.array([shard.part for shard in manifest.shards], np.int64)[shard_of_row]
     first_day = min(part.first_time for part in manifest.parts) // DAY
@@ -99,8 +97,8 @@ def _sums(group: np.ndarray, values: pa.ChunkedArray, groups: int) -> np.ndarray
 def _add_shard(found: Inspection, shard: ShardEntry, past: np.ndarray) -> None:
     content = read_file(found.uri, shard.events_file)
     first_time = found.manifest.parts[shard.part].first_time
-    table = pq.read_table(io.BytesIO(content), columns=["item", "timestamp", "feedback_id", "label", "request"])
-    tokens = pq.read_table(io.BytesIO(read_file(found.uri, shard.tokens_file)), columns=["item", "tokens"])
+    table = from_parquet(content, columns=["item", "timestamp", "feedback_id", "label", "request"])
+    tokens = from_parquet(read_file(found.uri, shard.tokens_file), columns=["item", "tokens"])
     lengths = pc.list_value_length(table["item"]).to_numpy()
     item, timestamp, feedback, label = (_flat(table, name) for name in ("item", "timestamp", "feedback_id", "label"))
 

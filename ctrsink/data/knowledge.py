@@ -1,16 +1,14 @@
 """What an exported model knows of items: how each was received up to the end of the log, and its neighbours."""
 
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink.config.data import FieldSpec
-from ctrsink.data.arrow import to_parquet
+from ctrsink.data.arrow import from_parquet, to_parquet
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import read_file
 from ctrsink.data.prepare.statistics import latest
@@ -100,7 +98,7 @@ class Knowledge:
         Raises:
             KeyError, ValueError: it is damaged.
         """
-        table = pq.read_table(io.BytesIO(content))
+        table = from_parquet(content)
         neighbours = read_neighbours(content, plain["variance"], plain["shrink"]) if "variance" in plain else None
         return cls(
             ids=table.column("id").combine_chunks(),

@@ -7,7 +7,7 @@ from ctrsink.config.data import DataSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.data.manifest import Manifest
 from ctrsink.errors import InputError
-from ctrsink.features.registry import SIGNALS, Need
+from ctrsink.features.registry import SIGNALS, Need, of_kind
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class Layout:
         sinks, target = model.sinks, model.target
         of_sinks = sinks.signals if sinks else ()
         of_target = target.signals if target else ()
-        numbers, target_numbers = (_of_kind(names, numbers=True) for names in (of_sinks, of_target))
+        numbers, target_numbers = (of_kind(names, numbers=True) for names in (of_sinks, of_target))
         _check(data.uri, manifest, (*of_sinks, *of_target), sinks.buckets if sinks else 0)
         scales = {**manifest.numbers}
         return cls(
             examples=data.examples,
             history=data.history,
             targets=data.targets_per_sequence,
-            signals=_of_kind(of_sinks, numbers=False),
+            signals=of_kind(of_sinks, numbers=False),
             buckets=sinks.buckets if sinks else 1,
             retrieve=data.retrieve,
             numbers=numbers,
-            target_signals=_of_kind(of_target, numbers=False),
+            target_signals=of_kind(of_target, numbers=False),
             target_numbers=target_numbers,
             similarity=model.similarity,
             text_history=data.text_history,
@@ -89,7 +89,7 @@ class Layout:
     def needs(self) -> frozenset[Need]:
         """What of a data set sequences depend on."""
         names = (*self.signals, *self.numbers, *self.target_signals, *self.target_numbers)
-        found = {need for name in names for need in SIGNALS[name].needs}
+        found: set[Need] = {need for name in names for need in SIGNALS[name].needs}
         if self.retrieve is not None or self.similarity == "vectors":
             found.add("vectors")
         if self.similarity == "neighbours":
@@ -110,10 +110,6 @@ class Layout:
     def events_of_signals(self) -> bool:
         """Whether more than times is told of events."""
         return bool(self.numbers or self.target_numbers or self.similarity == "neighbours")
-
-
-def _of_kind(names: tuple[str, ...], numbers: bool) -> tuple[str, ...]:
-    return tuple(name for name in names if (SIGNALS[name].kind == "number") == numbers)
 
 
 def _check(uri: str, manifest: Manifest, names: tuple[str, ...], buckets: int) -> None:

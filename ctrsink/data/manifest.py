@@ -10,7 +10,7 @@ from ctrsink import storage
 from ctrsink.config.base import Section
 from ctrsink.config.data import FieldSpec, TextSpec
 from ctrsink.config.explain import explain
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, first_line
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ctrsink-dataset/3"
@@ -287,7 +287,7 @@ def read_manifest(uri: str) -> Manifest:
         except ValidationError as error:
             problem = explain(error, Manifest)
         except ValueError as error:
-            problem = str(error).splitlines()[0]
+            problem = first_line(error)
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")
 
 

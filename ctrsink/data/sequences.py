@@ -1,8 +1,27 @@
 """Sequences that are not padded, one after another in their columns."""
 
 from dataclasses import dataclass, fields
+from typing import TypedDict
 
 import numpy as np
+
+
+class OfAsked(TypedDict):
+    """Columns of a Sequence with a row for each event that is asked."""
+
+    asked_times: np.ndarray
+    asked_signals: np.ndarray
+    asked_numbers: np.ndarray
+
+
+class OfSinks(TypedDict):
+    """Columns of a Sequence with a row per sink, and the similarity of those asked and sinks."""
+
+    sink_positions: np.ndarray
+    signals: np.ndarray
+    sink_numbers: np.ndarray
+    sink_times: np.ndarray
+    similarity: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ctrsink.data.arrow import pc, unpack
+from ctrsink.data.arrow import from_parquet, pc, unpack
 from ctrsink.data.examples import Chronology
 from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import VECTOR, Manifest, ShardEntry
@@ -21,6 +20,7 @@ from ctrsink.features.numbers import z_scores
 from ctrsink.features.ragged import Ragged
 
 COLUMNS = ["user", "item", "timestamp", "feedback", "feedback_id", "label", "request", "item_mean", "item_count"]
+E = TypeVar("E", bound=Events)
 
 
 @dataclass(frozen=True)
@@ -128,25 +128,29 @@ def to_shard(events: pa.Table, tokens: pa.Table, layout: Layout | None, knowing:
     )
     if layout is None:
         return shard
-    return replace(shard, **told(layout, knowing.histories(events, tokens) if layout.events_of_signals else None, shard))
+    return with_told(shard, layout, knowing.histories(events, tokens) if layout.events_of_signals else None)
 
 
-def told(layout: Layout, histories: Histories | None, events: Events) -> dict[str, object]:
-    """The fields of Events that hold what `layout` tells of them.
+def with_told(events: E, layout: Layout, histories: Histories | None, feedbacks: np.ndarray | None = None) -> E:
+    """The events with what `layout` tells of them.
 
     Args:
         histories: of the same events; needed where the layout has numbers, or similarity by neighbours.
+        feedbacks: their numbers in the data set, where those of the events are others [N].
     """
-    scales = {name: (mean, deviation) for name, mean, deviation in layout.scales}
     names = (*layout.signals, *layout.target_signals)
-    found: dict[str, object] = {"categories": categories(names, events.timestamps, events.feedbacks, layout.utc_offset_hours)}
-    if histories is not None:
-        every = tuple(dict.fromkeys((*layout.numbers, *layout.target_numbers)))
-        z = z_scores(every, histories, scales)
-        found["numbers"] = np.ascontiguousarray(z[:, [every.index(name) for name in layout.numbers]])
-        found["target_numbers"] = np.ascontiguousarray(z[:, [every.index(name) for name in layout.target_numbers]])
-        found["histories"] = histories
-    return found
+    known = events.feedbacks if feedbacks is None else feedbacks
+    found = replace(events, categories=categories(names, events.timestamps, known, layout.utc_offset_hours))
+    if histories is None:
+        return found
+    every = tuple(dict.fromkeys((*layout.numbers, *layout.target_numbers)))
+    z = z_scores(every, histories, {name: (mean, deviation) for name, mean, deviation in layout.scales})
+    return replace(
+        found,
+        numbers=np.ascontiguousarray(z[:, [every.index(name) for name in layout.numbers]]),
+        target_numbers=np.ascontiguousarray(z[:, [every.index(name) for name in layout.target_numbers]]),
+        histories=histories,
+    )
 
 
 class _Flat:
@@ -178,7 +182,7 @@ def _lists(table: pa.Table, name: str) -> Ragged:
 
 def read_neighbours(content: bytes, variance: float, shrink: float) -> Neighbours:
     """The table of neighbours in a Parquet file with `partners`, `products` and `common` of each item."""
-    table = pq.read_table(pa.BufferReader(content))
+    table = from_parquet(content)
     partners = _lists(table, "partners")
     products, common = (_lists(table, name).values for name in ("products", "common"))
     return Neighbours(partners.offsets, partners.values, products, common, variance, shrink)

@@ -1,6 +1,5 @@
 """Is a prepared data set whole? Every file against its hash, every shard against the index, the index against the manifest."""
 
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -8,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink import storage
-from ctrsink.data.arrow import pc
+from ctrsink.data.arrow import from_parquet, pc
 from ctrsink.data.chronology import PAST, prefixes, split_of
 from ctrsink.data.manifest import (
     INDEX_SCHEMA,
@@ -129,7 +127,7 @@ def _read_table(uri: str, entry: FileEntry, schema: pa.Schema | None, found: _Fo
     if content is None:
         return None
     try:
-        table = pq.read_table(io.BytesIO(content))
+        table = from_parquet(content)
     except (pa.ArrowInvalid, OSError) as error:
         found.say(entry.path, f"is no whole parquet file ({' '.join(str(error).split())})")
         return None

@@ -4,7 +4,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ctrsink.errors import RunError
+from ctrsink.errors import RunError, first_line
 
 
 def merge_lora(model: nn.Module) -> int:
@@ -22,6 +22,6 @@ def merge_lora(model: nn.Module) -> int:
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
-            raise RunError(f"cannot merge LoRA into {name}: {str(error).splitlines()[0]}") from None
+            raise RunError(f"cannot merge LoRA into {name}: {first_line(error)}") from None
         model.set_submodule(name, plain)
     return len(adapted)

@@ -11,6 +11,7 @@ from ctrsink.features import user
 from ctrsink.features.histories import Histories
 
 Need = Literal["fields", "neighbours", "vectors"]
+Side = Literal["behaviour", "target"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Signal:
 
     kind: Literal["bucket", "category", "number"]
     """`bucket`: a number in buckets with an embedding each. `category`: an embedding for each value. `number`: a z-score."""
-    sides: tuple[Literal["behaviour", "target"], ...]
+    sides: tuple[Side, ...]
     """Whom it can be told of: a behaviour, whose outcome is known, or a target."""
     number: Callable[[Histories], np.ndarray] | None = None
     """Of every event, float64 [N], NaN where unknown; for numbers."""
@@ -29,7 +30,8 @@ class Signal:
     """A behaviour has another value for every target, so that targets cannot share it."""
 
 
-_BEHAVIOUR, _BOTH = ("behaviour",), ("behaviour", "target")
+_BEHAVIOUR: tuple[Side, ...] = ("behaviour",)
+_BOTH: tuple[Side, ...] = ("behaviour", "target")
 
 
 def _bucket(depends_on_target: bool = False, needs: tuple[Need, ...] = ()) -> Signal:
@@ -68,6 +70,11 @@ SIGNALS: dict[str, Signal] = {
     "affinity_rate": Signal("number", ("target",), user.affinity_rate, needs=("neighbours",)),
     "familiarity": Signal("number", ("target",), user.familiarity, needs=("neighbours",)),
 }
+
+
+def of_kind(names: tuple[str, ...], numbers: bool) -> tuple[str, ...]:
+    """Those of `names` that are numbers, or those that are not."""
+    return tuple(name for name in names if (SIGNALS[name].kind == "number") == numbers)
 
 
 def numbers_with(has: tuple[Need, ...]) -> tuple[str, ...]:

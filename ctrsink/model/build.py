@@ -1,6 +1,5 @@
 """From a ModelSpec to a CTRModel: backbone from a hub id, a folder or a configuration; LoRA; everything from one seed."""
 
-import difflib
 import warnings
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ctrsink.config.model import LoraSpec, ModelSpec
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, did_you_mean, first_line
 from ctrsink.model.ctr import BACKENDS, CTRModel, decoder_layers
 from ctrsink.model.limits import check_config, check_flex, check_layers, guard_length
 
@@ -146,8 +145,7 @@ def _from_fields(fields: dict[str, Any], vocabulary: int) -> PretrainedConfig:
         raise ValueError(f"{name} comes from the tokenizer: leave it out")
     for name in fields.keys() - _COMMON_FIELDS:
         if not hasattr(default, name):
-            near = difflib.get_close_matches(name, default.to_dict(), n=1, cutoff=0.5)
-            raise ValueError(f"{default.model_type} has no field {name}{f', did you mean {near[0]}?' if near else ''}")
+            raise ValueError(f"{default.model_type} has no field {name}{did_you_mean(name, default.to_dict())}")
     tokens = dict.fromkeys(_TOKENIZER_FIELDS) | {"vocab_size": vocabulary}
     return AutoConfig.for_model(default.model_type, **fields, **tokens)
 
@@ -171,7 +169,7 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
     try:
         inject_adapter_in_model(config, backbone)
     except ValueError as error:
-        raise InputError(f"model.lora.targets {targets}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"model.lora.targets {targets}: {first_line(error)}") from None
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

@@ -1,6 +1,5 @@
 """Figures of runs side by side: how the training loss fell, and how well the predicted probabilities hold."""
 
-import io
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ matplotlib.use("Agg")  # no screen on a cluster
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pyarrow.parquet as pq
 
 from ctrsink import storage
+from ctrsink.data.arrow import from_parquet
 from ctrsink.evaluate.metrics import auc, no_better_than_the_mean, normalised_entropy
 from ctrsink.train.telemetry import read_metrics
 
@@ -58,5 +57,5 @@ def _mark_stages(axes: Any, rows: list[dict[str, Any]], color: Any) -> None:
 
 def _predictions(run_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     content = storage.read_bytes(storage.join(run_dir, "evaluation", f"{split}.parquet"))
-    table = pq.read_table(io.BytesIO(content))
+    table = from_parquet(content)
     return table["label"].to_numpy(), table["probability"].to_numpy()

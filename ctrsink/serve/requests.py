@@ -1,15 +1,14 @@
 """Requests: one user's history and the candidates to score behind it, read from JSON or taken from a data set."""
 
-import io
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from ctrsink.config.base import Section
 from ctrsink.config.explain import explain
+from ctrsink.data.arrow import from_parquet
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.events import LARGEST_FEEDBACK
 from ctrsink.data.manifest import read_file
@@ -88,7 +87,7 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     shard, row = dataset.locate(user)
     entry = dataset.manifest.shards[int(dataset.index["shard"][user])].events_file
     names = ["item", "timestamp", "feedback", "label", "item_mean", "item_count"]
-    table = pq.read_table(io.BytesIO(read_file(dataset.uri, entry)), columns=names)
+    table = from_parquet(read_file(dataset.uri, entry), columns=names)
     log: dict[str, list[Any]] = {name: table.column(name)[row].as_py() for name in names}
     if not 0 <= event < len(log["item"]):
         raise InputError(f"user {shard.users[row]} has {len(log['item'])} events, there is no event {event}")

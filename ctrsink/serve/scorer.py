@@ -21,7 +21,7 @@ from ctrsink.data.layout import Layout
 from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
 from ctrsink.data.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.data.sequences import Sequence
-from ctrsink.data.shard import told
+from ctrsink.data.shard import with_told
 from ctrsink.data.tokenize import encode_items, encode_own
 from ctrsink.data.windows import Cuts, Events
 from ctrsink.errors import InputError
@@ -149,8 +149,7 @@ class Scorer:
             vectors=vectors,
         )
         histories = histories_of(request, timestamps, self.knowledge) if self.knowledge else None
-        known = replace(events, feedbacks=self._known_feedbacks(rendered)[events.feedbacks])
-        events = replace(events, **told(self.layout, histories, known))
+        events = with_told(events, self.layout, histories, self._known_feedbacks(rendered)[events.feedbacks])
         # What depends on the candidate's vector is no history that candidates share.
         together = 1 if self.layout.needs_target_vectors else CANDIDATES
         chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))

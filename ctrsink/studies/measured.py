@@ -1,6 +1,5 @@
 """A run's predictions, read from its folder; runs that differ in nothing but the seed are one variant."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink import storage
 from ctrsink.config import RunSpec
-from ctrsink.data.arrow import pc
+from ctrsink.data.arrow import from_parquet, pc
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
 from ctrsink.train.rundir import CONFIG_NAME, RESULT_NAME, first_difference, read_run
@@ -104,7 +102,7 @@ def read_predictions(folder: str, split: str) -> pa.Table:
     path = storage.join(folder, FOLDER, f"{split}.parquet")
     again = f"run `ctrsink evaluate --run {folder} --split {split}`"
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        table = from_parquet(storage.read_bytes(path))
     except FileNotFoundError:
         raise InputError(f"{folder} was not measured on {split}: {again}") from None
     except pa.ArrowException:

@@ -1,16 +1,14 @@
 """A study: every variant with every seed as an ordinary run, baselines beside them, and the comparison of all."""
 
-import io
 import logging
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink import storage
 from ctrsink.config import RunSpec, StudySpec, load_study
 from ctrsink.config.study import stacked_name
-from ctrsink.data.arrow import pc
+from ctrsink.data.arrow import from_parquet, pc
 from ctrsink.data.columns import signal_columns
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import SPLITS, read_manifest
@@ -143,7 +141,7 @@ def _signals(study: StudySpec, data: str) -> dict[str, pa.Table]:
         path = storage.join(study.signals, f"{split}.parquet")
         again = "write them with `ctrsink data signals`"
         try:
-            table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+            table = from_parquet(storage.read_bytes(path))
         except FileNotFoundError:
             raise InputError(f"signals {study.signals}: there is no {split}.parquet; {again}") from None
         except pa.ArrowException:

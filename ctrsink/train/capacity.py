@@ -25,7 +25,7 @@ def tokens_within(model: CTRModel, forward: Callable[[Batch], torch.Tensor], bat
     """
     memory = memory_gib * GIB if memory_gib is not None else SHARE * free_bytes(next(model.parameters()).device)
     kept = saved_bytes(lambda: forward(batch), model)
-    width = 4 * batch.tokens * model.head.linear.in_features  # bytes of one state of every token
+    width = 4 * batch.tokens * model.head.norm.normalized_shape[0]  # bytes of one state of every token, for any head
     if any(getattr(module, "gradient_checkpointing", False) for module in model.backbone.modules()):
         # Checkpointed layers keep what enters them, out of sight of the hooks; one at a time is computed again.
         kept += width * (model.layers + LAYER)

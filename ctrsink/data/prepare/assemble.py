@@ -14,6 +14,7 @@ from ctrsink.data.manifest import SHARD_SCHEMA, TOKENS_SCHEMA, VECTOR, FileEntry
 from ctrsink.data.prepare.neighbours import opinions
 from ctrsink.data.prepare.partition import Partition, read_ids
 from ctrsink.data.prepare.past import Past
+from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.data.prepare.statistics import Rule, read_received
 from ctrsink.data.render import feedback_ids
 from ctrsink.data.requests import known_events
@@ -110,7 +111,7 @@ class Assembly:
 
     def done(self) -> set[int]:
         """Shards that an earlier preparation has finished already."""
-        return {int(name.removesuffix(".entry")) for name in storage.list_files(self.folder) if name.endswith(".entry")}
+        return numbers_of(self.folder, "entry")
 
     def result(self, number: int) -> tuple[ShardEntry, pa.Table]:
         """A finished shard's entry and piece of the index."""
@@ -135,7 +136,7 @@ class Assembly:
         return pa.concat_tables([past, table]), np.arange(past.num_rows + table.num_rows) < past.num_rows
 
     def path(self, number: int, kind: str) -> str:
-        return storage.join(self.folder, f"{number:06d}.{kind}")
+        return path_of(self.folder, number, kind)
 
 
 def _requests(events: pa.Table, seconds: bool) -> pa.ChunkedArray:

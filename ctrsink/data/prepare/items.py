@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ctrsink import storage
 from ctrsink.config.data import FieldSpec, TextSpec
 from ctrsink.data import tokenize
 from ctrsink.data.arrow import pc, to_ipc
 from ctrsink.data.manifest import TOKENS_SCHEMA
+from ctrsink.data.prepare.results import write_named
 from ctrsink.data.render import item_texts
 from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
@@ -77,7 +77,7 @@ class Items:
 
     def write_ids(self, folder: str) -> str:
         """Write the ids below `folder`; returns the file, whose name depends on the content."""
-        return _write(folder, "ids", pa.table({"item": self.ids}))
+        return write_named(folder, "ids", to_ipc(pa.table({"item": self.ids})))
 
     def write_tokens(self, folder: str, tokenizer: PreTrainedTokenizerBase, text: TextSpec) -> str:
         """Write the token ids of all items, each cut to `text.max_item_tokens`; returns the file, named by its content.
@@ -98,7 +98,7 @@ class Items:
                         "or add text to text.item"
                     )
             chunks.append(pa.array(ids, kind))
-        return _write(folder, "tokens", pa.table({"tokens": pa.chunked_array(chunks, kind)}))
+        return write_named(folder, "tokens", to_ipc(pa.table({"tokens": pa.chunked_array(chunks, kind)})))
 
     def write_fields(self, folder: str, fields: tuple[FieldSpec, ...]) -> str:
         """Write the values of all items in `fields`, as numbers; returns the file, whose name depends on the content.
@@ -115,11 +115,4 @@ class Items:
             [number for field, column in cells for number in field_ids(field.column, field.separator, column[row])]
             for row in range(self.table.num_rows)
         )
-        return _write(folder, "fields", pa.table({"fields": pa.array(rows, TOKENS_SCHEMA.field("fields").type)}))
-
-
-def _write(folder: str, name: str, table: pa.Table) -> str:
-    content = to_ipc(table)
-    path = storage.join(folder, f"{name}-{storage.sha256(content)[:16]}.arrow")
-    storage.write_bytes(path, content)
-    return path
+        return write_named(folder, "fields", to_ipc(pa.table({"fields": pa.array(rows, TOKENS_SCHEMA.field("fields").type)})))

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink import storage
+from ctrsink.data.arrow import from_parquet
 from ctrsink.data.manifest import TOKENS_SCHEMA, NeighboursEntry, Scale, ShardEntry, SplitTimes
+from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.data.shard import COLUMNS, Knowing, read_neighbours
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.numbers import number
@@ -31,13 +31,13 @@ class Moments:
     names: tuple[str, ...]
     """Of the numbers."""
 
-    def __call__(self, number_: int) -> int:
-        """Write the count, sum and sum of squares of each number; returns `number_`, that of the shard."""
+    def __call__(self, shard: int) -> int:
+        """Write the count, sum and sum of squares of each number; returns the shard's number."""
         events, tokens = (
-            pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.to, file.path))), columns=columns)
+            from_parquet(storage.read_bytes(storage.join(self.to, file.path)), columns)
             for file, columns in (
-                (self.shards[number_].events_file, COLUMNS),
-                (self.shards[number_].tokens_file, TOKENS_SCHEMA.names),
+                (self.shards[shard].events_file, COLUMNS),
+                (self.shards[shard].tokens_file, TOKENS_SCHEMA.names),
             )
         )
         entry = self.neighbours
@@ -49,19 +49,16 @@ class Moments:
             values = number(name, histories)[trained]
             values = values[np.isfinite(values)]
             found[name] = [len(values), float(values.sum()), float(np.square(values).sum())]
-        storage.write_bytes(self._path(number_), json.dumps(found).encode())
-        return number_
+        storage.write_bytes(path_of(self.folder, shard, "moments"), json.dumps(found).encode())
+        return shard
 
     def done(self) -> set[int]:
-        return {int(name.removesuffix(".moments")) for name in storage.list_files(self.folder) if name.endswith(".moments")}
+        return numbers_of(self.folder, "moments")
 
     def scales(self) -> dict[str, Scale]:
         """Mean and deviation of each number, once all tasks are done."""
-        found = (json.loads(storage.read_bytes(self._path(n))) for n in range(len(self.shards)))
+        found = (json.loads(storage.read_bytes(path_of(self.folder, n, "moments"))) for n in range(len(self.shards)))
         return scales_of(self.names, found)
-
-    def _path(self, number_: int) -> str:
-        return storage.join(self.folder, f"{number_:06d}.moments")
 
 
 def scales_of(names: Iterable[str], moments: Iterable[dict[str, list[float]]]) -> dict[str, Scale]:

@@ -9,6 +9,7 @@ from scipy.sparse import csr_array
 
 from ctrsink import storage
 from ctrsink.data.arrow import from_ipc, to_ipc
+from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.features.histories import Histories
 
 PAIRS = 20_000_000  # of items and users' other items that a task goes through, about
@@ -47,15 +48,15 @@ class Pairing:
 
     def __call__(self, number: int) -> int:
         """Write the neighbours of the items in range `number`; returns that number."""
-        storage.write_bytes(self._path(number), to_ipc(self._neighbours(*self.ranges[number])))
+        storage.write_bytes(path_of(self.folder, number, "pairs"), to_ipc(self._neighbours(*self.ranges[number])))
         return number
 
     def done(self) -> set[int]:
-        return {int(name.removesuffix(".pairs")) for name in storage.list_files(self.folder) if name.endswith(".pairs")}
+        return numbers_of(self.folder, "pairs")
 
     def result(self, number: int) -> pa.Table:
         """`partners`, `products` and `common` of each item of the range."""
-        return from_ipc(storage.read_bytes(self._path(number)))
+        return from_ipc(storage.read_bytes(path_of(self.folder, number, "pairs")))
 
     def _neighbours(self, first: int, end: int) -> pa.Table:
         """Sums over users are taken shard by shard, in their order: the same bytes whoever computes them."""
@@ -93,9 +94,6 @@ class Pairing:
             "common": counts.astype(np.int32),
         }
         return pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()})
-
-    def _path(self, number: int) -> str:
-        return storage.join(self.folder, f"{number:06d}.pairs")
 
 
 def cut_items(paths: tuple[str, ...], items: int) -> tuple[tuple[int, int], ...]:

@@ -12,6 +12,7 @@ from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_ipc, to_ipc
 from ctrsink.data.events import EVENTS_SCHEMA, check_events
+from ctrsink.data.prepare.results import path_of
 from ctrsink.data.prepare.statistics import Rule, outcomes, write_received
 from ctrsink.data.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
 from ctrsink.data.render import feedback_minima
@@ -56,7 +57,7 @@ class Partition:
             slice_ends=ends,
             forms=checked.forms,
         )
-        storage.write_bytes(self._path(number), content)
+        storage.write_bytes(path_of(self.folder, number, "events"), content)
         write_received(self.folder, number, self.received(events))
         write_survey(self.folder, number, survey)
         return number
@@ -97,16 +98,13 @@ class Partition:
         starts = np.concatenate([[0], slice_ends])
         if starts[a] == starts[b + 1]:
             return SLICED_SCHEMA.empty_table()
-        content = storage.read_range(self._path(number), int(starts[a]), int(starts[b + 1]))
+        content = storage.read_range(path_of(self.folder, number, "events"), int(starts[a]), int(starts[b + 1]))
         cuts = [int(c - starts[a]) for c in starts[a : b + 2]]
         pieces = [from_ipc(content[x:y]) for x, y in itertools.pairwise(cuts) if y > x]
         table = pa.concat_tables(pieces)
         prefix = column_numpy(table, "prefix", 0)
         low = int(np.searchsorted(prefix, first))
         return table.slice(low, int(np.searchsorted(prefix, end - 1, side="right")) - low)
-
-    def _path(self, number: int) -> str:
-        return storage.join(self.folder, f"{number:06d}.events")
 
 
 def _sliced(events: pa.Table, prefix: np.ndarray, slices: int) -> tuple[bytes, np.ndarray]:

@@ -1,14 +1,12 @@
 """What a data set holds of a range of users already: the history of those of whom new events are appended."""
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink.data import chronology
-from ctrsink.data.arrow import column_numpy, pc
+from ctrsink.data.arrow import column_numpy, from_parquet, pc
 from ctrsink.data.events import EVENTS_SCHEMA
 from ctrsink.data.manifest import Manifest, read_file
 
@@ -38,7 +36,7 @@ class Past:
         pieces: list[pa.Table] = []
         for shard in reversed(self.manifest.shards):
             if shard.prefixes[0] < end and first < shard.prefixes[1] and wanted.any():
-                table = pq.read_table(io.BytesIO(read_file(self.uri, shard.events_file)), columns=SCHEMA.names)
+                table = from_parquet(read_file(self.uri, shard.events_file), SCHEMA.names)
                 pieces.append(_latest(table, self.manifest.parts[shard.part].first_time, users, wanted))
         table = pa.concat_tables([SCHEMA.empty_table(), *reversed(pieces)])
         found = chronology.chronologies(table.column("user").combine_chunks(), column_numpy(table, "timestamp", 0))

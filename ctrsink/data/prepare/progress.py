@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 log = logging.getLogger("ctrsink.data")
@@ -18,8 +18,8 @@ class Done(NamedTuple):
     """By an earlier preparation: it says nothing of how fast this one is."""
 
 
-def reported(done: Iterable[Done], total: float, what: str) -> Iterator[None]:
-    """Pass through `done` and log the progress towards `total` work."""
+def report(done: Iterable[Done], total: float, what: str) -> None:
+    """Go through `done` and log the progress towards `total` work."""
     started = last = time.monotonic()
     work = rows = fresh_work = fresh_rows = 0.0
     for piece in done:
@@ -31,7 +31,6 @@ def reported(done: Iterable[Done], total: float, what: str) -> Iterator[None]:
             last = now
             left = (now - started) * (total - work) / fresh_work
             log.info("%s", progress_line(what, rows, work / total, fresh_rows / (now - started), left))
-        yield None
     log.info("%s %d rows in %.1f s", what, rows, time.monotonic() - started)
 
 

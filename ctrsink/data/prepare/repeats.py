@@ -8,9 +8,8 @@ import pyarrow as pa
 
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy
-from ctrsink.data.prepare.execute import Execute
+from ctrsink.data.prepare.execute import Execute, run_tasks
 from ctrsink.data.prepare.partition import Partition
-from ctrsink.data.prepare.progress import Done, reported
 from ctrsink.data.prepare.statistics import negated, write_received
 from ctrsink.data.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
 
@@ -49,21 +48,20 @@ class Repeats:
         write_survey(self.folder, number, survey)
         return number
 
+    def done(self) -> set[int]:
+        """Ranges that an earlier preparation has gone through already."""
+        return surveyed(self.folder)
+
     def surveys(self) -> Iterator[Survey]:
         """Those of all ranges, once they are written."""
         return (read_survey(self.folder, number) for number in range(len(self.ranges)))
 
     def run(self, execute: Execute) -> None:
         """Write the surveys that are not yet there."""
-        done = surveyed(self.folder)
-        running = execute(self, [number for number in range(len(self.ranges)) if number not in done])
-
-        def finished() -> Iterator[Done]:
-            for number in range(len(self.ranges)):
-                if number not in done:
-                    next(running)
-                found = -read_survey(self.folder, number).rows
-                yield Done(1, found, number in done)
-
-        for _ in reported(finished(), len(self.ranges), "found, logged again,"):
-            pass
+        run_tasks(
+            self,
+            len(self.ranges),
+            execute,
+            "found, logged again,",
+            lambda number: (1, -read_survey(self.folder, number).rows),
+        )

@@ -4,18 +4,17 @@ No state travels between tasks, no order of all events is needed, and sums are w
 cut. `append` goes on from the totals that a data set keeps.
 """
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink import storage
 from ctrsink.config.data import StatisticsSpec
-from ctrsink.data.arrow import from_ipc, pc, to_ipc
+from ctrsink.data.arrow import from_ipc, from_parquet, pc, to_ipc
+from ctrsink.data.prepare.results import path_of
 from ctrsink.errors import InputError
 
 PERIODS = {"hour": 3600, "day": 86400, "week": 7 * 86400}
@@ -160,7 +159,7 @@ class Received:
 
 def totals_as_counts(content: bytes, last: int) -> pa.Table:
     """The totals of a data set as counts to go on from: what came before the last period lies in the period before it."""
-    table = pq.read_table(io.BytesIO(content))
+    table = from_parquet(content)
     items = np.arange(table.num_rows)
     pieces = [
         pa.table(
@@ -178,7 +177,7 @@ def latest(content: bytes, strength: float) -> tuple[np.ndarray, np.ndarray, flo
 
     From a data set's totals, see Received.totals.
     """
-    table = pq.read_table(io.BytesIO(content))
+    table = from_parquet(content)
     count, whole, part = (table.column(f"{n}_before").to_numpy() + table.column(f"{n}_last").to_numpy() for n in _SUMS)
     sums = whole + part / _PART
     overall = float(sums.sum() / count.sum()) if count.sum() else float("nan")
@@ -187,12 +186,12 @@ def latest(content: bytes, strength: float) -> tuple[np.ndarray, np.ndarray, flo
 
 def write_received(folder: str, number: int, counts: pa.Table) -> None:
     """Keep what task `number` has counted, see Rule.count."""
-    storage.write_bytes(storage.join(folder, f"{number:06d}.received"), to_ipc(counts))
+    storage.write_bytes(path_of(folder, number, "received"), to_ipc(counts))
 
 
 def counts_in(folder: str, tasks: int) -> Iterator[pa.Table]:
     """What as many tasks have counted."""
-    return (from_ipc(storage.read_bytes(storage.join(folder, f"{number:06d}.received"))) for number in range(tasks))
+    return (from_ipc(storage.read_bytes(path_of(folder, number, "received"))) for number in range(tasks))
 
 
 def negated(counts: pa.Table) -> pa.Table:

@@ -14,11 +14,12 @@ from ctrsink.data.arrow import from_ipc, to_ipc
 from ctrsink.data.chronology import PREFIXES, split_of, split_ranks
 from ctrsink.data.events import Forms, Problem
 from ctrsink.data.manifest import SPLITS, Split, SplitCounts, SplitTimes
+from ctrsink.data.prepare.results import numbers_of, path_of
 
 _COARSE = 12  # bits: seconds are first counted by 4,096 of them, and one by one only around the split times
 FAR_YEARS = 20
 """From the median time of a log: an event that lies further away is strange."""
-_ENDING = ".survey"
+_KIND = "survey"
 _ARRAYS = ("prefix_events", "seconds", "counts", "slice_ends")
 
 
@@ -79,21 +80,17 @@ class Survey:
 
 def write_survey(folder: str, number: int, survey: Survey) -> None:
     """Write the survey of a task; its being there says that the task is done."""
-    storage.write_bytes(_path(folder, number), survey.to_bytes())
+    storage.write_bytes(path_of(folder, number, _KIND), survey.to_bytes())
 
 
 def read_survey(folder: str, number: int) -> Survey:
     """What write_survey wrote."""
-    return Survey.from_bytes(storage.read_bytes(_path(folder, number)))
+    return Survey.from_bytes(storage.read_bytes(path_of(folder, number, _KIND)))
 
 
 def surveyed(folder: str) -> set[int]:
     """Tasks whose surveys are there."""
-    return {int(name.removesuffix(_ENDING)) for name in storage.list_files(folder) if name.endswith(_ENDING)}
-
-
-def _path(folder: str, number: int) -> str:
-    return storage.join(folder, f"{number:06d}{_ENDING}")
+    return numbers_of(folder, _KIND)
 
 
 def count_times(timestamp: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,22 +1,19 @@
 """Every item's vector, computed once: in tasks of CHUNK items, which any process can do and none has to repeat."""
 
-import io
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctrsink import storage
-from ctrsink.config.data import EncoderSpec
-from ctrsink.data.arrow import from_ipc, pack, to_ipc, to_parquet, unpack
+from ctrsink.data.arrow import from_ipc, from_parquet, pack, to_ipc, to_parquet, unpack
 from ctrsink.data.encoder import FOLDER, Encoder, encoder_files, fingerprint, load_encoder
-from ctrsink.data.manifest import VECTOR, EncoderEntry, Manifest, read_file
+from ctrsink.data.manifest import VECTOR, EncoderEntry, read_file
 from ctrsink.data.prepare.assemble import put
-from ctrsink.data.prepare.execute import Execute
+from ctrsink.data.prepare.execute import run_tasks
 from ctrsink.data.prepare.items import Items
-from ctrsink.data.prepare.progress import Done, reported
+from ctrsink.data.prepare.job import Job
+from ctrsink.data.prepare.results import numbers_of, path_of, write_named
 from ctrsink.errors import InputError
 
 CHUNK = 2048
@@ -36,16 +33,16 @@ class Embedding:
         """Encode chunk `number`; returns that number, once its vectors are written."""
         texts = from_ipc(storage.read_bytes(self.texts)).column("text").slice(number * CHUNK, CHUNK).to_pylist()
         vectors = self.encoding.encoder().encode(texts)
-        storage.write_bytes(storage.join(self.folder, f"{number:06d}.vectors"), vectors.tobytes())
+        storage.write_bytes(path_of(self.folder, number, "vectors"), vectors.tobytes())
         return number
 
     def done(self) -> set[int]:
         """Chunks that an earlier preparation has encoded already."""
-        return {int(name.removesuffix(".vectors")) for name in storage.list_files(self.folder) if name.endswith(".vectors")}
+        return numbers_of(self.folder, "vectors")
 
     def result(self, number: int, width: int) -> np.ndarray:
         """Vectors of a chunk, float16 [items, width]."""
-        return np.frombuffer(storage.read_bytes(storage.join(self.folder, f"{number:06d}.vectors")), "<f2").reshape(-1, width)
+        return np.frombuffer(storage.read_bytes(path_of(self.folder, number, "vectors")), "<f2").reshape(-1, width)
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,13 @@ class Encoding:
     base: EncoderEntry | None
 
     @classmethod
-    def of(cls, spec: EncoderSpec | None, to: str, work: str, base: Manifest | None) -> "Encoding | None":
-        """The data set's where there is one, else that of `spec`, whose files it puts into the work folder; None: no vectors.
+    def of(cls, job: Job) -> "Encoding | None":
+        """The data set's where there is one, else the one asked for, whose files it puts into the work folder; None: no vectors.
 
         Raises:
             InputError: the encoder cannot be used, or the data set that is appended to has none.
         """
+        spec, to, base = job.spec.encoder, job.to, job.base
         if base is not None and base.encoder is not None:
             entry, folder = base.encoder, storage.join(to, FOLDER)
             for file in entry.files:
@@ -79,7 +77,7 @@ class Encoding:
             raise InputError(f"prepare.encoder is given, but the data set {to} was prepared without: set it to null")
         files = encoder_files(spec)
         found = fingerprint({name: storage.sha256(content) for name, content in files.items()}, spec.max_tokens)
-        folder = storage.join(work, f"{FOLDER}-{found[:16]}")
+        folder = storage.join(job.work, f"{FOLDER}-{found[:16]}")
         for name, content in files.items():
             storage.write_bytes(storage.join(folder, name), content)
         encoder = load_encoder(folder, spec.max_tokens, spec.path, found)
@@ -89,35 +87,25 @@ class Encoding:
         """The encoder itself."""
         return load_encoder(self.folder, self.max_tokens, self.name, self.fingerprint)
 
-    def write_vectors(self, to: str, work: str, items: Items, execute: Execute, folder: Callable[..., str]) -> str:
-        """Encode the items without a vector in the data set `to`, and write those of all; returns the file, named by content."""
+    def write_vectors(self, job: Job, items: Items) -> str:
+        """Encode the items without a vector in the data set, and write those of all; returns the file, named by its content."""
         known = np.empty((0, self.width), np.float16)
         if self.base is not None:
-            table = pq.read_table(io.BytesIO(read_file(to, self.base.vectors)))
-            known = unpack(table.column(VECTOR))
+            known = unpack(from_parquet(read_file(job.to, self.base.vectors)).column(VECTOR))
         texts = to_ipc(pa.table({"text": pa.array(items.texts[len(known) :], pa.string())}))
-        place = folder("vectors", self.fingerprint, storage.sha256(texts))
+        place = job.folder("vectors", self.fingerprint, storage.sha256(texts))
         path = storage.join(place, "texts.arrow")
         storage.write_bytes(path, texts)
         task = Embedding(self, path, place)
         new = items.table.num_rows - len(known)
-        chunks, done = range(-(-new // CHUNK)), task.done()
-        running = execute(task, [number for number in chunks if number not in done])
         pieces = [known]
 
-        def results() -> Iterator[Done]:
-            for number in chunks:
-                if number not in done:
-                    next(running)
-                pieces.append(task.result(number, self.width))
-                yield Done(len(pieces[-1]), len(pieces[-1]), number in done)
+        def take(number: int) -> tuple[float, int]:
+            pieces.append(task.result(number, self.width))
+            return len(pieces[-1]), len(pieces[-1])
 
-        for _ in reported(results(), new, "encoded"):
-            pass
-        content = to_ipc(pa.table({VECTOR: pack(np.concatenate(pieces))}))
-        path = storage.join(work, f"vectors-{storage.sha256(content)[:16]}.arrow")
-        storage.write_bytes(path, content)
-        return path
+        run_tasks(task, -(-new // CHUNK), job.execute, "encoded", take, new)
+        return write_named(job.work, "vectors", to_ipc(pa.table({VECTOR: pack(np.concatenate(pieces))})))
 
     def entry(self, to: str, vectors: str) -> EncoderEntry:
         """Put the encoder and the file `vectors` into the data set `to`, for its manifest."""

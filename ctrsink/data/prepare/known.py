@@ -1,0 +1,86 @@
+"""What a data set knows for its signals: how items were received, which are neighbours, how large the numbers are."""
+
+from itertools import chain
+
+import pyarrow as pa
+
+from ctrsink.data.arrow import to_parquet
+from ctrsink.data.manifest import NeighboursEntry, Scale, ShardEntry, StatisticsEntry, read_file
+from ctrsink.data.prepare.assemble import Assembly, put
+from ctrsink.data.prepare.execute import run_tasks
+from ctrsink.data.prepare.items import Items
+from ctrsink.data.prepare.job import Job
+from ctrsink.data.prepare.moments import Moments
+from ctrsink.data.prepare.neighbours import Pairing, cut_items, mean_square
+from ctrsink.data.prepare.partition import Partition
+from ctrsink.data.prepare.repeats import Repeats
+from ctrsink.data.prepare.statistics import Received, Rule, counts_in, totals_as_counts
+from ctrsink.data.shard import Knowing
+from ctrsink.features.registry import Need, numbers_with
+
+
+def received_of(job: Job, partition: Partition, repeats: Repeats | None, items: Items) -> Received:
+    """How items were received in the whole log, and in what the data set held before."""
+    before = None
+    if job.base is not None:
+        entry = job.base.statistics
+        before = totals_as_counts(read_file(job.to, entry.file), entry.last_period)
+    counts = counts_in(partition.folder, len(partition.blocks))
+    if repeats is not None:  # what is dropped was counted with the others
+        counts = chain(counts, counts_in(repeats.folder, len(repeats.ranges)))
+    return Received.of(counts, items.ids, before)
+
+
+def write_statistics(job: Job, partition: Partition, received: Received, items: int) -> StatisticsEntry:
+    """Put how `items` many items were received into the data set, for its manifest."""
+    table, last = received.totals(items)
+    rule = Rule.of(job.spec.statistics)
+    return StatisticsEntry(
+        period_s=rule.period_s,
+        strength=rule.strength,
+        user_events=job.spec.statistics.user_events,
+        outcome="feedback" if partition.source.columns.feedback is not None else "label",
+        fields=job.spec.statistics.fields,
+        last_period=last,
+        file=put(job.to, "statistics", ".parquet", to_parquet(table), job.appended),
+    )
+
+
+def write_neighbours(job: Job, assembly: Assembly, items: int) -> NeighboursEntry | None:
+    """Run the third tasks, and put the neighbours of `items` many items into the data set; None: none are asked for."""
+    spec, counted = job.spec.neighbours, assembly.counted
+    if spec is None or counted is None:
+        return None
+    files = tuple(assembly.path(number, "opinions") for number in range(len(assembly.ranges)))
+    task = Pairing(job.folder("pairs", assembly.folder, spec), files, items, cut_items(files, items), spec.partners)
+    run_tasks(task, len(task.ranges), job.execute, "computed neighbours of ranges of items:")
+    table = pa.concat_tables([task.result(number) for number in range(len(task.ranges))]).combine_chunks()
+    return NeighboursEntry(
+        file=put(job.to, "neighbours", ".parquet", to_parquet(table)),
+        variance=mean_square(files),
+        shrink=spec.shrink,
+        until=counted.until,
+        user_events=counted.user_events,
+    )
+
+
+def scales_of_numbers(
+    job: Job,
+    assembly: Assembly,
+    shards: tuple[ShardEntry, ...],
+    statistics: StatisticsEntry,
+    neighbours: NeighboursEntry | None,
+) -> dict[str, Scale]:
+    """Run the last tasks: mean and deviation of each number that the data set can tell."""
+    has: tuple[Need, ...] = (*(["fields"] if statistics.fields else []), *(["neighbours"] if neighbours else []))
+    task = Moments(
+        folder=job.folder("moments", assembly.folder, neighbours),
+        to=job.to,
+        shards=shards,
+        knowing=Knowing(statistics.outcome, assembly.counted, statistics.user_events),
+        neighbours=neighbours,
+        split_times=assembly.split_times,
+        names=numbers_with(has),
+    )
+    run_tasks(task, len(shards), job.execute, "computed signals of shards:")
+    return task.scales()
