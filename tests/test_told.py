@@ -11,11 +11,12 @@ import torch
 
 from ctrsink.batch import Batch
 from ctrsink.config import ReadoutSpec
-from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, StatisticsSpec
+from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, SourceSpec, StatisticsSpec
 from ctrsink.config.model import SinkSpec, TargetSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
-from ctrsink.data.prepare.build import prepare
+from ctrsink.data.manifest import read_manifest
+from ctrsink.data.prepare.build import append, prepare
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import Predictions, predict
@@ -142,6 +143,56 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     )
     prepare(PrepareSpec.model_validate(spec.model_dump()), str(folder / "data"))
     return Prepared(str(folder / "data"), spec)
+
+
+def test_the_bytes_do_not_depend_on_how_the_log_is_cut(data: Prepared, tmp_path: Path) -> None:
+    """Statistics, neighbours and the scales of numbers among them."""
+    found = []
+    for block_bytes in (150, 2**20):
+        uri = str(tmp_path / str(block_bytes))
+        prepare(data.spec.model_copy(update={"block_bytes": block_bytes}), uri)
+        files = [*read_manifest(uri).common_files, *(s.events_file for s in read_manifest(uri).shards)]
+        found.append((read_manifest(uri).numbers, {file.path: file.sha256 for file in files}))
+    assert found[0] == found[1]
+    assert {"statistics.parquet", "neighbours.parquet"} <= set(found[0][1])
+    assert found[0][0]["affinity"].deviation > 0
+
+
+def test_an_append_goes_on_with_statistics_and_keeps_neighbours_and_scales(data: Prepared, tmp_path: Path) -> None:
+    """What is appended knows the items' past; the table and the scales stay those that a model was trained with."""
+    rows = sorted(make_events(9, 12), key=lambda event: event[3])
+    whole, early, late = (tmp_path / name for name in ("whole", "early", "late"))
+    spec = data.spec.model_copy(update={"past_events": 5})
+    parts = {folder: spec.model_copy(update={"source": sourced(folder, own)}) for folder, own in
+             ((whole, rows), (early, rows[:84]), (late, rows[84:]))}  # fmt: skip
+    for folder in (whole, early):
+        prepare(parts[folder], str(folder / "data"))
+    before = read_manifest(str(early / "data"))
+    after = append(parts[late], str(early / "data"))
+    assert (after.neighbours, after.numbers) == (before.neighbours, before.numbers)
+    assert after.statistics.file != before.statistics.file
+    of_whole, of_parts = (statistics_of(str(folder / "data")) for folder in (whole, early))
+    assert of_parts.keys() == of_whole.keys()
+    for event, (mean, count) in of_whole.items():
+        assert of_parts[event][1] == count
+        assert of_parts[event][0] == pytest.approx(mean, abs=1e-6, nan_ok=True)
+
+
+def sourced(folder: Path, events: list[Any]) -> SourceSpec:
+    source = table_source(folder / "raw", events)
+    return source.model_copy(update={"columns": source.columns.model_copy(update={"request": None})})
+
+
+def statistics_of(uri: str) -> dict[tuple[str, int], tuple[float, int]]:
+    """Mean and count of the item of each event, by user and time; events that stand in a later part as history are the same."""
+    dataset = Dataset(uri)
+    found = {}
+    for number in range(len(dataset.manifest.shards)):
+        table = dataset.tables(number)[0].to_pylist()
+        for row in table:
+            for time, mean, count in zip(row["timestamp"], row["item_mean"], row["item_count"], strict=True):
+                found[row["user"], time] = (np.nan if mean is None else mean, count)
+    return found
 
 
 def spec_of(data: Prepared, run_dir: str, examples: str, **sequences: Any) -> Any:

@@ -24,7 +24,7 @@ def model_card(run: TrainedRun, dtype: str) -> str:
         f"## Data\n\n{_data(run)}",
         f"## Training\n\n{_training(run)}",
         f"## Metrics\n\n{_metrics(run)}",
-        f"## Use\n\n{_USE}",
+        f"## Use\n\n{_USE}{_needs(run)}",
         f"## Limits\n\n{_limits(run)}",
         f"## Licence\n\n{_licence(run.spec)}",
     ]
@@ -39,6 +39,13 @@ def _summary(run: TrainedRun, title: str, dtype: str) -> str:
     if spec.sinks is not None:
         bias = f", inter-sink bias in {len(run.model.biases)} layers" if run.model.biases else ""
         parts.append(f"{title} (arXiv 2508.03668): a sink after each behaviour, signals {', '.join(spec.sinks.signals)}{bias}.")
+    if spec.target is not None:
+        parts.append(f"Targets are told {', '.join(spec.target.signals)}.")
+    if spec.similarity is not None:
+        of = {"neighbours": "what users thought of both", "vectors": "their texts"}[spec.similarity]
+        parts.append(f"Targets look for the sinks of items that are similar by {of}.")
+    if run.layout.text_history is not None:
+        parts.append(f"Of the behaviours before a target's sequence the latest {run.layout.text_history} have a text.")
     if spec.lora is not None:
         parts.append(f"LoRA of rank {spec.lora.rank} was merged into the weights in fp32.")
     parts.append(f"{sum(p.numel() for p in run.model.parameters()):,} parameters; the backbone is stored in {dtype}.")
@@ -149,6 +156,20 @@ scorer.score({"history": [{"item": {...}, "feedback": 4, "timestamp": 1}], "cand
 An item is an object with the fields that the item text above names; timestamps are seconds. From a shell, one request a line:
 `ctrsink score --model path/to/this/folder --input requests.jsonl`. After `import ctrsink.serve` the folder also loads through
 `transformers.AutoModel`; without it transformers refuses the model type, because a plain backbone would score wrongly."""
+
+
+def _needs(run: TrainedRun) -> str:
+    """What a request must say for the signals; nothing where they need nothing of it."""
+    if not run.layout.events_of_signals:
+        return ""
+    fields = [field.column for field in run.dataset.manifest.statistics.fields]
+    also = f", and its {' and '.join(fields)}" if fields else ""
+    label = " Each behaviour says its `label`: 0, 1 or null." if run.dataset.manifest.labelled else ""
+    return (
+        f"\n\nFor the signals an item also says its `id`{also}; an id that was not in the log is a new item. `item_mean` and "
+        "`item_count` of the time of a behaviour may stand beside; else those of the end of the log hold, in `items.parquet`."
+        f"{label}"
+    )
 
 
 def _limits(run: TrainedRun) -> str:
