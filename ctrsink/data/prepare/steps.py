@@ -135,7 +135,6 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         duplicates_dropped=spec.duplicates == "drop",
         past_events=spec.past_events if base else 0,
     )
-    encoded = encoding and vectors and encoding.entry(job.to, vectors)
     item_count = items.table.num_rows
     statistics = write_statistics(job, partition, received, item_count)
     neighbours = base.neighbours if base else write_neighbours(job, assembly, item_count)
@@ -152,7 +151,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         index=put(job.to, "index", ".parquet", to_parquet(index), job.appended),
         items=put(job.to, "items", ".parquet", to_parquet(items.table), job.appended),
         tokenizer_fingerprint=tokenize.fingerprint(tokenizer),
-        encoder=encoded or None,
+        encoder=encoding.entry(job.to, vectors) if encoding and vectors else None,
         text=spec.text,
         positive_from=spec.positive_from,
         labelled=source.columns.label is not None,
@@ -211,7 +210,7 @@ def _repeats(job: Job, partition: Partition, slice_ends: tuple[np.ndarray, ...],
 
 
 def _clear_way(job: Job) -> None:
-    """Only now, with all the input good, is anything at the place changed.
+    """Remove what was at the place: only now, with all the input good, is anything there changed.
 
     Entries that an attempt with another configuration left speak of shards that are gone then.
     """
