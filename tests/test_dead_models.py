@@ -114,7 +114,7 @@ def test_a_model_that_gives_no_probability_does_not_score(served: Prepared, tmp_
     write_run(spec)
     export_run(spec.run_dir, str(tmp_path / "out"))
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    weights["ctr.sinks.projection.weight"][0, 0] = math.nan
+    weights["ctr.sinks.categories.projection.weight"][0, 0] = math.nan
     save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     asked = request_of(Dataset(served.uri), 0, 5, [0, 1])
     alone = asked | {"history": []}

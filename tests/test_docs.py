@@ -12,7 +12,7 @@ import yaml
 
 from ctrsink.cli import main
 from ctrsink.config import load_study
-from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec
+from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec, SplitSpec
 from ctrsink.config.model import SinkSpec
 from ctrsink.data.manifest import read_manifest
 
@@ -60,8 +60,9 @@ def test_pictures_are_well_formed_legible_and_bring_their_own_ground(name: str) 
 
 def test_the_examples_of_a_column_mapping_and_of_item_vectors_are_valid() -> None:
     page = (ROOT / "docs/data.md").read_text("utf-8")
-    mapping, vectors = (yaml.safe_load(body) for info, body in BLOCK.findall(page) if info == "yaml")
+    mapping, dates, vectors = (yaml.safe_load(body) for info, body in BLOCK.findall(page) if info == "yaml")
     assert PrepareSpec.model_validate(mapping["prepare"]).source.columns.user == "viewer"
+    assert SplitSpec.model_validate(yaml.load(yaml.dump(dates["prepare"]["split"]), yaml.BaseLoader)).train_end == 1719187200
     assert EncoderSpec.model_validate(vectors["prepare"]["encoder"]).path.endswith("all-MiniLM-L6-v2")
     assert DataSpec.model_validate({"uri": "data", **vectors["data"]}).retrieve == 20
     assert "similarity" in SinkSpec.model_validate(vectors["model"]["sinks"]).signals
@@ -74,9 +75,9 @@ def test_the_examples_of_a_study_are_valid(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own/study.yaml").write_text(example)
     study, runs = load_study(tmp_path / "own/study.yaml")
-    assert study.names == ["item_mean", "logistic", "lightgbm", "ctr-sink", "no-bias", "lm-ctr", "ctr-sink-stacked"]
-    assert runs["ctr-sink"].model.bias is not None
-    assert runs["no-bias"].model.bias is None
+    assert study.names == ["item_mean", "logistic", "lightgbm", "ctr-sink", "no-similarity", "lm-ctr", "ctr-sink-stacked"]
+    assert runs["ctr-sink"].model.similarity == "neighbours"
+    assert runs["no-similarity"].model.similarity is None
     assert runs["lm-ctr"].model.sinks is None
     for path in (ROOT / "configs/studies").iterdir():
         load_study(path)

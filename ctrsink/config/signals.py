@@ -4,13 +4,14 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from ctrsink.config.tree import shown
 from ctrsink.errors import did_you_mean
 from ctrsink.features.registry import SIGNALS
 
 
 def _known(name: str) -> str:
     if name not in SIGNALS:
-        raise ValueError(f"there is no signal {name!r}{did_you_mean(name, SIGNALS)} (allowed: {', '.join(SIGNALS)})")
+        raise ValueError(f"there is no signal {shown(name)}{did_you_mean(name[:60], SIGNALS)} (allowed: {', '.join(SIGNALS)})")
     return name
 
 
