@@ -127,7 +127,9 @@ def _signals(study: StudySpec) -> dict[str, pa.Table]:
         InputError: a file is missing or damaged.
     """
     tables: dict[str, pa.Table] = {}
-    for split in ("train", "valid", "test") if study.signals is not None else ():
+    if study.signals is None:
+        return tables
+    for split in ("train", "valid", "test"):
         path = storage.join(study.signals, f"{split}.parquet")
         again = "write them with `ctrsink data signals`"
         try:
