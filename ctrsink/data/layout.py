@@ -72,8 +72,9 @@ class Layout:
     @classmethod
     def load(cls, plain: dict[str, Any]) -> "Layout":
         """The layout whose fields `dataclasses.asdict` gave; JSON has lists for tuples."""
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-        return cls(**values | {"scales": tuple((name, mean, deviation) for name, mean, deviation in plain["scales"])})
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        values["scales"] = tuple((name, mean, deviation) for name, mean, deviation in plain["scales"])
+        return cls(**values)
 
     @property
     def sinks(self) -> bool:

@@ -47,8 +47,10 @@ class Scorer:
         self.knowledge = loaded.knowledge
         config = self.model.config
         self.text = TextSpec.model_validate(config.text)
-        of_signals = [field.column for field in self.knowledge.fields] if self.knowledge else []
-        self.fields = list(dict.fromkeys([*template_fields(self.text.item), *of_signals, *(["id"] if self.knowledge else [])]))
+        names = list(template_fields(self.text.item))
+        if self.knowledge is not None:
+            names += [*(field.column for field in self.knowledge.fields), "id"]
+        self.fields = list(dict.fromkeys(names))
         self.prefix = np.array(config.prefix_tokens, np.int64)
         layout = Layout.load(config.layout)
         # A per_user sequence shows the last of its targets everything up to `history` before the first, and the texts in between.
@@ -158,7 +160,8 @@ class Scorer:
 
     def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
         """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
-        numbers = {text: number for number, text in enumerate(self.model.config.feedback_texts or ())}
+        texts: tuple[str, ...] = tuple(self.model.config.feedback_texts or ())
+        numbers = {text: number for number, text in enumerate(texts)}
         return np.array([numbers.get(text, 0) for text in rendered], np.int64)
 
     def _item_tokens(self, fields: pa.Table, texts: list[str]) -> Ragged:
