@@ -160,8 +160,7 @@ class Scorer:
 
     def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
         """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
-        texts: tuple[str, ...] = tuple(self.model.config.feedback_texts or ())
-        numbers = {text: number for number, text in enumerate(texts)}
+        numbers: dict[str, int] = {text: number for number, text in enumerate(self.model.config.feedback_texts or ())}
         return np.array([numbers.get(text, 0) for text in rendered], np.int64)
 
     def _item_tokens(self, fields: pa.Table, texts: list[str]) -> Ragged:

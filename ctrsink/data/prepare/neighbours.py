@@ -77,7 +77,7 @@ class Pairing:
             some = csr_array((value[inside], (item[inside] - first, user[inside])), shape=some.shape)
             product = product + some @ one
         found = common.tocoo()
-        rows, columns, counts = (np.asarray(values) for values in (*found.coords, found.data))
+        rows, columns, counts = (np.asarray(values, np.int64) for values in (*found.coords, found.data))
         # Those with the most users in common, never the most similar: see ctrsink.features.neighbours.
         kept = np.flatnonzero((counts >= _LEAST_COMMON) & (columns != rows + first))
         order = kept[np.lexsort((columns[kept], -counts[kept], rows[kept]))]
