@@ -35,6 +35,13 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names in one line, however long or many they are; `none` where there are none."""
+    found = list(names)
+    shown = [name if len(name) <= 60 else f"{name[:40]}...{name[-10:]}" for name in found[:30]]
+    return ", ".join(shown + ([f"and {len(found) - 30} more"] if len(found) > 30 else [])) or "none"
+
+
 def did_you_mean(name: str, names: Iterable[str], before: str = ", ") -> str:
     """`, did you mean X?` where one of `names` is like `name`, in another case or misspelt; else nothing."""
     by_letters = {known.strip().casefold(): known for known in names}

@@ -63,7 +63,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_and_no_run(
     named = "runtime.address" if how == "configuration" else "RAY_ADDRESS"
     began = time.monotonic()
     refused(call("train", "--config", config, *changes), f"{named} {given}: ", "start the cluster there, or correct the address")
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30  # a machine with other work needs some to import; nobody answered in 700
     assert not (config.parent / "run").exists()
 
 

@@ -228,7 +228,7 @@ def test_dates_and_times_of_a_configuration_are_seconds(tmp_path: Path) -> None:
     day = iso(TRAIN)[:10]
     midnight = TRAIN // DAY * DAY
     config = run_file(tmp_path, log)
-    overrides = [f"prepare.split={{train_end: {day}, valid_end: {iso(VALID)}}}"]
+    overrides = [f"prepare.split={{train_end: {day}, valid_end: {iso(VALID)}, train: null, valid: null}}"]
     good("data", "prepare", "--config", config, *overrides)
     times = read_manifest(str(tmp_path / "data")).split_times
     assert (times.train_from, times.train_end, times.valid_end) == (None, midnight, VALID)

@@ -15,7 +15,7 @@ from ctrsink.config.times import EARLIEST, LATEST
 from ctrsink.data.arrow import pc
 from ctrsink.data.cells import moments, numbers
 from ctrsink.data.values import column_ids, column_texts
-from ctrsink.errors import InputError, did_you_mean
+from ctrsink.errors import InputError, did_you_mean, listed
 
 log = logging.getLogger("ctrsink.data")
 
@@ -67,7 +67,7 @@ class RawRows:
         names = self.table.column_names
         if names.count(name) != 1:
             how_many, hint = ("more than one", "") if name in names else ("no", did_you_mean(name, names, ": "))
-            raise InputError(f"{self.file} has {how_many} column {name!r}; it has {', '.join(names) or 'none'}{hint}")
+            raise InputError(f"{self.file} has {how_many} column {name!r}; it has {listed(names)}{hint}")
         return self.table.column(name).combine_chunks()
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ctrsink.config.data import TextSpec
 from ctrsink.data.arrow import pc
 from ctrsink.data.values import one_form
-from ctrsink.errors import InputError, did_you_mean
+from ctrsink.errors import InputError, did_you_mean, listed
 
 MAX_FEEDBACK_TEXTS = 4096
 
@@ -105,7 +105,7 @@ def _fields(key: str, template: str, known: list[str]) -> list[str]:
     for name in names:
         if name not in known:
             raise InputError(
-                f"{key} {template!r} names the field {name!r}, which does not exist; there are {', '.join(known)}"
+                f"{key} {template!r} names the field {name!r}, which does not exist; there are {listed(known)}"
                 f"{did_you_mean(name, known, ': ')}"
             )
     return names

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 
 from ctrsink import storage
-from ctrsink.errors import InputError, did_you_mean
+from ctrsink.errors import InputError, did_you_mean, listed
 
 HEAD = 1 << 20  # bytes that are looked at to learn a file's columns
 
@@ -132,7 +132,7 @@ def require_columns(uri: str, names: Sequence[str], wanted: Sequence[str]) -> No
         if names.count(name) != 1:
             how_many = "no" if name not in names else "more than one"
             hint = did_you_mean(name, names, ": ") if name not in names else ""
-            raise InputError(f"{uri} has {how_many} column {name!r}; it has {', '.join(names) or 'none'}{hint}")
+            raise InputError(f"{uri} has {how_many} column {name!r}; it has {listed(names)}{hint}")
 
 
 class RangeFile(io.RawIOBase):

@@ -15,7 +15,7 @@ from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
 from ctrsink.data.sources.files import EmptyFile, files_at, read_head, read_part, read_whole, require_columns
 from ctrsink.data.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
 from ctrsink.data.sources.source import Block
-from ctrsink.errors import InputError, did_you_mean
+from ctrsink.errors import InputError, did_you_mean, listed
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Tables:
             if theirs not in items.column_names:
                 raise InputError(
                     f"{self.item_table} has no column {theirs!r}, which prepare.source.items_columns names for {name}; "
-                    f"it has {', '.join(items.column_names)}{did_you_mean(theirs, items.column_names, ': ')}"
+                    f"it has {listed(items.column_names)}{did_you_mean(theirs, items.column_names, ': ')}"
                 )
         rest = [name for name in items.column_names if name not in taken and name not in taken.values()]
         return pa.table({**{name: items.column(name) for name in rest}, **{n: items.column(t) for n, t in taken.items()}})
