@@ -191,8 +191,8 @@ def test_the_values_of_a_shop_score_as_they_were_trained(tmp_path: Path) -> None
     assert dataset.read_items()["text"].to_pylist()[:4:3] == ["Tea, loose for 6.5 6.5 true true", "Spoon for 10 10 true true"]
     order = [int(name[1:]) for name in dataset.read_items()["id"].to_pylist()]
     prepared = request_of(dataset, 0, 9, list(range(len(SHOP))))
-    numbers = {tuple(item.values()): number for number, item in enumerate(prepared["candidates"])}
-    history = [b | {"item": clients[order[numbers[tuple(b["item"].values())]]]} for b in prepared["history"]]
+    numbers = {item["id"]: number for number, item in enumerate(prepared["candidates"])}
+    history = [b | {"item": clients[order[numbers[b["item"]["id"]]]]} for b in prepared["history"]]
     asked = prepared | {"history": history, "candidates": [clients[number] for number in order]}
     assert scorer.score(asked) == scorer.score(json.loads(json.dumps(asked))) == scorer.score(prepared)
     assert len(set(scorer.score(asked))) == len(SHOP)

@@ -27,7 +27,8 @@ log = logging.getLogger("ctrsink.train")
 def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
     """Hold the run's folder meanwhile, by a file with a sign of life in it, a new one every PERIOD_S.
 
-    What it gives says whether the folder is still held by this process.
+    What it gives ends the signs of life, which would make a folder anew that is removed, and says whether the folder is still
+    held by this process.
 
     No clock of another host is compared: a holder is alive if its file changes while one looks. The process that starts a run
     holds it, not its workers, which may be started again while it lives. One that was taken for dead and was not (it was
@@ -58,7 +59,7 @@ def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
 
     beating = Every(PERIOD_S, beat, "presence")
     try:
-        yield lambda: not lost and ours()
+        yield lambda: beating.close() and not lost and ours()
     finally:
         if beating.close() and not lost:
             with suppress(InputError, RunError, OSError):

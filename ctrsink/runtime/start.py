@@ -23,13 +23,13 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
     if not resume:
         require_new(spec.run_dir)
     vocabulary = check(spec)
-    with held(spec.run_dir) as still_held:
+    with held(spec.run_dir) as last_held:
         new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
         try:
             return _train(spec, vocabulary, stop_after)
         except BaseException:
             with suppress(InputError, RunError, OSError):  # what ended the run is told
-                if new and still_held():
+                if new and last_held():
                     release(spec.run_dir)
             raise
 
