@@ -15,6 +15,7 @@ from ctrsink.config import load_study
 from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec, SplitSpec
 from ctrsink.config.model import SinkSpec
 from ctrsink.data.manifest import read_manifest
+from ctrsink.features.registry import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in [ROOT / "README.md", ROOT / "cluster/README.md", *ROOT.glob("docs/*.md")] if p.is_file())
@@ -110,3 +111,14 @@ def test_the_commands_for_ones_own_log_work_as_written(
     assert main([*shlex.split(commands[0])[1:], "data.uri=runs/data/bad"]) == 2
     assert "    " + capsys.readouterr().err.splitlines()[-1] in page
     assert not (tmp_path / "runs/data/bad").exists()
+
+
+def test_the_page_of_signals_has_each_signal_and_whom_it_is_told() -> None:
+    page = (ROOT / "docs/signals.md").read_text("utf-8")
+    told = {}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            names, whom = line.split("|")[1:3]
+            told |= dict.fromkeys(re.findall(r"`(\w+)`", names), whom.strip())
+    words = {("behaviour",): "sinks", ("target",): "targets", ("behaviour", "target"): "both"}
+    assert told == {name: words[signal.sides] for name, signal in SIGNALS.items()}
