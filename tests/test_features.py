@@ -52,7 +52,8 @@ def histories(draw: st.DrawFn) -> Histories:
         item_mean=np.where(chance.random(count) < 0.2, np.nan, chance.normal(3, 1, count)),
         item_count=chance.integers(0, 50, count).astype(float),
         items=chance.integers(-1, ITEMS, count),
-        counted=chance.random(count) < 0.5,
+        counted=(counted := chance.random(count) < 0.5),
+        inside=counted | (chance.random(count) < 0.5),
         fields=Ragged.of([np.unique(chance.integers(0, 4, chance.integers(0, 3))) for _ in range(count)]),
         neighbours=table(chance),
         window=draw(st.sampled_from([1, 3, 200])),
@@ -72,6 +73,7 @@ def plain(h: Histories) -> dict[str, list[float]]:
     """Every number of every event, event by event."""
     assert h.items is not None
     assert h.counted is not None
+    assert h.inside is not None
     assert h.neighbours is not None
     has = [bool(np.isfinite(o) and np.isfinite(m)) for o, m in zip(h.outcome, h.item_mean, strict=True)]
     e = [float(o - m) if ok else 0.0 for o, m, ok in zip(h.outcome, h.item_mean, has, strict=True)]
@@ -86,10 +88,13 @@ def plain(h: Histories) -> dict[str, list[float]]:
 
     res = [sum(e[r] for r in w) / (sum(has[r] for r in w) + 5) for w in windows]
     d = [x - y if ok else 0.0 for x, y, ok in zip(e, res, has, strict=True)]
-    own = [
-        sum(d[r] for r in range(len(d)) if h.begins[r] == h.begins[row] and h.items[r] == h.items[row] and h.counted[r])
+    meetings = [
+        [r for r in range(len(d)) if h.begins[r] == h.begins[row] and h.items[r] == h.items[row] and h.counted[r]]
+        if h.inside[row]
+        else []
         for row in range(len(d))
     ]
+    own = [sum(d[r] for r in rows) for rows in meetings]
     out: dict[str, list[float]] = {name: [] for name in NUMBERS}
     for row, window in enumerate(windows):
         out["deviation"].append(e[row] if has[row] else np.nan)
@@ -112,7 +117,7 @@ def plain(h: Histories) -> dict[str, list[float]]:
         out["user_std"].append(float(np.sqrt(sum(e[r] ** 2 for r in window) / (sum(has[r] for r in window) + 1))))
         above = below = liked = 0.0
         for r in window:
-            both = bool(h.counted[row] and h.counted[r])
+            both = bool(meetings[row] and meetings[r])
             s = similarity(h.neighbours, h.items[row], h.items[r], own[row] * own[r] if both else 0.0, both)
             above, below, liked = above + s * d[r], below + abs(s), liked + s * (h.labels[r] > 0)
         out["affinity"].append(above / (below + 0.3))

@@ -39,6 +39,7 @@ def log(chance: np.random.Generator, users: int, items: int, events: int, labels
         item_count=np.zeros(count),
         items=chance.integers(0, items, count),
         counted=np.tile(np.arange(events) < events * 2 // 3, users),
+        inside=np.tile(np.arange(events) < events * 2 // 3, users),
     )
 
 
@@ -131,3 +132,19 @@ def test_random_answers_are_not_foretold_in_the_training_range_nor_after_it(tmp_
     for rows in (h.counted, ~h.counted):
         assert abs(auc(h.labels[rows], ours[rows]) - 0.5) < 0.02
     assert auc(h.labels[h.counted], naive[h.counted]) > 0.55
+
+
+def test_a_meeting_that_is_not_counted_knows_nothing_of_a_later_one_that_is(tmp_path: Path) -> None:
+    """Users meet every item twice and think the same both times, of pure chance; only the second time is counted."""
+    chance = np.random.default_rng(3)
+    users, items = 200, 30
+    tastes = chance.integers(0, 2, (users, items))
+    orders = np.stack([np.concatenate([chance.permutation(items), chance.permutation(items)]) for _ in range(users)])
+    outcome = np.take_along_axis(np.tile(tastes, 2), orders % items, 1).ravel()
+    h = log(chance, users, items, 2 * items, outcome)
+    counted = np.tile(np.arange(2 * items) >= items, users)
+    h = dataclasses.replace(h, items=orders.ravel(), counted=counted, inside=np.ones_like(counted))
+    table = build(tmp_path, [h], items, items)
+    ours, naive = (affinity(dataclasses.replace(h, neighbours=table, inside=inside)) for inside in (h.inside, counted))
+    assert abs(auc(h.labels[~counted], ours[~counted]) - 0.5) < 0.03
+    assert auc(h.labels[~counted], naive[~counted]) > 0.55

@@ -131,9 +131,19 @@ def test_similarity_moves_the_attention_of_those_asked_alone(examples: str) -> N
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A log of users who meet items again, with a field of several values and a table of neighbours."""
-    folder = tmp_path_factory.mktemp("told")
+    return told_data(tmp_path_factory.mktemp("told"), requests=False)
+
+
+@pytest.fixture(scope="module")
+def asked_together(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The same, whose requests hold several events."""
+    return told_data(tmp_path_factory.mktemp("together"), requests=True)
+
+
+def told_data(folder: Path, requests: bool) -> Prepared:
     source = table_source(folder / "raw", make_events(9, 12))
-    source = source.model_copy(update={"columns": source.columns.model_copy(update={"request": None})})
+    if not requests:
+        source = source.model_copy(update={"columns": source.columns.model_copy(update={"request": None})})
     column = "genres"
     spec = prepare_spec(source).model_copy(
         update={
@@ -245,6 +255,69 @@ def test_a_request_scores_as_it_was_evaluated_with_all_signals(
     assert compared >= 4
 
 
+@pytest.mark.parametrize("examples", ["per_target", "per_request"])
+def test_behaviours_of_one_request_did_not_know_one_another(asked_together: Prepared, tmp_path: Path, examples: str) -> None:
+    """Nor do they when they are the history of a request to score."""
+    spec = spec_of(asked_together, str(tmp_path / "run"), examples)
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(asked_together.uri)
+    expected = evaluated(spec.run_dir, "test")
+    for number, (user, event) in enumerate(zip(expected.users.tolist(), expected.events.tolist(), strict=True)):
+        request = json.loads(json.dumps(request_of(dataset, user, event)))
+        assert scorer.score(request)[0] == pytest.approx(expected.probabilities[number], abs=1e-5)
+    apart = request_of(dataset, int(expected.users[-1]), int(expected.events[-1]))
+    for behaviour in apart["history"]:
+        behaviour["request"] = None
+    assert scorer.score(apart)[0] != pytest.approx(expected.probabilities[-1], abs=1e-5)
+
+
+def test_a_model_of_data_that_were_appended_to_scores_new_items(data: Prepared, tmp_path: Path) -> None:
+    """The table of neighbours is older than they are."""
+    rows = sorted(make_events(9, 12), key=lambda event: event[3])
+    early, late = tmp_path / "early", tmp_path / "late"
+    spec = data.spec.model_copy(update={"past_events": 10})
+    known = {event[1] for event in rows[:84]} - {7}
+    first = [event for event in rows[:84] if event[1] in known]
+    source = sourced(early, first)
+    lines = Path(str(source.items)).read_text().splitlines(keepends=True)
+    Path(str(source.items)).write_text("".join(line for line in lines if not line.startswith("i7,")))
+    uri = str(early / "data")
+    prepare(spec.model_copy(update={"source": source}), uri)
+    manifest = append(spec.model_copy(update={"source": sourced(late, rows[84:])}), uri)
+    appended = Prepared(uri, spec)
+    run = spec_of(appended, str(tmp_path / "run"), "per_target")
+    write_run(run)
+    export_run(run.run_dir, str(tmp_path / "out"))
+    scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(uri)
+    assert scorer.knowledge is not None
+    assert len(scorer.knowledge.ids) == manifest.item_count
+    expected = evaluated(run.run_dir, "test")
+    for number, (user, event) in enumerate(zip(expected.users.tolist(), expected.events.tolist(), strict=True)):
+        assert scorer.score(request_of(dataset, user, event))[0] == pytest.approx(expected.probabilities[number], abs=1e-5)
+
+
+def test_where_nothing_is_known_of_any_item_all_is_finite(data: Prepared, tmp_path: Path) -> None:
+    """A log within one period: no item was met in an earlier one."""
+    spec = data.spec.model_copy(update={"statistics": data.spec.statistics.model_copy(update={"period": "week"})})
+    events = [(user, item, rating, 10**9 + place) for place, (user, item, rating, _) in enumerate(make_events(9, 12))]
+    prepare(spec.model_copy(update={"source": sourced(tmp_path, events)}), str(tmp_path / "data"))
+    run = spec_of(Prepared(str(tmp_path / "data"), spec), str(tmp_path / "run"), "per_target")
+    write_run(run)
+    assert np.isfinite(evaluated(run.run_dir, "test").probabilities).all()
+
+
+def test_what_is_appended_has_the_columns_of_the_data_set(data: Prepared, tmp_path: Path) -> None:
+    """Else ratings and clicks would be averaged together, and old events be read as what they are not."""
+    rows = [(user, item, rating, time + 10**8) for user, item, rating, time in make_events(9, 12)]
+    source = sourced(tmp_path, rows)
+    clicks = source.model_copy(update={"columns": source.columns.model_copy(update={"feedback": None, "label": "stars"})})
+    with pytest.raises(
+        InputError, match=r"prepare\.source\.columns\.feedback: the data set .* has one, what is appended has none"
+    ):
+        append(data.spec.model_copy(update={"source": clicks}), data.uri)
+
+
 def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -> None:
     spec = spec_of(data, str(tmp_path / "run"), "per_target")
     write_run(spec)
@@ -281,3 +354,9 @@ def test_what_the_signals_need_is_asked_for(data: Prepared, tmp_path: Path, chan
     scorer.knowledge = dataclasses.replace(scorer.knowledge, labelled=True)  # as for a log with a column of clicks
     with pytest.raises(InputError, match=message):
         scorer.score(request)
+
+
+@pytest.mark.parametrize(("signal", "buckets"), [("hour", 23), ("weekday", 6)])
+def test_a_category_fits_its_table(signal: str, buckets: int) -> None:
+    with pytest.raises(ValueError, match=f"{signal} has .* values, more than buckets {buckets}"):
+        SinkSpec(signals=(signal,), buckets=buckets)

@@ -160,7 +160,8 @@ class StatisticsSpec(Section):
     strength: float = Field(default=5.0, gt=0)
     """An item's mean is drawn to that of all items by so many imagined outcomes."""
     user_events: int = Field(default=200, ge=1)
-    """A user's statistics are of so many latest events before each event; a request to score needs no more."""
+    """A user's statistics are of so many latest events before each event. What the user thought of one of these beyond their own
+    level takes as many before it, so a request to score, and `past_events`, need twice as many."""
     fields: tuple[FieldSpec, ...] = ()
     """Columns of the item table for the signal `field_res`."""
 

@@ -72,8 +72,9 @@ class SinkSpec(Section):
 
     @model_validator(mode="after")
     def _clock_fits(self) -> "SinkSpec":
-        if "hour" in self.signals and self.buckets < 24:
-            raise ValueError(f"hour has 24 values, more than buckets {self.buckets}")
+        for name, values in (("hour", 24), ("weekday", 7)):
+            if name in self.signals and self.buckets < values:
+                raise ValueError(f"{name} has {values} values, more than buckets {self.buckets}")
         return self
 
 

@@ -49,7 +49,7 @@ class Dataset:
         self.prefix = np.array(self.manifest.prefix_tokens, np.int64)
 
     def _start(self) -> None:
-        self._shards: OrderedDict[int, Future[Shard]] = OrderedDict()
+        self._shards: OrderedDict[tuple[int, Layout | None], Future[Shard]] = OrderedDict()
         self._lock = threading.Lock()
         self._readers = threading.Semaphore(READERS if storage.is_remote(self.uri) else 1)
 
@@ -69,8 +69,7 @@ class Dataset:
         """
         if layout == self._layout:
             return
-        manifest = self.manifest
-        if layout.needs_vectors and manifest.encoder is None:
+        if layout.needs_vectors and self.manifest.encoder is None:
             raise InputError(
                 f"the data set {self.uri} has no item vectors, which the signal similarity, data.retrieve and model.similarity: "
                 "vectors need: prepare it again with prepare.encoder"
@@ -78,7 +77,6 @@ class Dataset:
         if "neighbours" in layout.needs and self._neighbours is None:
             self._neighbours = self.read_neighbours()
         self._layout = layout
-        self._start()
 
     def read_neighbours(self) -> Neighbours:
         """The table of items' neighbours.
@@ -114,13 +112,15 @@ class Dataset:
 
     def _fetch(self, numbers: Sequence[int]) -> list[Future[Shard]]:
         with self._lock:
-            for number in numbers:
-                known = self._shards.get(number)
+            layout = self._layout  # another source of the same data set may set its own before these are read
+            keys = [(number, layout) for number in numbers]
+            for key in keys:
+                known = self._shards.get(key)
                 # What failed may have been read ahead long ago, and the storage be well again by now.
                 if known is None or (known.done() and known.exception() is not None):
-                    self._shards[number] = begin(partial(self._load, number), self._readers)
-                self._shards.move_to_end(number)
-            found = [self._shards[number] for number in numbers]
+                    self._shards[key] = begin(partial(self._load, *key), self._readers)
+                self._shards.move_to_end(key)
+            found = [self._shards[key] for key in keys]
             while len(self._shards) > self.keep_shards:  # those that were needed longest ago make room
                 self._shards.popitem(last=False)
             return found
@@ -132,15 +132,14 @@ class Dataset:
     def _read(self, entry: FileEntry) -> bytes:
         return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)
 
-    def _load(self, number: int) -> Shard:
-        events, tokens = self.tables(number)
+    def _load(self, number: int, layout: Layout | None) -> Shard:
+        events, tokens = self.tables(number, layout is not None and layout.needs_vectors)
         knowing = Knowing.of(self.manifest, self.manifest.shards[number], self._neighbours)
-        return to_shard(events, tokens, self._layout, knowing)
+        return to_shard(events, tokens, layout, knowing)
 
-    def tables(self, number: int) -> tuple[pa.Table, pa.Table]:
-        """A shard's events, COLUMNS of them, and its sidecar, with vectors where the layout in use needs them."""
+    def tables(self, number: int, vectors: bool = False) -> tuple[pa.Table, pa.Table]:
+        """A shard's events, COLUMNS of them, and its sidecar, with the items' `vectors` if asked for."""
         entry = self.manifest.shards[number]
-        vectors = self._layout is not None and self._layout.needs_vectors
         wanted = [*TOKENS_SCHEMA.names, *([VECTOR] if vectors else [])]
         events, tokens = (
             from_parquet(self._read(file), columns=columns, threads=False)

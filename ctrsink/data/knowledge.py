@@ -13,6 +13,7 @@ from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import read_file
 from ctrsink.data.prepare.statistics import latest
 from ctrsink.data.shard import read_neighbours
+from ctrsink.features.counted import Counted
 from ctrsink.features.neighbours import Neighbours
 
 FILE = "items.parquet"
@@ -38,6 +39,9 @@ class Knowledge:
     fields: tuple[FieldSpec, ...]
     window: int
     """A user's latest events that their statistics are of."""
+    request_is_second: bool
+    counted: Counted | None
+    """What the neighbours were made of."""
 
     @cached_property
     def _row(self) -> dict[str, int]:
@@ -57,7 +61,7 @@ class Knowledge:
     def of(cls, dataset: Dataset, with_neighbours: bool) -> "Knowledge":
         """That of a data set."""
         manifest = dataset.manifest
-        kept = manifest.statistics
+        kept, table = manifest.statistics, manifest.neighbours
         mean, count, overall = latest(read_file(dataset.uri, kept.file), kept.strength)
         return cls(
             ids=dataset.read_items().column("id").combine_chunks(),
@@ -70,6 +74,8 @@ class Knowledge:
             positive_from=manifest.positive_from,
             fields=kept.fields,
             window=kept.user_events,
+            request_is_second=manifest.request_is_second,
+            counted=Counted(table.until, table.user_events) if table is not None and with_neighbours else None,
         )
 
     def dump(self) -> tuple[dict[str, Any], bytes]:
@@ -81,14 +87,19 @@ class Knowledge:
             "labelled": self.labelled,
             "positive_from": self.positive_from,
             "window": self.window,
+            "request_is_second": self.request_is_second,
             "fields": [field.model_dump(mode="json") for field in self.fields],
         }
         if self.neighbours is not None:
             table = self.neighbours
-            offsets = pa.array(table.offsets.astype(np.int32))
+            # Items that were appended have no neighbours.
+            missing = len(self.ids) + 1 - len(table.offsets)
+            offsets = pa.array(np.append(table.offsets, np.full(missing, table.offsets[-1])).astype(np.int32))
             for name in _LISTS:
                 columns[name] = pa.ListArray.from_arrays(offsets, pa.array(getattr(table, name)))
             plain |= {"variance": table.variance, "shrink": table.shrink}
+        if self.counted is not None:
+            plain |= {"until": self.counted.until, "user_events": self.counted.user_events}
         return plain, to_parquet(pa.table(columns))
 
     @classmethod
@@ -110,5 +121,7 @@ class Knowledge:
             labelled=plain["labelled"],
             positive_from=plain["positive_from"],
             window=plain["window"],
+            request_is_second=plain["request_is_second"],
+            counted=Counted(plain["until"], plain["user_events"]) if "until" in plain else None,
             fields=tuple(FieldSpec.model_validate(field) for field in plain["fields"]),
         )

@@ -53,7 +53,7 @@ class Layout:
         numbers, target_numbers = (of_kind(names, numbers=True) for names in (of_sinks, of_target))
         _check(data.uri, manifest, (*of_sinks, *of_target), sinks.buckets if sinks else 0)
         scales = {**manifest.numbers}
-        return cls(
+        layout = cls(
             examples=data.examples,
             history=data.history,
             targets=data.targets_per_sequence,
@@ -68,6 +68,17 @@ class Layout:
             utc_offset_hours=data.utc_offset_hours,
             scales=tuple((n, scales[n].mean, scales[n].deviation) for n in dict.fromkeys((*numbers, *target_numbers))),
         )
+        if layout.needs_vectors and manifest.encoder is None:
+            raise InputError(
+                f"the data set {data.uri} has no item vectors, which the signal similarity, data.retrieve and model.similarity: "
+                "vectors need: prepare it again with prepare.encoder"
+            )
+        if "neighbours" in layout.needs and manifest.neighbours is None:
+            raise InputError(
+                f"the data set {data.uri} has no table of neighbours, which the signal affinity and model.similarity: neighbours "
+                "need: prepare it again with prepare.neighbours"
+            )
+        return layout
 
     @classmethod
     def load(cls, plain: dict[str, Any]) -> "Layout":

@@ -189,6 +189,8 @@ class Manifest(Section):
     positive_from: float
     labelled: bool
     """Labels are a column of the log; else they follow from the feedback and `positive_from`."""
+    request_is_second: bool
+    """What one user met within a second is one request, where the log names none."""
     prefix_tokens: tuple[int, ...]
     feedback_texts: tuple[str, ...]
     """What follows a behaviour's item text (feedback, then separator), by `feedback_id`."""

@@ -14,6 +14,7 @@ from ctrsink.data.manifest import VECTOR, Manifest, ShardEntry
 from ctrsink.data.requests import known_events
 from ctrsink.data.windows import Events
 from ctrsink.features.categories import categories
+from ctrsink.features.counted import Counted
 from ctrsink.features.histories import Histories
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.numbers import z_scores
@@ -42,27 +43,6 @@ class Shard(Events):
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Which events the table of neighbours counts."""
-
-    until: int
-    """Those before this time, in seconds since 1970."""
-    user_events: int
-    """Of each user the latest so many of them."""
-
-    def of(self, timestamps: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """bool [N], of the events of users, oldest first in each.
-
-        Args:
-            begins: row at which each event's user begins [N].
-            sizes: events of each user.
-        """
-        before = timestamps < self.until
-        totals = np.add.reduceat(before, np.cumsum(sizes) - sizes).repeat(sizes) if len(sizes) else np.empty(0, np.int64)
-        return before & (np.arange(len(timestamps)) - begins >= totals - self.user_events)
-
-
-@dataclass(frozen=True)
 class Knowing:
     """What turns a shard's columns into Histories."""
 
@@ -88,9 +68,9 @@ class Knowing:
         outcome = flat.numbers("feedback") if self.outcome == "feedback" else np.where(labels >= 0, labels, np.nan)
         items = flat.of("item").to_numpy()
         timestamps = flat.of("timestamp").to_numpy()
-        counted = np.zeros(len(items), np.bool_)
+        inside = counted = np.zeros(len(items), np.bool_)
         if self.counted is not None:
-            counted = self.counted.of(timestamps, begins, counts)
+            inside, counted = self.counted.of(timestamps, begins, counts)
         of_items = _lists(tokens, "fields")
         rows = np.searchsorted(tokens["item"].to_numpy(), items)
         return Histories(
@@ -103,6 +83,7 @@ class Knowing:
             item_count=flat.of("item_count").to_numpy().astype(np.float64),
             items=items.astype(np.int64),
             counted=counted,
+            inside=inside,
             fields=Ragged(of_items.take(rows), np.append(0, of_items.lengths(rows).cumsum())),
             neighbours=self.neighbours,
             window=self.window,
@@ -149,7 +130,7 @@ def with_told(events: E, layout: Layout, histories: Histories | None, feedbacks:
         found,
         numbers=np.ascontiguousarray(z[:, [every.index(name) for name in layout.numbers]]),
         target_numbers=np.ascontiguousarray(z[:, [every.index(name) for name in layout.target_numbers]]),
-        histories=histories,
+        histories=histories if layout.similarity == "neighbours" else None,  # they are large
     )
 
 

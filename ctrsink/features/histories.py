@@ -46,11 +46,13 @@ class Histories:
     """int64 [N]; row of the item table, -1 where it is unknown; needed with `neighbours`."""
     counted: np.ndarray | None = None
     """bool [N]; whether the event is among those that the table of neighbours counts."""
+    inside: np.ndarray | None = None
+    """bool [N]; whether it lies in the range of time that these are of."""
     fields: Ragged | None = None
     """Values that the item of each event has in its fields, as numbers; N rows."""
     neighbours: Neighbours | None = None
     window: int = 200
-    """A user's latest events that their statistics are of: no request needs more."""
+    """A user's latest events that their statistics are of; `beyond_user` of one of these is of as many before it."""
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -79,16 +81,21 @@ class Histories:
         return np.where(self.has, self.deviation - self.user_res, 0.0)
 
     @cached_property
-    def own(self) -> np.ndarray:
-        """float64 [N]; what the event's user put into the neighbours' sums for its item, 0 where nothing."""
-        assert self.items is not None and self.counted is not None
+    def own(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of events in the table's range: what the user put into its sums for the item, float64 [N], and whether anything, bool.
+
+        A user may have met an item several times: the sums hold all counted meetings together, and any meeting knows them.
+        """
+        assert self.items is not None and self.counted is not None and self.inside is not None
+        keys = self.begins * (self.items.max(initial=0) + 2) + self.items + 1
         rows = np.flatnonzero(self.counted)
-        # A user may have met an item several times: the sums hold all of them together.
-        keys = self.begins[rows] * (self.items.max(initial=0) + 1) + self.items[rows]
-        _, which = np.unique(keys, return_inverse=True)
-        out = np.zeros(len(self.items))
-        out[rows] = np.bincount(which, self.beyond_user[rows])[which]
-        return out
+        known, which = np.unique(keys[rows], return_inverse=True)
+        if not len(known):
+            return np.zeros(len(keys)), np.zeros(len(keys), np.bool_)
+        sums = np.bincount(which, self.beyond_user[rows])
+        places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        has = self.inside & (known[places] == keys)
+        return np.where(has, sums[places], 0.0), has
 
     def total(self, values: np.ndarray, latest: int | None = None) -> np.ndarray:
         """Sum of `values` [N] over the `latest` events in each event's window, or all of them, float64 [N]."""
@@ -125,9 +132,10 @@ class Histories:
         Returns:
             Which of the pairs are known, ascending int64 [F], and their similarity, float64 [F]. That of the others is 0.
         """
-        assert self.neighbours is not None and self.items is not None and self.counted is not None
+        assert self.neighbours is not None and self.items is not None
         found, places = self.neighbours.find(self.items[asked], self.items[seen])
         asked, seen = asked[found], seen[found]
-        both = self.counted[asked] & self.counted[seen]
-        own = np.where(both, self.own[asked] * self.own[seen], 0.0)
+        own, has = self.own
+        both = has[asked] & has[seen]
+        own = np.where(both, own[asked] * own[seen], 0.0)
         return found, self.neighbours.similarity(places, own, both)

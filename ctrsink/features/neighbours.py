@@ -59,6 +59,10 @@ class Neighbours:
         # Where nobody else is left the rounding of what was taken out would be all there is.
         return np.where(users > 0, value, 0.0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without the matrix, which it makes itself."""
+        return {name: value for name, value in vars(self).items() if name != "_places"}
+
     @cached_property
     def _places(self) -> Any:
         """A matrix whose entry (i, j) is one more than the place of the pair, or 0; sparse where a dense one would be large."""

@@ -31,6 +31,8 @@ class Behaviour(Section):
     """Whether it was a click, for models of a log with a label column; elsewhere it follows from the feedback."""
     timestamp: Timestamp
     """Seconds since 1970."""
+    request: str | int | None = None
+    """Id shared by behaviours that were shown at one moment: none of them was known when the others were."""
 
 
 class Request(Section):
@@ -86,7 +88,7 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     """
     shard, row = dataset.locate(user)
     entry = dataset.manifest.shards[int(dataset.index["shard"][user])].events_file
-    names = ["item", "timestamp", "feedback", "label", "item_mean", "item_count"]
+    names = ["item", "timestamp", "feedback", "label", "request", "item_mean", "item_count"]
     table = from_parquet(read_file(dataset.uri, entry), columns=names)
     log: dict[str, list[Any]] = {name: table.column(name)[row].as_py() for name in names}
     if not 0 <= event < len(log["item"]):
@@ -100,7 +102,8 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
         if place is not None:
             item |= {"item_mean": log["item_mean"][place], "item_count": log["item_count"][place]}
     history = [
-        {"item": items[place]} | {name: log[name][place] for name in ("feedback", "label", "timestamp")} for place in range(known)
+        {"item": items[place]} | {name: log[name][place] for name in ("feedback", "label", "timestamp", "request")}
+        for place in range(known)
     ]
     return {"history": history, "candidates": items[known:], "timestamp": log["timestamp"][event]}
 

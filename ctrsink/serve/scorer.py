@@ -109,6 +109,8 @@ class Scorer:
         Raises:
             InputError: the request cannot be scored.
         """
+        if self.layout.retrieve is not None:
+            raise InputError("the model retrieves behaviours (data.retrieve): which of them a sink is of is not told")
         parsed = self.parse(request, "request")
         (sequence,) = self._sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
         batch = collate([sequence], [0]).to(self.model.device)

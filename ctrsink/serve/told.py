@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ctrsink.data.knowledge import Knowledge
+from ctrsink.data.requests import known_events
 from ctrsink.data.values import text
 from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
@@ -35,20 +37,35 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
         )
         for item in items
     ]
+    # In the range that the neighbours are of the user's own part is taken out, as it was in training.
+    inside = counted = np.zeros(count + candidates, np.bool_)
+    if knowledge.counted is not None:
+        zeros, none = np.zeros(count, np.int64), np.zeros(candidates, np.bool_)
+        inside, counted = (np.append(of, none) for of in knowledge.counted.of(timestamps[:count], zeros, np.array([count])))
     return Histories(
         begins=np.zeros(count + candidates, np.int64),
-        known=np.append(np.arange(count), np.full(candidates, count)),
+        known=np.append(known_events(_requests(request, knowledge), np.array([count])), np.full(candidates, count)).astype(
+            np.int64
+        ),
         timestamps=timestamps,
         outcome=values.astype(np.float64),
         labels=labels,
         item_mean=mean,
         item_count=number,
         items=rows,
-        counted=np.zeros(count + candidates, np.bool_),
+        counted=counted,
+        inside=inside,
         fields=Ragged.of(fields),
         neighbours=knowledge.neighbours,
         window=knowledge.window,
     )
+
+
+def _requests(request: Request, knowledge: Knowledge) -> pa.Array:
+    """Ids of the requests of the behaviours, null where one stands alone."""
+    seconds = [str(math.floor(b.timestamp)) if knowledge.request_is_second else None for b in request.history]
+    given = [text(b.request) or second for b, second in zip(request.history, seconds, strict=True)]
+    return pa.array(given, pa.string())
 
 
 def check(request: Request, knowledge: Knowledge, where: str) -> None:

@@ -18,7 +18,8 @@ from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.data.prepare.statistics import Rule, read_received
 from ctrsink.data.render import feedback_ids
 from ctrsink.data.requests import known_events
-from ctrsink.data.shard import Counted, Knowing
+from ctrsink.data.shard import Knowing
+from ctrsink.features.counted import Counted
 
 
 @dataclass(frozen=True)

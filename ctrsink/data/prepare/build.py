@@ -11,6 +11,7 @@ from ctrsink.data.prepare.execute import Execute, in_process
 from ctrsink.data.prepare.job import Job
 from ctrsink.data.prepare.statistics import Rule
 from ctrsink.data.prepare.steps import run_steps
+from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError, first_line
 
 log = logging.getLogger("ctrsink.data")
@@ -55,13 +56,24 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
         ("statistics.strength", rule.strength, kept.strength),
         ("statistics.user_events", spec.statistics.user_events, kept.user_events),
         ("statistics.fields", spec.statistics.fields, kept.fields),
+        ("request_is_second", spec.request_is_second, base.request_is_second),
     ):
         if wanted != there:
             raise InputError(f"prepare.{name} is not that of the data set {to} ({there}): what is appended must be like it")
-    if spec.past_events < kept.user_events:
+    columns = open_source(spec.source).columns
+    for name, mapped, there in (
+        ("feedback", columns.feedback is not None, kept.outcome == "feedback"),
+        ("label", columns.label is not None, base.labelled),
+    ):
+        if mapped != there:
+            both = ("has one", "has none") if there else ("has none", "has one")
+            raise InputError(
+                f"prepare.source.columns.{name}: the data set {to} {both[0]}, what is appended {both[1]}: map what it has"
+            )
+    if spec.past_events < 2 * kept.user_events:
         log.warning(
-            "prepare.past_events %d is less than prepare.statistics.user_events %d: signals of users who come back are of fewer "
-            "events than before; raise past_events if the model is told any",
+            "prepare.past_events %d is less than twice prepare.statistics.user_events %d: some signals of users who come back "
+            "are of fewer events than before; raise past_events if the model is told any",
             spec.past_events,
             kept.user_events,
         )

@@ -9,7 +9,8 @@ import numpy as np
 
 from ctrsink import storage
 from ctrsink.data.arrow import from_parquet
-from ctrsink.data.manifest import TOKENS_SCHEMA, NeighboursEntry, Scale, ShardEntry, SplitTimes
+from ctrsink.data.chronology import split_of
+from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, NeighboursEntry, Scale, ShardEntry, SplitTimes
 from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.data.shard import COLUMNS, Knowing, read_neighbours
 from ctrsink.features.neighbours import Neighbours
@@ -43,7 +44,7 @@ class Moments:
         entry = self.neighbours
         table = _table(storage.join(self.to, entry.file.path), entry.variance, entry.shrink) if entry else None
         histories = replace(self.knowing, neighbours=table).histories(events, tokens)
-        trained = (histories.timestamps < self.split_times.train_end) & (histories.labels >= 0)
+        trained = (split_of(histories.timestamps, self.split_times) == SPLITS.index("train")) & (histories.labels >= 0)
         found: dict[str, list[float]] = {}
         for name in self.names:
             values = number(name, histories)[trained]

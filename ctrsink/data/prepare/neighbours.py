@@ -13,6 +13,7 @@ from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.features.histories import Histories
 
 PAIRS = 20_000_000  # of items and users' other items that a task goes through, about
+MOST_TASKS = 64
 _LEAST_COMMON = 2
 
 
@@ -28,7 +29,7 @@ def opinions(h: Histories) -> pa.Table:
     _, user = np.unique(h.begins[rows], return_inverse=True)
     size = int(h.items.max(initial=0)) + 1
     keys, firsts = np.unique(user * size + h.items[rows], return_index=True)
-    values = h.own[rows][firsts]
+    values = h.own[0][rows][firsts]
     table = pa.table({"user": (keys // size).astype(np.int32), "item": (keys % size).astype(np.int32), "value": values})
     squares = float(np.square(h.beyond_user[rows]).sum())
     return table.replace_schema_metadata({"squares": squares.hex(), "events": str(len(rows))})
@@ -96,13 +97,15 @@ class Pairing:
 
 
 def cut_items(paths: tuple[str, ...], items: int) -> tuple[tuple[int, int], ...]:
-    """Ranges of items whose users have about PAIRS other items in all."""
+    """Ranges of items whose users have about PAIRS other items in all, or more where these would be more than MOST_TASKS."""
     work = np.zeros(items)
     for path in paths:
         table = from_ipc(storage.read_bytes(path))
         user, item = (table.column(name).to_numpy() for name in ("user", "item"))
         work += np.bincount(item, np.bincount(user)[user] if len(user) else None, items)
-    ends = np.unique(np.searchsorted(np.cumsum(work), np.arange(PAIRS, work.sum() + PAIRS, PAIRS)) + 1)
+    # Every task reads all opinions: of a large log it takes more at a time.
+    size = max(PAIRS, work.sum() / MOST_TASKS)
+    ends = np.unique(np.searchsorted(np.cumsum(work), np.arange(size, work.sum() + size, size)) + 1)
     bounds = np.unique(np.minimum(np.concatenate([[0], ends, [items]]), items)).tolist()
     return tuple(itertools.pairwise(bounds))
 
@@ -114,4 +117,4 @@ def mean_square(paths: tuple[str, ...]) -> float:
         facts = from_ipc(storage.read_bytes(path)).schema.metadata
         squares += float.fromhex(facts[b"squares"].decode())
         events += int(facts[b"events"])
-    return squares / events if events else 1.0
+    return squares / events if squares else 1.0  # nothing was known of any item: no similarity

@@ -27,9 +27,9 @@ from ctrsink.data.prepare.results import write_named
 from ctrsink.data.prepare.survey import Survey, Totals, count_splits, split_times
 from ctrsink.data.prepare.vectors import Encoding
 from ctrsink.data.render import feedback_table, template_fields
-from ctrsink.data.shard import Counted
 from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError
+from ctrsink.features.counted import Counted
 
 log = logging.getLogger("ctrsink.data")
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
@@ -97,6 +97,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     table = spec.neighbours if base is None else None
     counted = Counted(times.train_end, table.user_events) if table else None
     facts = (partition.folder, ranges, times, texts, ids, tokens, vectors, past, spec.duplicates, fields, received_path, counted)
+    facts = (*facts, spec.request_is_second, spec.statistics)
     assembly = Assembly(
         partition=partition,
         to=job.to,
@@ -155,6 +156,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         text=spec.text,
         positive_from=spec.positive_from,
         labelled=source.columns.label is not None,
+        request_is_second=spec.request_is_second,
         prefix_tokens=tuple(tokenize.prefix_tokens(tokenizer, spec.text.prefix)),
         feedback_texts=texts,
         feedback_tokens=tuple(tuple(ids) for ids in tokenize.encode_own(tokenizer, list(texts))),
