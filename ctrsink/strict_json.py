@@ -1,4 +1,4 @@
-"""JSON that every reader takes: a number that is none (an AUC with one class) is null, not NaN."""
+"""JSON that every reader takes, as written and as read: a number that is none is null, and no key is there twice."""
 
 import json
 import math
@@ -8,6 +8,23 @@ from typing import Any
 def dumps(value: Any, indent: int | None = None) -> str:
     """`value` as JSON text; NaN and infinities become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+class Twice(ValueError):
+    """An object has a key twice: which of the two values is meant, nobody knows."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads, as object_pairs_hook: the object with these entries.
+
+    Raises:
+        Twice: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise Twice(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def _finite(value: Any) -> Any:

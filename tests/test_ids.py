@@ -3,6 +3,7 @@
 import csv
 import datetime
 import math
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ctrsink.config.data import SourceSpec, SplitSpec, TextSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.prepare.build import append, prepare
+from ctrsink.data.values import column_texts
 from ctrsink.errors import InputError
 from tests.value_fixtures import SHOP, log_rows, spec_for, write_jsonl
 
@@ -257,3 +259,71 @@ def test_a_name_in_another_case_is_answered_with_the_right_one(tmp_path: Path, e
             ),
             str(tmp_path / "data"),
         )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"click": 1', '"click": [1]', ", column click: a list is neither a number nor a time"),
+        ('"click": 1', '"click": []', ", column click: a list is neither a number nor a time"),
+        ('"timestamp": 1', '"timestamp": [1], "rest": 1', ", column timestamp: a list is neither a number nor a time"),
+        ('"user": "v"', '"user": "v", "user": "u"', ": the key 'user' is there twice"),
+        ('"click": 1', '"click": 0, "click": 1', ": the key 'click' is there twice"),
+    ],
+)  # fmt: skip
+def test_what_might_mean_two_things_is_a_bad_row(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = write_jsonl(tmp_path / "log.jsonl", log_rows(["u", "v"]))
+    lines = path.read_text().splitlines()
+    assert old in lines[7]
+    lines[7] = lines[7].replace(old, new)
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=rf"log\.jsonl, row 8 \(line 8\){re.escape(message)}"):
+        prepare(spec_for(path), str(tmp_path / "data"))
+    assert prepare(spec_for(path), str(tmp_path / "data"), "skip").skipped_rows == 1
+
+
+def test_ids_from_another_column_are_not_those_of_a_column_item(tmp_path: Path) -> None:
+    log = write_jsonl(tmp_path / "log.jsonl", log_rows(["u"]))
+    ids = [f"i{n}" for n in range(6)]
+    table = {"sku": ids, "item": ids[::-1], "title": [f"Film {n}" for n in range(6)]}
+    items = write_jsonl(tmp_path / "items.jsonl", table)
+
+    def prepared(**columns: str) -> dict[str, str]:
+        spec = spec_for(log, items)
+        spec = spec.model_copy(update={"source": spec.source.model_copy(update={"items_columns": columns})})
+        prepare(spec, str(tmp_path / "data"), overwrite=True)
+        held = Dataset(str(tmp_path / "data")).read_items()
+        return dict(zip(held["id"].to_pylist(), held["text"].to_pylist(), strict=True))
+
+    assert prepared(item="sku") == dict(zip(ids, table["title"], strict=True))
+    assert prepared(item="sku", title="sku") == prepared(title="item") == {name: name for name in ids}
+    with pytest.raises(InputError, match=r"takes the ids from 'sku', and title from 'item'.*: rename that column in the table"):
+        prepared(item="sku", title="item")
+
+
+@pytest.mark.parametrize("name", ["id", "text"])
+def test_a_template_names_no_column_that_data_sets_have_themselves(tmp_path: Path, name: str) -> None:
+    log = write_jsonl(tmp_path / "log.jsonl", log_rows(["u"]))
+    items = write_jsonl(tmp_path / "items.jsonl", {"item": [f"i{n}" for n in range(6)], name: [f"Film {n}" for n in range(6)]})
+    with pytest.raises(InputError, match=rf"items_columns=\{{my_{name}: {name}\}}"):
+        prepare(spec_for(log, items, item=f"{{{name}}}"), str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (pa.array([0, 2**62]).cast(pa.timestamp("ms")), "outside of the years 1 to 9999"),
+        (pa.array([0, -(2**62)]).cast(pa.timestamp("us")), "outside of the years 1 to 9999"),
+        (pa.array([0, 2**31 - 1], pa.int32()).cast(pa.date32()), "outside of the years 1 to 9999"),
+        (pa.array([None, 1]).cast(pa.timestamp("s", "Foo/Bar")), "timezone"),
+        (pa.array([None, 2**62], pa.int64()).cast(pa.duration("s")), ""),
+        (pa.array([None, {"day": 2**31 - 1}], pa.struct({"day": pa.date32()})), ""),
+    ],
+    ids=["milliseconds", "microseconds", "days", "zone", "span", "struct"],
+)
+def test_a_moment_that_no_text_names_is_named_by_its_row(cells: pa.Array, message: str) -> None:
+    texts, wrong = column_texts(cells)
+    assert texts[1].as_py() is None
+    assert list(wrong) == [1]
+    assert message in wrong[1]

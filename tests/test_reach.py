@@ -1,5 +1,6 @@
 """A cluster that nobody answers for is told of in seconds, and a run that never made a step leaves no folder behind."""
 
+import json
 import os
 import socket
 import threading
@@ -100,6 +101,8 @@ def test_one_who_lost_the_folder_does_not_take_it_from_the_other(config: Path, m
     run = config.parent / "run"
 
     def fail(*args: object) -> None:
+        while not json.loads((run / "held-by.json").read_text() or "{}").get("beat"):
+            time.sleep(0.01)  # the first sign of life, which comes at once, would write over the other's
         (run / "held-by.json").write_text('{"host": "h", "process": 1, "token": "another", "beat": 1}')
         raise RunError("no worker came")
 

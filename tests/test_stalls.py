@@ -3,6 +3,7 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -50,9 +51,9 @@ def test_a_run_says_that_it_waits_for_its_data(
 ) -> None:
     load = Dataset._load
 
-    def slowly(self: Dataset, number: int) -> object:
+    def slowly(self: Dataset, *shard: Any) -> object:
         time.sleep(1)
-        return load(self, number)
+        return load(self, *shard)
 
     monkeypatch.setattr(Dataset, "_load", slowly)
     data = prepared_data(str(tmp_path / "data"))

@@ -340,6 +340,11 @@ def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -
         (lambda r: r["candidates"][0].pop("genres"), "candidates.0 has no field 'genres'"),
         (lambda r: r["candidates"][0].update(item_mean="high"), "candidates.0.item_mean is no number"),
         (lambda r: r["candidates"][0].update(item_count=-1), "candidates.0.item_count is below 0"),
+        (lambda r: r["candidates"][0].update(item_count=10**400), "candidates.0.item_count is no number"),
+        (lambda r: r["candidates"][0].update(id=269.5), "candidates.0.id: 269.5 is a floating-point number"),
+        (lambda r: r["candidates"][0].update(id=[269]), "candidates.0.id: a list is no id"),
+        (lambda r: r["history"][0].update(request="\ud83d"), "history.0.request: .* half a surrogate pair"),
+        (lambda r: r["history"][0].update(request=True), "history.0.request"),
         (lambda r: r["history"][0].pop("label"), "history.0 has no label"),
     ],
 )

@@ -222,8 +222,9 @@ def bad(**fields: Any) -> dict[str, Any]:
         ("[" * 100_000, "not a JSON object"),
         (f'{{"candidates": [{{"title": "A", "price": {"9" * 5000}}}], "timestamp": 5}}', "not a JSON object"),
         ('{"candidates": [{"Title": "A", "price": 1}], "timestamp": 5}', "no field 'title', .* did you mean Title"),
+        ('{"candidates": [{"title": "A", "price": 1, "title": "B"}], "timestamp": 5}', "the key 'title' is there twice"),
     ],
-    ids=["surrogate", "infinite", "object", "key", "nested", "digits", "case"],
+    ids=["surrogate", "infinite", "object", "key", "nested", "digits", "case", "twice"],
 )  # fmt: skip
 def test_a_request_that_holds_no_text_is_named_by_its_line(model: str, tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "requests.jsonl").write_text(f"{json.dumps(bad())}\n{line}\n")

@@ -54,6 +54,8 @@ def read_yaml(text: str | bytes, origin: str) -> Any:
         tree = yaml.load(text, _Loader)
     except RecursionError:
         raise InputError(f"{origin}: nested more than {DEEPEST} levels deep, or an alias that contains itself") from None
+    except (KeyError, AttributeError, IndexError, OverflowError):  # of PyYAML, where a tag such as !!bool does not fit its value
+        raise InputError(f"{origin} is not valid YAML: a tag does not fit its value, or a sign is none") from None
     except (yaml.YAMLError, ValueError) as error:  # the second of a date that is none, or a number without end
         raise InputError(f"{origin} is not valid YAML: {cut(' '.join(str(error).split(';')[0].split()), 300)}") from None
     check_tree(tree, origin)

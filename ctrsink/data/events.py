@@ -176,7 +176,7 @@ def check_items(raw: RawRows, key: str = "item", needed: Collection[str] | None 
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     checks.add(key, _mask(pc.is_in(ids, value_set=repeated)), ids, "{value!r} appears more than once")
     fields: dict[str, pa.Array] = {}
-    for name in (name for name in raw.table.column_names if name != key):
+    for name in (name for name in raw.table.column_names if name not in (key, "item")):
         column = _Checks() if needed is not None and name not in needed else checks
         fields[name] = pc.fill_null(column.texts(raw, name), "")
         if column is not checks and column.found:

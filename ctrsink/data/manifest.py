@@ -1,6 +1,7 @@
 """The manifest: what is in a prepared data set, with the hash of every file; it is written last."""
 
 import json
+import os
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -275,6 +276,8 @@ def read_manifest(uri: str) -> Manifest:
     Raises:
         InputError: there is none, or it is damaged.
     """
+    if not storage.is_remote(uri) and os.path.isfile(storage.local_path(uri)):  # noqa: PTH113 - no error where it is too long
+        raise InputError(f"{uri} is a file and no prepared data set: name the folder that `ctrsink data prepare` wrote")
     path = storage.join(uri, MANIFEST_NAME)
     problem = ""
     for _ in range(_READS):
@@ -288,6 +291,8 @@ def read_manifest(uri: str) -> Manifest:
             raise InputError(f"{uri} holds no {MANIFEST_NAME}: prepare the data set there with `ctrsink data prepare`") from None
         except ValidationError as error:
             problem = explain(error, Manifest)
+        except RecursionError:
+            problem = "nested without end"
         except ValueError as error:
             problem = first_line(error)
     raise InputError(f"{path} is damaged ({problem}): prepare the data set again with `ctrsink data prepare`")

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ctrsink import storage
+from ctrsink import storage, strict_json
 from ctrsink.errors import InputError
 
 OnBadRequest = Literal["fail", "skip"]
@@ -51,6 +51,8 @@ def require_model(uri: str) -> None:
 
 def _read(line: bytes, where: str) -> RequestLine:
     try:
-        return RequestLine(where, json.loads(line))
+        return RequestLine(where, json.loads(line, object_pairs_hook=strict_json.once))
+    except strict_json.Twice as error:
+        return RequestLine(where, None, f"{where}: {error}")
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         return RequestLine(where, None, f"{where}: not a JSON object ({error})")

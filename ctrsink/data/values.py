@@ -15,6 +15,8 @@ from ctrsink.data.arrow import pc
 _NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+([eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+)$|^-0$"
 _TRUTH = r"^(?i:true|false)$"
 _DIGITS = 1e21  # whole numbers below this are written without an exponent, as JavaScript does
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_FIRST_DAY, _LAST_DAY = -719_162, 2_932_896  # the years 1 to 9999, in days since 1970
 _EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}  # whole numbers up to 2^bits are told apart
 
 
@@ -64,6 +66,17 @@ def id_text(value: Any) -> str | None:
     return text(value)
 
 
+def cell_text(value: Any) -> str | None:
+    """The text of a number or a moment: as `text`, but a list is none.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(value, list):
+        raise ValueError("a list is neither a number nor a time")
+    return text(value)
+
+
 def is_exact(value: float, bits: int) -> bool:
     """Whether a floating number of so many bits stands for one whole number alone."""
     return value.is_integer() and abs(value) <= 2**bits
@@ -79,7 +92,7 @@ def column_texts(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
     """The texts of a column (see `text`), null where there is none, and the rows whose value has none, with the reason."""
     kind = cells.type
     if isinstance(kind, pa.BaseExtensionType):
-        return _one_by_one(cells.to_pylist(), text)
+        return _one_by_one(cells, text)
     if pa.types.is_floating(kind):
         wide = pc.cast(cells, pa.float64())
         finite = pc.is_finite(wide)
@@ -92,17 +105,19 @@ def column_texts(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
         try:  # nobody looked yet whether it is UTF-8, where the file says that it is
             return pc.cast(pc.cast(cells, pa.large_binary()), pa.string()), {}
         except pa.ArrowInvalid:
-            return _one_by_one(pc.cast(cells, pa.large_binary()).to_pylist(), text)
+            return _one_by_one(pc.cast(cells, pa.large_binary()), text)
     if pa.types.is_date(kind) or pa.types.is_time(kind) or pa.types.is_timestamp(kind):
         # In microseconds, as Python has them, and only where there are some.
         kind = pa.timestamp("us", kind.tz) if pa.types.is_timestamp(kind) else pa.time64("us") if pa.types.is_time(kind) else kind
-        written = pc.cast(pc.cast(cells, kind, safe=False), pa.string())
-        return pc.replace_substring_regex(written, r"\.0{6}", ""), {}
+        cells, wrong = _within_years(cells)
+        try:
+            written = pc.cast(pc.cast(cells, kind, safe=False), pa.string())
+        except pa.ArrowInvalid as error:  # a time zone that nobody knows
+            return pa.nulls(len(cells), pa.string()), {int(row): str(error) for row in np.flatnonzero(_mask(cells.is_valid()))}
+        return pc.replace_substring_regex(written, r"\.0{6}", ""), wrong
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _joined(cells)
-    return _one_by_one(
-        [v if v is None else dict(v) for v in cells.to_pylist()] if pa.types.is_map(kind) else cells.to_pylist(), text
-    )
+    return _one_by_one(cells, lambda value: text(dict(value) if value is not None and pa.types.is_map(kind) else value))
 
 
 def column_ids(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
@@ -113,7 +128,7 @@ def column_ids(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
     """
     kind = cells.type
     if isinstance(kind, pa.BaseExtensionType):
-        return _one_by_one(cells.to_pylist(), id_text)
+        return _one_by_one(cells, id_text)
     if pa.types.is_floating(kind):
         bits = _EXACT_BITS[kind]
         numbers = pc.cast(cells, pa.float64()).to_numpy(zero_copy_only=False)
@@ -123,7 +138,7 @@ def column_ids(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
         wrong = {row: no_id(float(numbers[row]), bits) for row in np.flatnonzero(some & ~exact).tolist()}
         return pc.cast(whole, pa.string()), wrong
     if pa.types.is_decimal(kind):
-        return _one_by_one(cells.to_pylist(), id_text)
+        return _one_by_one(cells, id_text)
     if pa.types.is_null(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_letters(kind):
         return column_texts(cells)
     raise ValueError(f"must hold ids, but it is of type {kind}: write texts or whole numbers there")
@@ -178,9 +193,7 @@ def _whole(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{value[error.start : error.end]!a} is half a surrogate pair, which is no letter: correct the text"
-        ) from None
+        raise ValueError(f"{value[error.start : error.end]!a} is half a surrogate pair, which no UTF-8 text can hold") from None
     return str(value)
 
 
@@ -191,16 +204,31 @@ def _decoded(value: bytes) -> str:
         raise ValueError(f"the bytes {value[error.start : error.start + 20]!r} are no UTF-8 text: convert them") from None
 
 
-def _one_by_one(values: list[Any], convert: Callable[[Any], str | None]) -> tuple[pa.Array, dict[int, str]]:
+def _one_by_one(cells: pa.Array, convert: Callable[[Any], str | None]) -> tuple[pa.Array, dict[int, str]]:
     texts: list[str | None] = []
     wrong: dict[int, str] = {}
-    for row, value in enumerate(values):
+    for row, cell in enumerate(cells):
         try:
-            texts.append(convert(value))
-        except ValueError as error:
+            texts.append(convert(cell.as_py()))
+        except (ValueError, OverflowError) as error:  # the second of a moment or a span that Python cannot hold
             texts.append(None)
             wrong[row] = str(error)
     return pa.array(texts, pa.string()), wrong
+
+
+def _within_years(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
+    """Moments without those outside of the years 1 to 9999, which no text names; and the rows of these, with the reason."""
+    kind = cells.type
+    if pa.types.is_time(kind):
+        return cells, {}
+    steps = pc.fill_null(pc.cast(pc.cast(cells, pa.int32()) if pa.types.is_date32(kind) else cells, pa.int64()), 0)
+    per_day = 1 if pa.types.is_date32(kind) else 86_400 * _PER_SECOND["ms" if pa.types.is_date64(kind) else kind.unit]
+    days = steps.to_numpy(zero_copy_only=False) // per_day
+    outside = (days < _FIRST_DAY) | (days > _LAST_DAY)
+    if not outside.any():
+        return cells, {}
+    wrong = {int(row): "the moment lies outside of the years 1 to 9999" for row in np.flatnonzero(outside)}
+    return pc.if_else(pa.array(outside), pa.scalar(None, kind), cells), wrong
 
 
 def _joined(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:

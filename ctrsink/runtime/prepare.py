@@ -6,6 +6,7 @@ from ctrsink.config.data import PrepareSpec
 from ctrsink.data.events import OnBadRow
 from ctrsink.data.manifest import Manifest, read_manifest, require_none
 from ctrsink.data.prepare.execute import Execute, in_process
+from ctrsink.data.sources.files import require_there
 from ctrsink.runtime.process import stay_on_loopback
 
 
@@ -13,24 +14,27 @@ def prepare_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow, overwrite: 
     """Prepare the log of `spec.prepare`, which must be there, as the data set `to`, else `spec.data.uri`; see build.prepare."""
     if not overwrite:
         require_none(to or spec.data.uri)
+    section, to, execute = _place(spec, to)
     from ctrsink.data.prepare.build import prepare  # imports torch: what can be refused without is refused before
 
-    section, to, execute = _place(spec, to)
     return prepare(section, to, on_bad_row, overwrite, execute)
 
 
 def append_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow) -> Manifest:
     """Append the log of `spec.prepare`, which must be there, to the data set `to`, else `spec.data.uri`; see build.append."""
     read_manifest(to or spec.data.uri)
+    section, to, execute = _place(spec, to)
     from ctrsink.data.prepare.build import append
 
-    section, to, execute = _place(spec, to)
     return append(section, to, on_bad_row, execute)
 
 
 def _place(spec: RunSpec, to: str | None) -> tuple[PrepareSpec, str, Execute]:
     section, to = spec.prepare, to or spec.data.uri
     assert section is not None
+    for log in (section.source.path, section.source.items):
+        if log is not None:
+            require_there(log)
     if section.workers == 1:
         return section, to, in_process
     stay_on_loopback(spec.runtime.address)

@@ -39,6 +39,7 @@ def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
     """
     path = storage.join(run_dir, PRESENCE_NAME)
     sign = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8), "beat": 0}
+    made = not storage.exists(run_dir)
     _take(run_dir, path, sign)
     lost = False
 
@@ -65,6 +66,9 @@ def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
             with suppress(InputError, RunError, OSError):
                 if ours():
                     storage.delete(path)
+                    # A sign of life that was under way when the folder was removed has made it anew.
+                    if made and not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
+                        storage.delete(run_dir)
 
 
 def stop_run(run_dir: str, reason: str) -> str:

@@ -22,7 +22,7 @@ from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
 from ctrsink.runtime import repeats
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.places import told_of_waiting
-from ctrsink.runtime.reach import require_cluster
+from ctrsink.runtime.reach import cluster_address
 from ctrsink.runtime.stopping import on_sigterm
 from ctrsink.train.rundir import RAY_NAME, read_result, request_stop, write_result
 
@@ -40,9 +40,7 @@ def connect(address: str | None, cpus: int) -> None:
     if ray.is_initialized():
         return
     named = "runtime.address" if address else "RAY_ADDRESS"
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        require_cluster(address, named)
+    address = cluster_address(address)
     try:
         if address:
             ray.init(address=address, log_to_driver=True)

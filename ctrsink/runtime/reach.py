@@ -12,6 +12,18 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 
 _SETTINGS = 4
 
 
+def cluster_address(given: str | None) -> str | None:
+    """Where the cluster is that a run joins: `given` (runtime.address), else RAY_ADDRESS, else None: one is started here.
+
+    Raises:
+        InputError: as `require_cluster`.
+    """
+    address = given or os.environ.get("RAY_ADDRESS") or None
+    if address:
+        require_cluster(address, "runtime.address" if given else "RAY_ADDRESS")
+    return address
+
+
 def require_cluster(address: str, named: str) -> None:
     """Check that a Ray cluster answers at `address`, where that names a host.
 

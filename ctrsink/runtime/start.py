@@ -9,6 +9,7 @@ from ctrsink.errors import InputError, RunError
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.presence import held
 from ctrsink.runtime.process import stay_on_loopback
+from ctrsink.runtime.reach import cluster_address
 from ctrsink.train.rundir import claim, identities, release, require_new
 
 
@@ -22,6 +23,8 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
     """
     if not resume:
         require_new(spec.run_dir)
+    if spec.runtime.kind == "ray":
+        cluster_address(spec.runtime.address)  # asked here, too: before torch is imported
     vocabulary = check(spec)
     with held(spec.run_dir) as last_held:
         new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))

@@ -31,7 +31,7 @@ class Behaviour(Section):
     """Whether it was a click, for models of a log with a label column; elsewhere it follows from the feedback."""
     timestamp: Timestamp
     """Seconds since 1970."""
-    request: str | int | None = None
+    request: Annotated[str, Field(strict=True)] | Annotated[int, Field(strict=True)] | None = None
     """Id shared by behaviours that were shown at one moment: none of them was known when the others were."""
 
 

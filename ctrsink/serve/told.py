@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ctrsink.data.events import LARGEST_FEEDBACK
 from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.requests import known_events
-from ctrsink.data.values import text
+from ctrsink.data.values import id_text, text
 from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
 from ctrsink.features.histories import Histories
@@ -24,7 +25,7 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
     """The history, and behind it the candidates, each asked after the whole history; `timestamps` int64, whole seconds."""
     count, candidates = len(request.history), len(request.candidates)
     items = [*(b.item for b in request.history), *request.candidates]
-    rows = knowledge.rows([text(item.get("id")) for item in items])
+    rows = knowledge.rows([id_text(item.get("id")) for item in items])
     mean, number = knowledge.received(rows)
     mean = _overridden(mean, items, "item_mean")
     number = _overridden(number, items, "item_count")
@@ -64,7 +65,7 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
 def _requests(request: Request, knowledge: Knowledge) -> pa.Array:
     """Ids of the requests of the behaviours, null where one stands alone."""
     seconds = [str(math.floor(b.timestamp)) if knowledge.request_is_second else None for b in request.history]
-    given = [text(b.request) or second for b, second in zip(request.history, seconds, strict=True)]
+    given = [id_text(b.request) or second for b, second in zip(request.history, seconds, strict=True)]
     return pa.array(given, pa.string())
 
 
@@ -76,18 +77,30 @@ def check(request: Request, knowledge: Knowledge, where: str) -> None:
     """
     named = [(f"history.{i}", b.item) for i, b in enumerate(request.history)]
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
+        _check_id(item.get("id"), f"{where}: {key}.id")
         for name in ("item_mean", "item_count"):
             value = item.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FEEDBACK
+            ):
                 raise InputError(f"{where}: {key}.{name} is no number: {value!r}")
         if (item.get("item_count") or 0) < 0:
             raise InputError(f"{where}: {key}.item_count is below 0")
+    for i, behaviour in enumerate(request.history):
+        _check_id(behaviour.request, f"{where}: history.{i}.request")
     if knowledge.labelled:
         for i, behaviour in enumerate(request.history):
             if "label" not in behaviour.model_fields_set:
                 raise InputError(
                     f"{where}: history.{i} has no label, which the model's signals need: give 0, 1, or null where it was none"
                 )
+
+
+def _check_id(value: Any, where: str) -> None:
+    try:
+        id_text(value)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def outcome(behaviour: Behaviour, knowledge: Knowledge) -> float:

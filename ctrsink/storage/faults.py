@@ -113,6 +113,10 @@ def explained(uri: str) -> Iterator[None]:
     except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"{error.filename or uri}: {(error.strerror or 'not a file').lower()}: choose another path") from None
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{str(error.filename or uri)[:80]}...: the name is too long for a file system: shorten it"
+            ) from None
         if error.errno not in _DISK:
             raise
         raise RunError(f"{error.filename or uri}: {os.strerror(error.errno).lower()}: {_DISK[error.errno]}") from None

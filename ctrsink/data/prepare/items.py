@@ -11,7 +11,7 @@ from ctrsink.data import tokenize
 from ctrsink.data.arrow import pc, to_ipc
 from ctrsink.data.manifest import TOKENS_SCHEMA
 from ctrsink.data.prepare.results import write_named
-from ctrsink.data.render import item_texts
+from ctrsink.data.render import item_texts, template_fields
 from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
 
@@ -53,7 +53,16 @@ class Items:
 
     @classmethod
     def of(cls, table: pa.Table, text: TextSpec) -> "Items":
-        """Those of an item table (see check_items), with their texts rendered."""
+        """Those of an item table (see check_items), with their texts rendered.
+
+        Raises:
+            InputError: the template names a field by a name that a data set's own columns have.
+        """
+        if own := [name for name in template_fields(text.item) if name in ("id", "text")]:
+            raise InputError(
+                f"text.item names a field {own[0]!r}, as a column of data sets and a key of requests is called: call it "
+                f"otherwise, by prepare.source.items_columns={{my_{own[0]}: {own[0]}}}"
+            )
         fields = {name: table.column(name) for name in table.column_names if name not in ("item", "id", "text")}
         return cls(pa.table({"id": table.column("item"), **fields, "text": pa.array(item_texts(text.item, table), pa.string())}))
 

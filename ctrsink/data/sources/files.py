@@ -31,6 +31,12 @@ def size_of(uri: str) -> int:
     return size
 
 
+def require_there(uri: str) -> None:
+    """Raise InputError where there is neither a file nor a folder `uri`."""
+    if not storage.exists(uri):
+        raise InputError(f"{uri} does not exist: correct the path")
+
+
 def files_at(uri: str) -> list[tuple[str, int]]:
     """The file `uri`, or every file below the folder `uri`, by path: (URI, bytes).
 
@@ -44,8 +50,8 @@ def files_at(uri: str) -> list[tuple[str, int]]:
         return [(uri, storage.info(uri).bytes)]
     except FileNotFoundError:
         found = storage.find(uri)
-    if not found and not storage.exists(uri):
-        raise InputError(f"{uri} does not exist: correct the path")
+    if not found:
+        require_there(uri)
     shown = [file for file in found if file.bytes and not any(name[0] in "._" for name in file.path.split("/"))]
     if not shown:
         raise InputError(f"{uri} is empty: the folder holds no file that has content and is not hidden")

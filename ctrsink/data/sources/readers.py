@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrsink import strict_json
 from ctrsink.data.events import RawRows
 from ctrsink.data.sources.delimited import read_csv
 from ctrsink.data.sources.files import RangeFile, read_whole, size_of
-from ctrsink.data.values import id_text, text
+from ctrsink.data.values import cell_text, id_text, text
 from ctrsink.errors import InputError
 
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -46,7 +47,7 @@ def read_table(uri: str, ids: Collection[str] = ()) -> RawRows:
 def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None, ids: Collection[str] = ()) -> RawRows:
     """An object a line into columns of strings (see values.text), all or those to `keep`, where a missing one is null.
 
-    `ids` are the columns of ids, which are read by values.id_text.
+    `ids` are the columns of ids, which are read by values.id_text. Where some are to be kept, the others are numbers and moments.
     """
     records: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -54,22 +55,25 @@ def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None, ids:
     lines = content.removeprefix(b"\xef\xbb\xbf").splitlines()
     rows = [line for line in lines if line.strip()]
     for number, line in enumerate(rows, start=1):
+        problem = "the line is not a JSON object"
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=strict_json.once)
+        except strict_json.Twice as error:
+            record, problem = None, str(error)
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
             numbers.append(number)
         else:
-            broken.append((number, "the line is not a JSON object"))
+            broken.append((number, problem))
     # A name that is no text is one that nobody can ask for.
     names = keep or list(dict.fromkeys(name for record in records for name in record if _is_text(name)))
     columns: dict[str, pa.Array] = {}
     wrong: dict[str, dict[int, str]] = {}
     floats: dict[str, str] = {}
     for name in names:
-        convert, cells = id_text if name in ids else text, []
+        convert, cells = id_text if name in ids else text if keep is None else cell_text, []
         for row, record in enumerate(records):
             value = record.get(name)
             try:

@@ -78,14 +78,20 @@ class Tables:
 
     def _renamed(self, items: pa.Table) -> pa.Table:
         """The checked item table by the names of `item_columns`, the others as they are; what is mapped takes a name first."""
-        taken = {name: theirs for name, theirs in self.item_columns.items() if name != "item"}
+        key = self.item_columns.get("item", "item")
+        taken = {name: "item" if theirs == key else theirs for name, theirs in self.item_columns.items() if name != "item"}
         for name, theirs in taken.items():
+            if theirs == "item" and key not in ("item", self.item_columns[name]):
+                raise InputError(
+                    f"{self.item_table}: prepare.source.items_columns takes the ids from {key!r}, and {name} from 'item', "
+                    "which is what the ids are called here: rename that column in the table"
+                )
             if theirs not in items.column_names:
                 raise InputError(
                     f"{self.item_table} has no column {theirs!r}, which prepare.source.items_columns names for {name}; "
                     f"it has {listed(items.column_names)}{did_you_mean(theirs, items.column_names, ': ')}"
                 )
-        rest = [name for name in items.column_names if name not in taken and name not in taken.values()]
+        rest = ["item", *(name for name in items.column_names if name not in ("item", *taken, *taken.values()))]
         return pa.table({**{name: items.column(name) for name in rest}, **{n: items.column(t) for n, t in taken.items()}})
 
     @property
