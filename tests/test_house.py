@@ -1,15 +1,20 @@
 """The rules of the repository hold: skips fail under CI, light imports stay light, one torch range, small files."""
 
+import ast
 import os
 import statistics
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as canonical
+
+HERE = {canonical(distribution.name) for distribution in distributions()}
 
 SUITE = {
     "test_skip.py": "import pytest\ndef test_skip(): pytest.skip('no server here')\n",
@@ -108,6 +113,55 @@ def test_makefile_says_what_is_missing_without_a_python(tmp_path: Path, reposito
     assert done.returncode != 0
     assert "needs Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def installed_with(extras: set[str]) -> set[str]:
+    """Names of all that `pip install ctrsink[extras]` brings, by what the installed packages say that they need."""
+    found: set[str] = set()
+    todo = [("ctrsink", extras)]
+    while todo:
+        name, wanted = todo.pop()
+        for line in (requires(name) if name == "ctrsink" or canonical(name) in HERE else None) or []:
+            needed = Requirement(line)
+            if canonical(needed.name) in found or not any(
+                needed.marker is None or needed.marker.evaluate({"extra": extra}) for extra in {"", *wanted}
+            ):
+                continue
+            found.add(canonical(needed.name))
+            todo.append((needed.name, set(needed.extras)))
+    return found
+
+
+def imports_at_once(file: Path) -> set[str]:
+    """The packages that a module imports when it is imported itself."""
+    names: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"ctrsink", "cluster", "launchers"}
+
+
+# `make demo` installs what training needs; who prepares, or scores with, a model has a plain install.
+PLAIN = ("config", "data", "features", "model", "serve", "storage")
+
+
+@pytest.mark.parametrize(("folders", "extras"), [(("ctrsink", "launchers"), {"train"}), (PLAIN, set())], ids=["train", "plain"])
+def test_what_is_imported_is_what_is_installed(folders: tuple[str, ...], extras: set[str], repository: Path) -> None:
+    brought, packages = installed_with(extras), packages_distributions()
+    assert "numpy" in brought
+    assert "pytest" not in brought
+    top = repository if extras else repository / "ctrsink"
+    files = [file for folder in folders for file in (top / folder).rglob("*.py")]
+    assert len(files) > 50
+    missing = {
+        f"{file.relative_to(repository)}: {name}"
+        for file in files
+        for name in imports_at_once(file)
+        if not {canonical(distribution) for distribution in packages.get(name, [name])} & brought
+    }
+    assert missing == set()
 
 
 @pytest.mark.parametrize("folder", ["ctrsink", "launchers"])

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-
-from ctrsink.errors import InputError
+from scipy.special import stdtrit
 
 Interval = tuple[float, float]
 _SHARE = 0.95
@@ -20,17 +19,9 @@ def by_draws(values: np.ndarray) -> Interval | None:
 
 
 def by_seeds(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of the mean of independent `values`; None for fewer than two.
-
-    Raises:
-        InputError: scipy is not installed.
-    """
+    """Student's t interval of the mean of independent `values`; None for fewer than two."""
     if len(values) < 2:
         return None
-    try:
-        from scipy.special import stdtrit
-    except ImportError:
-        raise InputError("intervals by seeds need scipy: install it with `pip install 'ctrsink[study]'`") from None
     mean, half = np.mean(values), stdtrit(len(values) - 1, (1 + _SHARE) / 2) * deviation(values) / np.sqrt(len(values))
     return float(mean - half), float(mean + half)
 
