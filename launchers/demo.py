@@ -27,6 +27,7 @@ from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
 from ctrsink.serve import Scorer
 from ctrsink.serve.requests import request_of
+from ctrsink.text_table import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -139,11 +140,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     """Rows as aligned columns; the last row has all of them."""
     columns = list(rows[-1])
     cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
+    lines = aligned(cells).split("\n")
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ctrsink.errors import InputError
 from ctrsink.evaluate.metrics import all_metrics
 from ctrsink.studies.compare import compare
+from ctrsink.studies.measured import read_measured, rows_of
 from tests.builders import make_dataset
 from tests.command_line import call, content, good, refused
 from tests.measured_runs import write_run
@@ -201,3 +203,23 @@ def test_what_is_no_run_or_was_not_measured_is_refused(runs: list[str], tmp_path
     refused(call("compare", *runs), "evaluation/test.parquet is damaged")
     (Path(runs[0]) / "result.json").write_text("{")
     refused(call("compare", runs[0]), "result.json is damaged")
+
+
+def test_a_budget_that_nobody_knows_is_not_called_equal(runs: list[str]) -> None:
+    (Path(runs[0]) / "result.json").unlink()
+    assert good("compare", *runs)["equal_budget"] is None
+    assert "whether the budgets are equal is not known" in call("compare", *runs).out
+
+
+def test_a_damaged_result_is_one_line(runs: list[str]) -> None:
+    (Path(runs[0]) / "result.json").write_text("{")
+    refused(call("compare", *runs), f"{runs[0]}/result.json is damaged: resume the run to write it again")
+
+
+def test_impressions_that_are_there_twice_are_refused(runs: list[str]) -> None:
+    shown = read_measured(runs[0], "test").impressions
+    users, events = shown.names.take(pa.array(shown.users)), shown.events
+    assert rows_of(shown, users, events, shown.labels, "x").tolist() == list(range(len(events)))
+    twice = np.append(np.arange(len(events)), 3)
+    with pytest.raises(InputError, match=rf"x: event {events[3]} of user '.*' is there twice"):
+        rows_of(shown, users.take(pa.array(twice)), events[twice], shown.labels[twice], "x")

@@ -291,7 +291,7 @@ def test_merging_lets_the_top_win_and_changes_neither(a: dict[str, Any], b: dict
     st.sampled_from(["per_target", "per_user"]),
     st.lists(st.sampled_from(["previous_gap", "random", "none", "feedback", "deviation"]), min_size=1, max_size=3, unique=True),
     st.floats(1e-8, 1),
-    st.sampled_from(["plain", "1e-5", "no", "ünï", " x ", "2024-01-01"]),
+    st.sampled_from(["plain", "1e5", "no", "ünï", " x ", "2024-01-01", "010", "1:30"]),
     st.booleans(),
 )
 @settings(max_examples=40)
@@ -383,3 +383,31 @@ def test_an_override_reaches_into_a_list() -> None:
         {"name": "b"},
     ]
     assert merge(tree, {"stages": [{"name": "d"}]})["stages"] == [{"name": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("override", "value", "message"),
+    [
+        ("data.history=010", 10, ""),  # in YAML 1.1 it is 8
+        ("data.history=0x10", 16, ""),
+        ("data.history=1_000", 1000, ""),
+        ("data.history=1:30", None, "data.history: .* integer"),  # in YAML 1.1 it is 90
+        ("data.history=true", None, "data.history: true is no number"),
+        ("seed=false", None, "seed: false is no number"),
+        ("stages.0.lr={sink: true}", None, r"stages\.0\.lr\.sink: true is no number"),
+        ("train.betas=[false, 0.9]", None, r"train\.betas\.0: false is no number"),
+    ],
+)
+def test_a_number_is_what_it_looks_like(tmp_path: Path, override: str, value: int | None, message: str) -> None:
+    path = write(tmp_path / "run.yaml", run_tree())
+    if value is not None:
+        assert load_run(path, [override]).data.history == value
+    else:
+        with pytest.raises(InputError, match=message):
+            load_run(path, [override])
+
+
+def test_a_date_written_together_is_no_second(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", run_tree(prepare={"source": {"path": "log"}, "tokenizer": {"train_vocabulary": 400}}))
+    with pytest.raises(InputError, match="20240501 would be a second of the year 1970: write the date as 2024-05-01"):
+        load_run(path, ["prepare.split={train_end: 20240501, valid_end: 20240601}"])

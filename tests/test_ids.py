@@ -148,6 +148,7 @@ def test_uuids_are_ids(tmp_path: Path) -> None:
         ('"half \\ud83d"', r"'\\ud83d' is half a surrogate pair"),
         ('{"id": 1}', "an object is no id"),
         ("[1]", "a list is no id"),
+        ("true", "a truth value is no id"),
         ("5.5", r"5\.5 is a floating-point number and is no whole number"),
         ("1e999", "inf is a floating-point number"),
         ("NaN", "a value is missing"),
@@ -327,3 +328,52 @@ def test_a_moment_that_no_text_names_is_named_by_its_row(cells: pa.Array, messag
     assert texts[1].as_py() is None
     assert list(wrong) == [1]
     assert message in wrong[1]
+
+
+def test_one_form_of_ids_is_no_reason_to_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "log.jsonl", log_rows([5.0, 6.0]))
+    prepare(spec_for(path), str(tmp_path / "data"))
+    assert users_of(str(tmp_path / "data")) == {"5", "6"}
+    assert "ids are written as" not in caplog.text
+    path = write_jsonl(tmp_path / "log.jsonl", log_rows([5.0, 6]))
+    prepare(spec_for(path), str(tmp_path / "data"), overwrite=True)
+    assert "ids are written as 5.0 and as 6" in caplog.text
+
+
+def test_a_column_of_truth_values_holds_no_ids(tmp_path: Path) -> None:
+    pq.write_table(pa.table(log_rows([True, False])), tmp_path / "log.parquet")
+    with pytest.raises(InputError, match="column user must hold ids, but it is of type bool"):
+        prepare(spec_for(tmp_path / "log.parquet"), str(tmp_path / "data"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_label_without_end_is_named_in_a_short_line(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "log.jsonl", log_rows(["u"]))
+    path.write_text(path.read_text().replace('"click": 1', f'"click": {"9" * 400}', 1))
+    with pytest.raises(InputError, match=r"row 2 \(line 2\), column click: '999") as caught:
+        prepare(spec_for(path), str(tmp_path / "data"))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_that_is_not_followed_leaves_nothing_out(tmp_path: Path, target: str) -> None:
+    log = tmp_path / "log"
+    log.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write_jsonl(log / "a.jsonl", log_rows(["u"]))
+    (log / "day=2").symlink_to(tmp_path / target)
+    where = {"elsewhere": "to a folder", "nowhere": "nowhere"}[target]
+    with pytest.raises(InputError, match=rf"day=2 is a link that leads {where}, and is not followed"):
+        prepare(spec_for(log), str(tmp_path / "data"))
+    (log / "day=2").rename(log / ".hidden")
+    write_jsonl(tmp_path / "b.jsonl", log_rows(["v"]))
+    (log / "b.jsonl").symlink_to(tmp_path / "b.jsonl")
+    prepare(spec_for(log), str(tmp_path / "data"))
+    assert users_of(str(tmp_path / "data")) == {"u", "v"}
+
+
+@pytest.mark.parametrize("template", ["{item:>9999999999}", "{item:.12345}"])
+def test_a_template_makes_no_endless_texts(tmp_path: Path, template: str) -> None:
+    log = write_jsonl(tmp_path / "log.jsonl", log_rows(["u"]))
+    with pytest.raises(InputError, match="is wider than 999 letters"):
+        prepare(spec_for(log, item=template), str(tmp_path / "data"))

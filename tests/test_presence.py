@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,15 @@ def test_of_many_that_wait_for_the_same_death_one_goes_on(tmp_path: Path) -> Non
     assert len(refusals) == 4
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def interrupts(request: pytest.FixtureRequest) -> Generator[None, None, None]:
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    assert signal.signal(signal.SIGINT, before) is request.param
+
+
+@pytest.mark.usefixtures("quick", "interrupts")
 def test_one_who_was_taken_for_dead_and_lives_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     other = json.dumps({"host": "elsewhere", "process": 1, "token": "x", "beat": 7})
 
@@ -97,3 +106,13 @@ def test_a_run_is_resumed_by_nobody_while_it_trains_and_by_anybody_after_it_was_
     process.communicate(timeout=60)
     monkeypatch.setattr(presence, "PERIOD_S", 0.1)
     assert call(*again, "--stop-after", 1).code == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_in_the_background_a_run_goes_on_at_another_s_interrupt(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held(str(tmp_path)):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

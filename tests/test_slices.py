@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctrsink.data.columns import signal_columns
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.prepare.build import append, prepare
 from ctrsink.evaluate.baselines import smoothed_item_mean
@@ -107,3 +108,16 @@ def test_a_group_of_days_is_named_by_its_first_and_last() -> None:
     found = by_day(np.arange(40) * DAY, periods=4)
     assert found.names[0] == "1970-01-01 to 1970-01-10"
     assert np.bincount(found.groups).tolist() == [10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_signals_are_of_what_models_are_measured_on(tmp_path: Path, split: str) -> None:
+    """(user, event) is told apart within a part alone: those of older parts would be taken for others."""
+    for data in (appended_data(tmp_path / "two"), make_dataset(tmp_path / "one")):
+        dataset = Dataset(data)
+        found, shown = signal_columns(dataset), facts(dataset, split)
+        keys = zip(shown.users.to_pylist(), shown.events.tolist(), shown.times.tolist(), shown.labels.tolist(), strict=True)
+        rows = found[split].select(["user", "event", "timestamp", "label"]).to_pylist()
+        assert sorted(tuple(row.values()) for row in rows) == sorted(keys)
+        parts = dataset.manifest.parts
+        assert found["train"].num_rows == sum(part.splits["train"].impressions for part in parts)

@@ -112,7 +112,7 @@ def test_without_a_folder_of_signals_they_are_those_of_the_data_set(data: str, t
     found = good("study", "--config", path)
     assert list(found["variants"]) == ["logistic", "bias"]
     assert 0 < found["variants"]["logistic"]["metrics"]["auc"]["mean"] < 0.95
-    columns = signal_columns(Dataset(data), "test").column_names
+    columns = signal_columns(Dataset(data))["test"].column_names
     assert {"item_mean", "item_count", "user_res", "hour"} <= set(columns)
     assert not {"deviation", "feedback"} & set(columns)
 

@@ -25,6 +25,7 @@ from tests.command_line import call, good, refused
 from tests.data_fixtures import write_table
 from tests.prepared_in_tasks import HALF, ROWS, contents, spec_of, write_log
 from tests.runs import run_tree
+from tests.value_fixtures import log_rows, spec_for, write_jsonl
 from tests.whole_log import read_source
 
 NOON = 1_717_156_800  # 2024-05-31, 12:00 UTC
@@ -266,3 +267,11 @@ def test_python_gives_dates_as_they_are(make: Callable[[str], Any]) -> None:
     assert SplitSpec(train_end=make("2024-05-31"), valid_end=NOON).train_end == NOON - DAY // 2
     with pytest.raises(ValidationError, match="is it in milliseconds"):
         SplitSpec(train_end=LATEST + 1, valid_end=LATEST + 1)
+
+
+def test_dates_that_are_read_as_seconds_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = log_rows(["u", "v"])
+    path = write_jsonl(tmp_path / "log.jsonl", rows | {"timestamp": [20240501 + n // 2 for n in range(60)]})
+    prepare(spec_for(path), str(tmp_path / "data"))
+    assert "20240530" in caplog.text
+    assert "if these are dates, write them as 2024-05-30" in caplog.text

@@ -1,5 +1,6 @@
 """What sinks and targets are told: how it starts, on every backend, and that a request scores as it was evaluated."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -15,19 +16,25 @@ from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, SourceSp
 from ctrsink.config.model import SinkSpec, TargetSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
+from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.prepare.build import append, prepare
+from ctrsink.data.stream import SequenceSource, evaluation_batches
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import Predictions, predict
 from ctrsink.export.package import export_run
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import SIGNALS, of_kind
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.signals import token_scale
+from ctrsink.report.look import shares_of
 from ctrsink.serve import Scorer, request_of
+from ctrsink.serve.requests import parse_request
+from ctrsink.serve.told import histories_of
 from ctrsink.train.capacity import GIB, saved_bytes, tokens_within
 from ctrsink.train.restore import restore_run
 from tests.builders import form_batch, tiny_model, tiny_spec
+from tests.command_line import good
 from tests.data_fixtures import make_events, prepare_spec, table_source
 from tests.serving_fixtures import Prepared, run_spec, write_run
 
@@ -365,3 +372,81 @@ def test_what_the_signals_need_is_asked_for(data: Prepared, tmp_path: Path, chan
 def test_a_category_fits_its_table(signal: str, buckets: int) -> None:
     with pytest.raises(ValueError, match=f"{signal} has .* values, more than buckets {buckets}"):
         SinkSpec(signals=(signal,), buckets=buckets)
+
+
+@pytest.mark.parametrize("client", [1994, 1994.0, "1994.0", "1994"], ids=repr)
+def test_a_field_is_one_value_however_it_is_written(tmp_path: Path, client: Any) -> None:
+    """As text is: a csv file has 1994.0, a client has the number."""
+    source = sourced(tmp_path, make_events(9, 12))
+    items = Path(source.items or "")
+    with items.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with items.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "year of it"])
+        writer.writeheader()
+        writer.writerows(row | {"year of it": "1994.0" if number % 2 else "1961.0"} for number, row in enumerate(rows))
+    fields = (FieldSpec(column="year of it"),)
+    spec = prepare_spec(source).model_copy(update={"statistics": StatisticsSpec(period="hour", fields=fields)})
+    prepare(spec, str(tmp_path / "data"))
+    knowledge = Knowledge.of(Dataset(str(tmp_path / "data")), with_neighbours=False)
+    item = {"id": "1", "title": "x", "year of it": client}
+    request = parse_request({"candidates": [item], "timestamp": 2e9}, ["year of it"], "request")
+    told = histories_of(request, np.array([2 * 10**9]), knowledge).fields
+    table = Dataset(str(tmp_path / "data")).tables(0)[1]
+    known = {number for row in table.column("fields").to_pylist() for number in row}
+    assert told is not None
+    assert len(known) == 2
+    assert set(told.values.tolist()) < known
+
+
+def test_scales_are_those_of_the_neighbours_of_now(data: Prepared, tmp_path: Path) -> None:
+    """Also in a process that prepared the same folder before, with other neighbours."""
+    other = data.spec.model_copy(update={"neighbours": NeighboursSpec(partners=1, shrink=2.0)})
+    prepare(other, str(tmp_path / "fresh"))
+    for spec in (data.spec, other):
+        prepare(spec, str(tmp_path / "again"), overwrite=True)
+    fresh, again = (read_manifest(str(tmp_path / name)) for name in ("fresh", "again"))
+    assert again.neighbours == fresh.neighbours
+    assert again.numbers == fresh.numbers != read_manifest(data.uri).numbers
+
+
+def test_an_append_makes_no_neighbours(data: Prepared, tmp_path: Path) -> None:
+    rows = sorted(make_events(9, 12), key=lambda event: event[3])
+    early, late = (
+        data.spec.model_copy(update={"source": sourced(tmp_path / name, own)})
+        for name, own in (("a", rows[:84]), ("b", rows[84:]))
+    )
+    prepare(early.model_copy(update={"neighbours": None}), str(tmp_path / "data"))
+    with pytest.raises(InputError, match=r"has no table of neighbours: leave out prepare\.neighbours"):
+        append(late, str(tmp_path / "data"))
+
+
+def test_a_look_says_where_targets_look_and_what_signals_are_worth(data: Prepared, tmp_path: Path) -> None:
+    spec = spec_of(data, str(tmp_path / "run"), "per_user", targets=3, history=4)
+    write_run(spec)
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    weights = {name: value.clone() for name, value in restore_run(spec.run_dir).model.state_dict().items()}
+    found = good("look", "--run", spec.run_dir, "--split", "test")
+    assert set(found["signals"]) == set(of_kind(OF_TARGETS, numbers=True))
+    assert found["impressions"] == read_manifest(data.uri).splits["test"].impressions
+    shares = found["attention_to_sinks"]
+    assert set(shares) == {"untrained", "trained", "without_bias"}
+    for layers in shares.values():
+        assert layers
+        assert all(0 < share <= 1 for heads in layers.values() for share in heads)
+    assert shares["trained"] != shares["without_bias"]
+    after = restore_run(spec.run_dir).model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_shares_are_means_over_the_batches_that_have_them(data: Prepared, tmp_path: Path) -> None:
+    """A batch in which no target has a history yet says nothing of where targets look, and not that they do not look at sinks."""
+    spec = spec_of(data, str(tmp_path / "run"), "per_target", history=4)
+    write_run(spec)
+    run = restore_run(spec.run_dir)
+    some = list(evaluation_batches(SequenceSource(run.dataset, "test", run.layout, newest=True), 4, 0, 1, 4))
+    bare = restore_run(spec.run_dir)
+    none = list(evaluation_batches(SequenceSource(bare.dataset, "train", bare.layout, newest=True), 1, 0, 1, 1))
+    assert int(none[0].sink_valid.sum()) == 0
+    assert shares_of(run, run.model, [*some, *none]) == shares_of(run, run.model, some) != {}

@@ -4,14 +4,13 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from ctrsink.config.base import Section
 from ctrsink.config.explain import explain
 from ctrsink.config.run import RunSpec
 from ctrsink.config.study import StudySpec
-from ctrsink.config.tree import MOST_BYTES, check_tree, cut, dotted, read_yaml
+from ctrsink.config.tree import MOST_BYTES, check_tree, cut, dotted, read_yaml, write_yaml
 from ctrsink.errors import InputError
 
 T = TypeVar("T", bound=Section)
@@ -61,13 +60,28 @@ def _parse(section: type[T], tree: dict[str, Any], origin: str) -> T:
         spec = section.model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{origin}: {explain(error, section)}") from None
+    _refuse_truths(tree, spec, (), origin)
     check_tree(spec.model_dump(mode="json"), origin)  # texts may have become numbers
     return spec
 
 
+def _refuse_truths(given: Any, taken: Any, key: tuple[Any, ...], origin: str) -> None:
+    """Python takes `true` for 1 where a number is wanted: nobody means that."""
+    if isinstance(given, bool) and not isinstance(taken, bool):
+        raise InputError(f"{origin}: {dotted(key)}: {str(given).lower()} is no number")
+    if isinstance(given, dict):
+        inner = taken if isinstance(taken, dict) else vars(taken) if isinstance(taken, Section) else {}
+        for name, value in given.items():
+            if name in inner:
+                _refuse_truths(value, inner[name], (*key, name), origin)
+    elif isinstance(given, list | tuple) and isinstance(taken, list | tuple):
+        for number, (value, found) in enumerate(zip(given, taken, strict=False)):
+            _refuse_truths(value, found, (*key, number), origin)
+
+
 def dump_run(spec: RunSpec) -> str:
     """The resolved configuration as YAML; `parse_run` of it gives an equal RunSpec."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
+    return write_yaml(spec.model_dump(mode="json"))
 
 
 class NoSuchEntry(InputError):

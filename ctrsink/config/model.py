@@ -45,7 +45,24 @@ class BackboneSpec(Section):
         return value
 
 
-class SinkSpec(Section):
+class _Told(Section):
+    """Who is told signals."""
+
+    signals: tuple[SignalName, ...]
+    """Names of them."""
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Signals with an embedding table."""
+        return of_kind(self.signals, numbers=False)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Signals that are z-scores."""
+        return of_kind(self.signals, numbers=True)
+
+
+class SinkSpec(_Told):
     """Sink tokens after each behaviour (CTR-Sink, arXiv 2508.03668)."""
 
     signals: tuple[SignalName, ...] = ("feedback", "deviation", "item_mean", "item_count")
@@ -60,25 +77,16 @@ class SinkSpec(Section):
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _told_of(value, "behaviour", "for constant sinks use [none]")
 
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """Signals with an embedding table."""
-        return of_kind(self.signals, numbers=False)
-
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        """Signals that are z-scores."""
-        return of_kind(self.signals, numbers=True)
-
     @model_validator(mode="after")
     def _clock_fits(self) -> "SinkSpec":
-        for name, values in (("hour", 24), ("weekday", 7)):
-            if name in self.signals and self.buckets < values:
+        for name in self.signals:
+            values = SIGNALS[name].values or 0
+            if self.buckets < values:
                 raise ValueError(f"{name} has {values} values, more than buckets {self.buckets}")
         return self
 
 
-class TargetSpec(Section):
+class TargetSpec(_Told):
     """What a target is told beside its text: a vector at its last token, and its numbers once more at the head."""
 
     signals: tuple[SignalName, ...] = ("item_mean", "item_count", "affinity")
@@ -92,16 +100,6 @@ class TargetSpec(Section):
     @classmethod
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _told_of(value, "target", "for none set model.target to null")
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """Signals with an embedding table."""
-        return of_kind(self.signals, numbers=False)
-
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        """Signals that are z-scores."""
-        return of_kind(self.signals, numbers=True)
 
 
 def _told_of(names: tuple[str, ...], side: Side, instead: str) -> tuple[str, ...]:

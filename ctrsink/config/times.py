@@ -29,12 +29,30 @@ def iso_seconds(text: str) -> int | None:
     return (parsed - _EPOCH) // timedelta(seconds=1)
 
 
+def is_date(number: int) -> bool:
+    """Whether a number reads as a date of 1990 to 2099, 20240531, of which no second since 1970 was meant."""
+    if not 19_900_101 <= number <= 20_991_231:
+        return False
+    try:
+        date(number // 10_000, number // 100 % 100, number % 100)
+    except ValueError:
+        return False
+    return True
+
+
+def iso_date(number: int) -> str:
+    """20240531 as 2024-05-31."""
+    return f"{number // 10_000}-{number // 100 % 100:02}-{number % 100:02}"
+
+
 def _moment(value: Any) -> int:
     if isinstance(value, date):
         value = value.isoformat()
     found = iso_seconds(value) if isinstance(value, str) else value
     if isinstance(found, bool) or not isinstance(found, int):
         raise ValueError(f"{value!r:.40} is neither a date or time such as 2024-05-31T23:59:59Z nor whole seconds since 1970")
+    if is_date(found):
+        raise ValueError(f"{found} would be a second of the year 1970: write the date as {iso_date(found)}")
     if not EARLIEST <= found <= LATEST:
         raise ValueError(f"{value!r:.40} is no time in seconds since 1970 (is it in milliseconds?)")
     return found

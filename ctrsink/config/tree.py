@@ -34,12 +34,27 @@ class _Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
 
 
-# A date stays text, which a key reads as its own: YAML fails on one that is none, such as 2024-13-01.
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that _Loader, or a reader of YAML 1.1, would take for something else."""
+
+
+# A date stays text, which a key reads as its own: YAML fails on one that is none, such as 2024-13-01. Numbers are those of YAML
+# 1.2: 010 and 1:30 are none (1.1 has 8 and 90), which a key of numbers reads as ten or refuses.
+_RULES = {
+    "int": (r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
 _Loader.yaml_implicit_resolvers = {
-    start: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
+    start: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("timestamp", *_RULES)]
     for start, rules in _Loader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+for _kind, (_rule, _starts) in _RULES.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_rule})$"), list(_starts))
 
 
 def read_yaml(text: str | bytes, origin: str) -> Any:
@@ -60,6 +75,11 @@ def read_yaml(text: str | bytes, origin: str) -> Any:
         raise InputError(f"{origin} is not valid YAML: {cut(' '.join(str(error).split(';')[0].split()), 300)}") from None
     check_tree(tree, origin)
     return tree
+
+
+def write_yaml(tree: Any) -> str:
+    """A plain tree as YAML, of which `read_yaml` gives an equal one."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def check_tree(tree: Any, origin: str) -> None:

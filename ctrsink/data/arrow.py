@@ -9,6 +9,9 @@ import pyarrow.parquet as pq
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: no type checker sees them
 
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Steps of a second, by the unit of a type of moments."""
+
 
 def column_numpy(table: pa.Table, column: str, absent: float) -> np.ndarray:
     """A column of numbers, with `absent` where it is null."""

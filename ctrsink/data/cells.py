@@ -6,10 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink.config.times import iso_seconds
-from ctrsink.data.arrow import pc
+from ctrsink.data.arrow import PER_SECOND, pc
 
 _NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY = 86_400
 _TYPES: Any = pa.types
 _NUMERIC = (_TYPES.is_integer, _TYPES.is_floating, _TYPES.is_decimal, _TYPES.is_boolean, _TYPES.is_null)
@@ -45,11 +44,11 @@ def moments(cells: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     kind: Any = cells.type
     readable = np.zeros(len(cells), bool)
     if pa.types.is_timestamp(kind):
-        return _whole(cells, 1, _PER_SECOND[kind.unit]), readable
+        return _whole(cells, 1, PER_SECOND[kind.unit]), readable
     if pa.types.is_date32(kind):
         return _whole(pc.cast(cells, pa.int32()), _DAY, 1), readable
     if pa.types.is_date64(kind):
-        return _whole(cells, 1, _PER_SECOND["ms"]), readable
+        return _whole(cells, 1, PER_SECOND["ms"]), readable
     if _is_text(kind):
         return _written(cells)
     if pa.types.is_float32(kind) or pa.types.is_float16(kind):

@@ -20,45 +20,46 @@ def target_numbers(dataset: Dataset) -> tuple[str, ...]:
     return tuple(name for name in dataset.manifest.numbers if "target" in SIGNALS[name].sides)
 
 
-def signal_tables(dataset: Dataset, split: str, utc_offset_hours: float = 0.0) -> Iterator[pa.Table]:
-    """The impressions of a split, shard by shard, each user's oldest first.
+def signal_tables(dataset: Dataset) -> Iterator[dict[str, pa.Table]]:
+    """The impressions shard by shard and by split, each user's oldest first.
+
+    Those of train are of all parts of the data set, on which models train; those of valid and test of its newest, on which
+    they are measured.
 
     Returns:
         Tables with `user` (string), `event` (its number in the user's chronology), `item` (row of the item table), `timestamp`,
-        `label`, a float32 column for each number that targets can be told, null where it is unknown, `hour` and `weekday`.
+        `label`, a float32 column for each number that targets can be told, null where it is unknown, `hour` and `weekday` (UTC).
     """
     names = target_numbers(dataset)
     neighbours = dataset.read_neighbours() if dataset.manifest.neighbours else None
-    past = ("past", *SPLITS[: SPLITS.index(split)])  # pyright: ignore[reportArgumentType]
-    for shard_number, entry in enumerate(dataset.manifest.shards):
-        events, tokens = dataset.tables(shard_number)
+    for shard, entry in enumerate(dataset.manifest.shards):
+        events, tokens = dataset.tables(shard)
         histories = Knowing.of(dataset.manifest, entry, neighbours).histories(events, tokens)
-        own = dataset.index["shard"] == shard_number
-        before = np.add.reduce([dataset.index[f"{name}_events"][own] for name in past])
-        inside = dataset.index[f"{split}_events"][own]
         lengths = np.diff(events["item"].combine_chunks().offsets.to_numpy())
-        numbers = np.arange(len(histories.begins)) - histories.begins
-        low, high = before.repeat(lengths), (before + inside).repeat(lengths)
-        rows = np.flatnonzero((numbers >= low) & (numbers < high) & (histories.labels >= 0))
-        users = events["user"].combine_chunks().take(pa.array(np.arange(len(lengths)).repeat(lengths)[rows]))
+        owners = np.arange(len(lengths)).repeat(lengths)
+        clock = categories(("hour", "weekday"), histories.timestamps, np.zeros(len(owners)), 0.0)
         assert histories.items is not None
-        columns: dict[str, object] = {
-            "user": users,
-            "event": numbers[rows],
-            "item": histories.items[rows].astype(np.int32),
-            "timestamp": histories.timestamps[rows],
-            "label": histories.labels[rows],
+        columns = {
+            "user": events["user"].combine_chunks().take(pa.array(owners)),
+            "event": np.arange(len(owners)) - histories.begins,
+            "item": histories.items.astype(np.int32),
+            "timestamp": histories.timestamps,
+            "label": histories.labels,
+            **{name: pa.array(number(name, histories).astype(np.float32), from_pandas=True) for name in names},
+            **{name: values.astype(np.int8) for name, values in clock.items()},
         }
-        for name in names:
-            values = number(name, histories)[rows]
-            columns[name] = pa.array(values.astype(np.float32), mask=np.isnan(values))
-        clock = categories(("hour", "weekday"), histories.timestamps[rows], np.zeros(len(rows)), utc_offset_hours)
-        yield pa.table(columns | {name: values.astype(np.int8) for name, values in clock.items()})
+        table = pa.table(columns)
+        splits: tuple[str, ...] = SPLITS if shard in dataset.newest else ("train",)
+        yield {split: table.filter(pa.array(dataset.within(shard, split) & (histories.labels >= 0))) for split in splits}
 
 
-def signal_columns(dataset: Dataset, split: str) -> pa.Table:
+def signal_columns(dataset: Dataset) -> dict[str, pa.Table]:
     """As signal_tables, all shards in one."""
-    return pa.concat_tables(signal_tables(dataset, split)).combine_chunks()
+    found: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
+    for tables in signal_tables(dataset):
+        for split, table in tables.items():
+            found[split].append(table)
+    return {split: pa.concat_tables(tables).combine_chunks() for split, tables in found.items()}
 
 
 def write_signals(uri: str, to: str) -> dict[str, int]:
@@ -67,17 +68,16 @@ def write_signals(uri: str, to: str) -> dict[str, int]:
     Raises:
         InputError: there is no data set.
     """
-    dataset = Dataset(uri, 1)
-    counts: dict[str, int] = {}
-    for split in SPLITS:
-        sink = pa.BufferOutputStream()
-        counts[split] = 0
-        writer: pq.ParquetWriter | None = None
-        for table in signal_tables(dataset, split):
-            writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
-            writer.write_table(table)
+    sinks: dict[str, pa.BufferOutputStream] = {split: pa.BufferOutputStream() for split in SPLITS}
+    writers: dict[str, pq.ParquetWriter] = {}
+    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    for tables in signal_tables(Dataset(uri, 1)):
+        for split, table in tables.items():
+            if split not in writers:
+                writers[split] = pq.ParquetWriter(sinks[split], table.schema, compression="zstd")
+            writers[split].write_table(table)
             counts[split] += table.num_rows
-        assert writer is not None  # a data set has a shard
+    for split, writer in writers.items():
         writer.close()
-        storage.write_bytes(storage.join(to, f"{split}.parquet"), sink.getvalue().to_pybytes())
+        storage.write_bytes(storage.join(to, f"{split}.parquet"), sinks[split].getvalue().to_pybytes())
     return counts

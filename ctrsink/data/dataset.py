@@ -69,11 +69,7 @@ class Dataset:
         """
         if layout == self._layout:
             return
-        if layout.needs_vectors and self.manifest.encoder is None:
-            raise InputError(
-                f"the data set {self.uri} has no item vectors, which the signal similarity, data.retrieve and model.similarity: "
-                "vectors need: prepare it again with prepare.encoder"
-            )
+        layout.require(self.manifest, self.uri)
         if "neighbours" in layout.needs and self._neighbours is None:
             self._neighbours = self.read_neighbours()
         self._layout = layout
@@ -86,11 +82,22 @@ class Dataset:
         """
         entry = self.manifest.neighbours
         if entry is None:
-            raise InputError(
-                f"the data set {self.uri} has no table of neighbours, which the signal affinity and model.similarity: neighbours "
-                "need: prepare it again with prepare.neighbours"
-            )
+            raise InputError(f"the data set {self.uri} has no table of neighbours: prepare it again with prepare.neighbours")
         return read_neighbours(self._read(entry.file), entry.variance, entry.shrink)
+
+    @property
+    def newest(self) -> range:
+        """Numbers of the shards of the newest part, the one that models are measured on."""
+        parts = [entry.part for entry in self.manifest.shards]
+        return range(parts.index(parts[-1]), len(parts))
+
+    def within(self, number: int, split: str) -> np.ndarray:
+        """Which events of a shard lie in the split, bool [events]."""
+        own = self.index["shard"] == number
+        counts = np.array([self.index[f"{s}_events"][own] for s in ("past", *SPLITS)])
+        before, total = counts[: 1 + SPLITS.index(split)].sum(axis=0), counts.sum(axis=0)  # pyright: ignore[reportArgumentType]
+        place = np.arange(total.sum()) - (np.cumsum(total) - total).repeat(total)
+        return (place >= before.repeat(total)) & (place < (before + self.index[f"{split}_events"][own]).repeat(total))
 
     def events(self, split: str, user: int) -> tuple[int, int]:
         """Range [lo, hi) of the user's events that lie in the split."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ctrsink.config.data import ColumnSpec
 from ctrsink.config.times import EARLIEST, LATEST
+from ctrsink.config.tree import cut
 from ctrsink.data.arrow import pc
 from ctrsink.data.cells import moments, numbers
 from ctrsink.data.values import column_ids, column_texts
@@ -51,7 +52,8 @@ class RawRows:
     broken: list[tuple[int, str]] = field(default_factory=list)  # rows that could not be split into columns: (number, why)
     taken: int | None = None  # rows of the file that it was made of, where these are not the table's and the broken ones
     wrong: Mapping[str, Mapping[int, str]] = field(default_factory=dict)  # by column: rows of the table without a value, and why
-    floats: Mapping[str, str] = field(default_factory=dict)  # columns of ids where one was written as 5.0, and that one
+    floats: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """By column of ids: the rows whose id was written as 5.0, and how exactly."""
 
     @property
     def file_rows(self) -> int:
@@ -137,7 +139,7 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
         item,
         pa.array(np.where(good, timestamp, 0).astype(np.int64)),
         pa.array(feedback.astype(np.float32), mask=np.isnan(feedback)),
-        pa.array(np.nan_to_num(label).astype(np.int8), mask=np.isnan(label)),
+        pa.array(np.where(good & (label > 0), 1, 0).astype(np.int8), mask=np.isnan(label)),
         request,
     ]
     table = pa.Table.from_arrays(arrays, schema=EVENTS_SCHEMA)
@@ -145,9 +147,12 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
     return Checked(table.filter(pa.array(good)) if bad.any() else table, rows + len(raw.broken), problem, forms, reasons)
 
 
-def forms_of(ids: pa.Array | pa.ChunkedArray, written: str | None = None) -> Forms:
-    """The forms in which whole numbers stand among ids; `written`: one with a fraction, that is an id without by now."""
-    found: Forms = {} if written is None else {"fraction": written}
+def forms_of(ids: pa.Array | pa.ChunkedArray, written: Mapping[int, str] | None = None) -> Forms:
+    """The forms in which whole numbers stand among ids; `written`: by row, with a fraction, what is an id without by now."""
+    found: Forms = {}
+    if written:
+        found["fraction"] = next(iter(written.values()))
+        ids = ids.filter(pa.array(~np.isin(np.arange(len(ids)), list(written))))
     ending = ids.filter(pc.fill_null(pc.ends_with(ids, ".0"), False))
     for form, texts, digits in (("whole", ids, ids), ("fraction", ending, pc.utf8_slice_codeunits(ending, 0, -2))):
         first = pc.index(pc.ascii_is_decimal(digits), True).as_py()
@@ -204,6 +209,7 @@ class _Checks:
     def add(self, column: str, mask: np.ndarray, values: pa.Array, message: str) -> None:
         def describe(index: int) -> str:
             value: Any = values[index].as_py()
+            value = cut(value, 60) if isinstance(value, str) else value
             return f"column {column}: {message.format(value=value)}"
 
         if mask.any():

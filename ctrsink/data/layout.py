@@ -7,7 +7,7 @@ from ctrsink.config.data import DataSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.data.manifest import Manifest
 from ctrsink.errors import InputError
-from ctrsink.features.registry import SIGNALS, Need, of_kind
+from ctrsink.features.registry import SIGNALS, Need
 
 
 @dataclass(frozen=True)
@@ -48,37 +48,41 @@ class Layout:
             InputError: the data set lacks what a signal needs.
         """
         sinks, target = model.sinks, model.target
-        of_sinks = sinks.signals if sinks else ()
-        of_target = target.signals if target else ()
-        numbers, target_numbers = (of_kind(names, numbers=True) for names in (of_sinks, of_target))
-        _check(data.uri, manifest, (*of_sinks, *of_target), sinks.buckets if sinks else 0)
-        scales = {**manifest.numbers}
+        numbers = sinks.numbers if sinks else ()
+        target_numbers = target.numbers if target else ()
+        names = (*(sinks.signals if sinks else ()), *(target.signals if target else ()))
+        _check(data.uri, manifest, names, sinks.buckets if sinks else 0)
+        scales = manifest.numbers
         layout = cls(
             examples=data.examples,
             history=data.history,
             targets=data.targets_per_sequence,
-            signals=of_kind(of_sinks, numbers=False),
+            signals=sinks.categories if sinks else (),
             buckets=sinks.buckets if sinks else 1,
             retrieve=data.retrieve,
             numbers=numbers,
-            target_signals=of_kind(of_target, numbers=False),
+            target_signals=target.categories if target else (),
             target_numbers=target_numbers,
             similarity=model.similarity,
             text_history=data.text_history,
             utc_offset_hours=data.utc_offset_hours,
             scales=tuple((n, scales[n].mean, scales[n].deviation) for n in dict.fromkeys((*numbers, *target_numbers))),
         )
-        if layout.needs_vectors and manifest.encoder is None:
+        layout.require(manifest, data.uri)
+        return layout
+
+    def require(self, manifest: Manifest, uri: str) -> None:
+        """Raise InputError where the data set `uri` was prepared without something that the sequences depend on."""
+        if self.needs_vectors and manifest.encoder is None:
             raise InputError(
-                f"the data set {data.uri} has no item vectors, which the signal similarity, data.retrieve and model.similarity: "
+                f"the data set {uri} has no item vectors, which the signal similarity, data.retrieve and model.similarity: "
                 "vectors need: prepare it again with prepare.encoder"
             )
-        if "neighbours" in layout.needs and manifest.neighbours is None:
+        if "neighbours" in self.needs and manifest.neighbours is None:
             raise InputError(
-                f"the data set {data.uri} has no table of neighbours, which the signal affinity and model.similarity: neighbours "
+                f"the data set {uri} has no table of neighbours, which the signal affinity and model.similarity: neighbours "
                 "need: prepare it again with prepare.neighbours"
             )
-        return layout
 
     @classmethod
     def load(cls, plain: dict[str, Any]) -> "Layout":
@@ -91,11 +95,6 @@ class Layout:
     def sinks(self) -> bool:
         """Whether behaviours end in a sink."""
         return bool(self.signals or self.numbers)
-
-    @property
-    def told(self) -> bool:
-        """Whether targets are told anything."""
-        return bool(self.target_signals or self.target_numbers)
 
     @property
     def needs(self) -> frozenset[Need]:

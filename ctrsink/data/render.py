@@ -1,5 +1,6 @@
 """Templates: an item's fields and an event's feedback become text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from string import Formatter
 from typing import Any
@@ -13,6 +14,8 @@ from ctrsink.data.values import one_form
 from ctrsink.errors import InputError, did_you_mean, listed
 
 MAX_FEEDBACK_TEXTS = 4096
+_WIDEST = 999
+_WIDE = re.compile(r"\d{4}")  # a width, or a precision, that would make texts of thousands of letters
 
 
 def item_texts(template: str, items: pa.Table) -> list[str]:
@@ -34,7 +37,10 @@ def template_fields(template: str, key: str = "text.item") -> list[str]:
         InputError: it is malformed; the message names `key`.
     """
     try:
-        return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
+        parts = list(Formatter().parse(template))
+        if wide := [spec for _, _, spec, _ in parts if spec and _WIDE.search(spec)]:
+            raise ValueError(f"{{:{wide[0]}}} is wider than {_WIDEST} letters")
+        return list(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
     except ValueError as error:
         raise InputError(f"{key} {template!r} is no template: {error}") from None
 

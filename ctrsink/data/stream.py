@@ -44,8 +44,7 @@ class SequenceSource:
         dataset.use(layout)
         newest = newest and len(dataset.manifest.parts) > 1
         if newest:
-            older = sum(shard.part < len(dataset.manifest.parts) - 1 for shard in dataset.manifest.shards)
-            self._impressions = np.where(dataset.index["shard"] < older, 0, self._impressions)
+            self._impressions = np.where(dataset.index["shard"] < dataset.newest.start, 0, self._impressions)
         pieces = -(-self._impressions // layout.targets)
         self._starts = np.append(0, np.cumsum(pieces, dtype=np.int64))
         shards = np.bincount(dataset.index["shard"], pieces, len(dataset.manifest.shards))

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctrsink.data.arrow import pc
+from ctrsink.data.arrow import PER_SECOND, pc
 
 # A number as JSON has it, but for whole ones, which are written one way already.
 _NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+([eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+)$|^-0$"
 _TRUTH = r"^(?i:true|false)$"
 _DIGITS = 1e21  # whole numbers below this are written without an exponent, as JavaScript does
-_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _FIRST_DAY, _LAST_DAY = -719_162, 2_932_896  # the years 1 to 9999, in days since 1970
 _EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}  # whole numbers up to 2^bits are told apart
 
@@ -59,6 +58,8 @@ def id_text(value: Any) -> str | None:
     """
     if isinstance(value, list | dict):
         raise ValueError(f"{'a list' if isinstance(value, list) else 'an object'} is no id: ids are texts or whole numbers")
+    if isinstance(value, bool):
+        raise ValueError("a truth value is no id: ids are texts or whole numbers")
     if isinstance(value, float) and value == value and not is_exact(value, 53):
         raise ValueError(no_id(value, 53))
     if isinstance(value, decimal.Decimal) and value != value.to_integral_value():
@@ -139,7 +140,7 @@ def column_ids(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
         return pc.cast(whole, pa.string()), wrong
     if pa.types.is_decimal(kind):
         return _one_by_one(cells, id_text)
-    if pa.types.is_null(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_letters(kind):
+    if pa.types.is_null(kind) or pa.types.is_integer(kind) or _is_letters(kind):
         return column_texts(cells)
     raise ValueError(f"must hold ids, but it is of type {kind}: write texts or whole numbers there")
 
@@ -222,7 +223,7 @@ def _within_years(cells: pa.Array) -> tuple[pa.Array, dict[int, str]]:
     if pa.types.is_time(kind):
         return cells, {}
     steps = pc.fill_null(pc.cast(pc.cast(cells, pa.int32()) if pa.types.is_date32(kind) else cells, pa.int64()), 0)
-    per_day = 1 if pa.types.is_date32(kind) else 86_400 * _PER_SECOND["ms" if pa.types.is_date64(kind) else kind.unit]
+    per_day = 1 if pa.types.is_date32(kind) else 86_400 * PER_SECOND["ms" if pa.types.is_date64(kind) else kind.unit]
     days = steps.to_numpy(zero_copy_only=False) // per_day
     outside = (days < _FIRST_DAY) | (days > _LAST_DAY)
     if not outside.any():

@@ -11,7 +11,6 @@ def smoothed_item_mean(dataset: Dataset, split: str, strength: float = 5.0) -> P
 
     Training impressions are those of all parts of the data set; predicted is what models are measured on, its newest part.
     """
-    newest = [shard.part == len(dataset.manifest.parts) - 1 for shard in dataset.manifest.shards]
     positives = np.zeros(dataset.manifest.item_count)
     counts = np.zeros(dataset.manifest.item_count)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
@@ -23,7 +22,7 @@ def smoothed_item_mean(dataset: Dataset, split: str, strength: float = 5.0) -> P
         seen = lo + np.flatnonzero(labels[lo:hi] >= 0)
         np.add.at(counts, items[seen], 1)
         np.add.at(positives, items[seen], labels[seen])
-        if not newest[dataset.index["shard"][user]]:
+        if dataset.index["shard"][user] not in dataset.newest:
             continue
         lo, hi = dataset.events(split, user)
         asked = lo + np.flatnonzero(labels[lo:hi] >= 0)

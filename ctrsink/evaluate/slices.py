@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from ctrsink.data.dataset import Dataset, Shard
+from ctrsink.data.dataset import Dataset
 
 DAY = 86_400
 PERIODS = 10
@@ -44,17 +44,16 @@ def facts(dataset: Dataset, split: str) -> Facts:
     trained: dict[str, int] = {}
     columns: list[tuple[np.ndarray, ...]] = []
     names: list[np.ndarray] = []
-    newest = len(dataset.manifest.parts) - 1
-    for number, entry in enumerate(dataset.manifest.shards):
+    for number in range(len(dataset.manifest.shards)):
         shard = dataset.shard(number)
         owners = np.arange(len(shard.users)).repeat(np.diff(shard.offsets))
-        in_train = _within(dataset, number, shard, "train")
+        in_train = dataset.within(number, "train")
         item_events += np.bincount(shard.items[in_train], minlength=len(item_events))
         impressions = np.bincount(owners[in_train & (shard.labels >= 0)], minlength=len(shard.users))
         for user in np.flatnonzero(impressions):
             trained[shard.users[user]] = trained.get(shard.users[user], 0) + int(impressions[user])
-        if entry.part == newest:
-            rows = np.flatnonzero(_within(dataset, number, shard, split) & (shard.labels >= 0))
+        if number in dataset.newest:
+            rows = np.flatnonzero(dataset.within(number, split) & (shard.labels >= 0))
             names.append(shard.users[owners[rows]])
             events = rows - shard.offsets[owners[rows]]
             columns.append((events, shard.labels[rows], shard.known[rows], shard.items[rows], shard.timestamps[rows]))
@@ -62,17 +61,6 @@ def facts(dataset: Dataset, split: str) -> Facts:
     events, labels, history, items, times = (np.concatenate(column) for column in zip(*columns, strict=True))
     seen = np.array([trained.get(user, 0) for user in users.tolist()], np.int64)
     return Facts(pa.array(users.tolist(), pa.string()), events, labels, history, item_events[items], seen, times)
-
-
-def _within(dataset: Dataset, number: int, shard: Shard, split: str) -> np.ndarray:
-    """Which events of the shard lie in the split, bool [N]."""
-    users = np.flatnonzero(dataset.index["shard"] == number)
-    lows, highs = np.array([dataset.events(split, user) for user in users.tolist()], np.int64).reshape(-1, 2).T
-    rows = dataset.index["row"][users]
-    edges = np.zeros(len(shard.labels) + 1, np.int64)
-    np.add.at(edges, shard.offsets[rows] + lows, 1)
-    np.add.at(edges, shard.offsets[rows] + highs, -1)
-    return edges[:-1].cumsum() > 0
 
 
 @dataclass(frozen=True)

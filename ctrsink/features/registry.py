@@ -26,6 +26,8 @@ class Signal:
     """Of every event, float64 [N], NaN where unknown; for numbers."""
     needs: tuple[Need, ...] = ()
     """What the data set must have been prepared with."""
+    values: int | None = None
+    """Of a category: how many there are, where the data set does not decide on it."""
     depends_on_target: bool = False
     """A behaviour has another value for every target, so that targets cannot share it."""
 
@@ -35,7 +37,7 @@ _BOTH: tuple[Side, ...] = ("behaviour", "target")
 
 
 def _bucket(depends_on_target: bool = False, needs: tuple[Need, ...] = ()) -> Signal:
-    return Signal("bucket", _BEHAVIOUR, None, needs, depends_on_target)
+    return Signal("bucket", _BEHAVIOUR, needs=needs, depends_on_target=depends_on_target)
 
 
 SIGNALS: dict[str, Signal] = {
@@ -50,8 +52,8 @@ SIGNALS: dict[str, Signal] = {
     "feedback": Signal("category", _BEHAVIOUR),
     "deviation": Signal("number", _BEHAVIOUR, lambda h: np.where(h.has, h.deviation, np.nan)),
     # When.
-    "hour": Signal("category", _BOTH),
-    "weekday": Signal("category", _BOTH),
+    "hour": Signal("category", _BOTH, values=24),
+    "weekday": Signal("category", _BOTH, values=7),
     # What is known of the item.
     "item_mean": Signal("number", _BOTH, lambda h: h.item_mean),
     "item_count": Signal("number", _BOTH, lambda h: np.log1p(h.item_count)),

@@ -10,6 +10,7 @@ from ctrsink.batch import Batch
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
+from ctrsink.features.registry import SIGNALS
 from ctrsink.model import attention, blocks, flex
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.head import ClickHead, JointHead
@@ -18,7 +19,6 @@ from ctrsink.model.signals import SignalEmbedding, token_scale
 from ctrsink.model.similarity import SimilarityBias
 from ctrsink.model.temporal import TemporalBias
 
-HOURS = 24  # most values of a category that targets are told
 BACKENDS = {"sdpa": attention.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
 
@@ -47,7 +47,8 @@ class CTRModel(nn.Module):
             self.sinks = SignalEmbedding(len(of.categories), of.buckets, of.embedding_size, len(of.numbers), hidden, scale)
         if spec.target is not None:
             of = spec.target
-            self.target = SignalEmbedding(len(of.categories), HOURS, of.embedding_size, len(of.numbers), hidden, scale)
+            values = max((SIGNALS[name].values or 0 for name in SIGNALS if "target" in SIGNALS[name].sides), default=0)
+            self.target = SignalEmbedding(len(of.categories), values, of.embedding_size, len(of.numbers), hidden, scale)
             if of.numbers:
                 self.head = JointHead(hidden, len(of.numbers), of.dropout)
         if spec.bias is not None:

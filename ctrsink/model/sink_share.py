@@ -1,12 +1,29 @@
 """How much of the attention that targets pay to their history goes to sinks: computed beside a forward pass, exactly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ctrsink.batch import PAD, PREFIX, SINK, Batch
+from ctrsink.config.stages import ReadoutSpec
 from ctrsink.model.attention import AttentionPlan
 from ctrsink.model.rows import visible
+
+if TYPE_CHECKING:
+    from ctrsink.model.ctr import CTRModel
+
+
+@contextmanager
+def watched(model: "CTRModel", batch: Batch, readout: ReadoutSpec) -> Iterator["SinkShare"]:
+    """Watches the forward pass of `batch` that is made meanwhile."""
+    share = model.watch = SinkShare(batch, readout.through_sinks, model.window)
+    try:
+        yield share
+    finally:
+        model.watch = None
 
 
 @dataclass

@@ -48,7 +48,11 @@ def _trained(found: dict[str, Any]) -> str:
     for name, variant in found["variants"].items():
         told = [variant["trained"][key] for key in ("impressions", "steps", "seconds")]
         rows.append((name, str(len(variant["runs"])), *("-" if value is None else f"{value:,.0f}" for value in told)))
-    equal = "all runs trained on equally many impressions" if found["equal_budget"] else "the budgets are NOT equal"
+    equal = {
+        True: "all runs trained on equally many impressions",
+        False: "the budgets are NOT equal",
+        None: "whether the budgets are equal is not known",
+    }[found["equal_budget"]]
     return f"{aligned(rows)}\n{equal}; seconds are those of training"
 
 

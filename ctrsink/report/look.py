@@ -14,7 +14,7 @@ from ctrsink.data.tokenize import load_tokenizer
 from ctrsink.evaluate.metrics import auc, logloss
 from ctrsink.model.build import build_model
 from ctrsink.model.ctr import CTRModel
-from ctrsink.model.sink_share import SinkShare
+from ctrsink.model.sink_share import watched
 from ctrsink.train.restore import TrainedRun, restore_run
 
 BATCH = 16
@@ -41,27 +41,25 @@ def look(run_dir: str, split: str = "valid", sequences: int = 64) -> dict[str, A
         spec = run.spec.model.model_copy(update={"attention": "sdpa"})
         untrained = build_model(spec, len(load_tokenizer(run.spec.data.uri)), run.spec.seed).eval()
         with _without_biases(run.model) as silenced:
-            without = _shares(run, silenced, batches)
+            without = shares_of(run, silenced, batches)
         found["attention_to_sinks"] = {
-            "untrained": _shares(run, untrained, batches),
-            "trained": _shares(run, run.model, batches),
+            "untrained": shares_of(run, untrained, batches),
+            "trained": shares_of(run, run.model, batches),
             "without_bias": without,
         }
     found["signals"] = _worth(run, batches)
     return found
 
 
-def _shares(run: TrainedRun, model: CTRModel, batches: list[Batch]) -> Shares:
-    sums: dict[int, np.ndarray] = {}
+def shares_of(run: TrainedRun, model: CTRModel, batches: list[Batch]) -> Shares:
+    """By layer, of each head, the mean over the batches in which targets see a history."""
+    found: dict[int, list[list[float]]] = {}
     for batch in batches:
-        share = SinkShare(batch, run.readout.through_sinks, model.window)
-        model.watch = share
-        with torch.inference_mode():
+        with torch.inference_mode(), watched(model, batch, run.readout) as share:
             model(batch, run.readout)
         for layer, heads in share.heads.items():
-            sums[layer] = sums.get(layer, np.zeros(len(heads))) + np.array(heads) / len(batches)
-    model.watch = None
-    return {f"layer{layer:02}": heads.round(4).tolist() for layer, heads in sorted(sums.items())}
+            found.setdefault(layer, []).append(heads)
+    return {f"layer{layer:02}": np.mean(heads, axis=0).round(4).tolist() for layer, heads in sorted(found.items())}
 
 
 @contextmanager

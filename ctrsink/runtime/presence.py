@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -51,16 +52,17 @@ def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
         found = _sign_of_life(path)
         if found is not None and found.get("token") != sign["token"]:
             if not lost:
+                lost = True
                 log.error("%s was taken over by %s, which took this process for dead: it ends", run_dir, _name(found))
                 os.kill(os.getpid(), signal.SIGINT)
-            lost = True
             return
         sign["beat"] += 1
         storage.write_bytes(path, json.dumps(sign).encode())
 
     beating = Every(PERIOD_S, beat, "presence")
     try:
-        yield lambda: beating.close() and not lost and ours()
+        with _interruptible(lambda: lost):
+            yield lambda: beating.close() and not lost and ours()
     finally:
         if beating.close() and not lost:
             with suppress(InputError, RunError, OSError):
@@ -69,6 +71,24 @@ def held(run_dir: str) -> Generator[Callable[[], bool], None, None]:
                     # A sign of life that was under way when the folder was removed has made it anew.
                     if made and not storage.list_files(run_dir) and not storage.list_dirs(run_dir):
                         storage.delete(run_dir)
+
+
+@contextmanager
+def _interruptible(wanted: Callable[[], bool]) -> Generator[None, None, None]:
+    """Where SIGINT is ignored, as a shell has it for what it starts in the background: heard meanwhile if it is `wanted`."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        if wanted():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stop_run(run_dir: str, reason: str) -> str:

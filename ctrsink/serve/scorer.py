@@ -26,7 +26,7 @@ from ctrsink.data.tokenize import encode_items, encode_own
 from ctrsink.data.windows import Cuts, Events
 from ctrsink.errors import InputError
 from ctrsink.features.ragged import Ragged
-from ctrsink.model.sink_share import SinkShare
+from ctrsink.model.sink_share import watched
 from ctrsink.serve.load import Loaded, load_model
 from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
@@ -114,13 +114,8 @@ class Scorer:
         parsed = self.parse(request, "request")
         (sequence,) = self._sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
         batch = collate([sequence], [0]).to(self.model.device)
-        share = SinkShare(batch, self.model.readout.through_sinks, self.model.ctr.window)
-        self.model.ctr.watch = share
-        try:
-            with torch.inference_mode():
-                self.model(batch)
-        finally:
-            self.model.ctr.watch = None
+        with torch.inference_mode(), watched(self.model.ctr, batch, self.model.readout) as share:
+            self.model(batch)
         if share.paid is None:
             return []
         paid = share.paid[0, int(batch.asked_valid[0].sum()) - 1]

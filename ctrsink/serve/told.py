@@ -10,12 +10,12 @@ import pyarrow as pa
 from ctrsink.data.events import LARGEST_FEEDBACK
 from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.requests import known_events
-from ctrsink.data.values import id_text, text
+from ctrsink.data.values import id_text, one_form
 from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
-from ctrsink.serve.requests import Behaviour, Item, Request
+from ctrsink.serve.requests import Behaviour, Item, Request, item_table
 
 ITEM_KEYS = ("id", "item_mean", "item_count")
 """What an item may say beside its fields: which one it is, and how it was received until then, where that is known better."""
@@ -31,12 +31,11 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
     number = _overridden(number, items, "item_count")
     values = np.concatenate([[outcome(b, knowledge) for b in request.history], np.full(candidates, np.nan)])
     labels = np.array([label(b, knowledge) for b in request.history] + [-1] * candidates, np.int8)
+    table = item_table(items, [f.column for f in knowledge.fields])
+    cells = [one_form(table.column(f.column).combine_chunks()).to_pylist() for f in knowledge.fields]
     fields = [
-        np.array(
-            [number for f in knowledge.fields for number in field_ids(f.column, f.separator, text(item[f.column]) or "")],
-            np.int64,
-        )
-        for item in items
+        np.array([n for f, own in zip(knowledge.fields, cells, strict=True) for n in field_ids(f.column, f.separator, own[row])])
+        for row in range(len(items))
     ]
     # In the range that the neighbours are of the user's own part is taken out, as it was in training.
     inside = counted = np.zeros(count + candidates, np.bool_)

@@ -76,8 +76,21 @@ def find(top: Path) -> list[Info]:
 
 
 def files_below(top: Path) -> list[Path]:
-    """Every file below `top`, sorted."""
-    return sorted(p for p in top.rglob("*") if p.is_file())
+    """Every file below `top`, sorted; links to files are such.
+
+    Raises:
+        InputError: a link, not a hidden one, leads to a folder, or nowhere: what it stands for would be left out without a word.
+    """
+    found = []
+    for path in top.rglob("*"):
+        if path.is_file():
+            found.append(path)
+        elif path.is_symlink() and not path.name.startswith((".", "_")):
+            where = "to a folder" if path.is_dir() else "nowhere"
+            raise InputError(
+                f"{path} is a link that leads {where}, and is not followed: remove it, or put the files in its place"
+            )
+    return sorted(found)
 
 
 def names(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:

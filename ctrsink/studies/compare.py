@@ -138,9 +138,11 @@ def _trained(runs: list[Measured]) -> dict[str, Any]:
     return found
 
 
-def _equal_budget(runs: Sequence[Measured]) -> bool:
-    """Whether all runs that are no baselines trained on equally many impressions."""
-    return len({run.result.get("impressions") for run in runs if run.spec is not None}) <= 1
+def _equal_budget(runs: Sequence[Measured]) -> bool | None:
+    """Whether all runs that are no baselines trained on equally many impressions, to a thousandth; None where it is not known."""
+    told = [run.result.get("impressions") for run in runs if run.spec is not None]
+    known = [number for number in told if number is not None]
+    return None if len(known) < len(told) else not known or max(known) - min(known) <= max(known) / 1000
 
 
 def _slices(variants: Variants, reference: str, weights: np.ndarray, split: str) -> dict[str, Any]:

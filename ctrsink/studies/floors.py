@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctrsink import storage, strict_json
+from ctrsink import kept, storage, strict_json
 from ctrsink.data.dataset import Dataset
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.columns_alone import Fitted, stacked
@@ -74,12 +74,12 @@ def fit_floor(floor: Floor, shown: Shown) -> None:
         write_predictions(floor.folder, split, pa.table(columns), evaluation[split])
     result = {"finished": True, "seconds": seconds, "chosen": fitted.chosen, "evaluation": evaluation}
     write_result(floor.folder, result)
-    storage.write_bytes(path, strict_json.dumps(about).encode())
+    storage.write_bytes(path, strict_json.dumps(kept.stamped(about)).encode())
 
 
 def _about(path: str) -> Any:
     with suppress(FileNotFoundError, ValueError):
-        return json.loads(storage.read_bytes(path))
+        return kept.opened(json.loads(storage.read_bytes(path)), path)
     return None
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.config import RunSpec
 from ctrsink.data.arrow import from_parquet, pc
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
-from ctrsink.train.rundir import CONFIG_NAME, RESULT_NAME, first_difference, read_run
+from ctrsink.train.rundir import CONFIG_NAME, first_difference, read_result, read_run
 
 BASELINE_NAME = "baseline.json"
 """In place of config.yaml where no run made the predictions: `name`, `seed` (null: chance plays no part), `data`."""
@@ -74,7 +74,7 @@ def _identity(folder: str) -> tuple[str, int | None, str, RunSpec | None]:
     path = storage.join(folder, BASELINE_NAME)
     if not storage.exists(storage.join(folder, CONFIG_NAME)) and storage.exists(path):
         try:
-            tree = json.loads(storage.read_bytes(path))
+            tree = kept.opened(json.loads(storage.read_bytes(path)), path)
             return str(tree["name"]), tree["seed"], str(tree["data"]), None
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is damaged: fit the baseline again") from None
@@ -84,13 +84,9 @@ def _identity(folder: str) -> tuple[str, int | None, str, RunSpec | None]:
 
 def _result(folder: str) -> dict[str, Any]:
     try:
-        return json.loads(storage.read_bytes(storage.join(folder, RESULT_NAME)))
+        return read_result(folder)
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise InputError(
-            f"{storage.join(folder, RESULT_NAME)} is damaged: it is no JSON; resume the run to write it again"
-        ) from None
 
 
 def read_predictions(folder: str, split: str) -> pa.Table:
@@ -180,6 +176,12 @@ def rows_of(shown: Impressions, users: pa.Array, events: np.ndarray, labels: np.
     keys, wanted = owners.astype(np.int64) * span + events, shown.users.astype(np.int64) * span + shown.events
     order = np.argsort(keys)
     at = np.append(order, 0)[np.searchsorted(keys, wanted, sorter=order)]
+    asked = np.sort(keys[np.isin(keys, wanted)])
+    if (twice := np.flatnonzero(asked[1:] == asked[:-1])).size:
+        user, event = divmod(int(asked[twice[0]]), span)
+        raise InputError(
+            f"{where}: event {event} of user {shown.names[user].as_py()!r} is there twice: which is meant, is not told"
+        )
     if not len(keys) or not np.array_equal(keys[at], wanted) or not np.array_equal(labels[at], shown.labels):
         raise InputError(f"{where}: these are not the impressions that the runs were measured on")
     return at

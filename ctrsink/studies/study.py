@@ -1,6 +1,8 @@
 """A study: every variant with every seed as an ordinary run, baselines beside them, and the comparison of all."""
 
 import logging
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -50,8 +52,9 @@ def run_study(path: str, to: str | None = None) -> dict[str, Any]:
     }
     _check(study, runs)
     data = next(iter(runs.values())).data.uri
+    tables = cache(lambda: _signals(study, data))
     if study.signals is not None:
-        _signals(study, data)  # what is wrong with them is told now, not after hours of runs
+        tables()  # what is wrong with them is told now, not after hours of runs
     for number, ((name, seed), spec) in enumerate(runs.items()):
         if _finished(spec):
             continue
@@ -59,7 +62,7 @@ def run_study(path: str, to: str | None = None) -> dict[str, Any]:
         result = start(spec, resume=True)
         if not result["finished"]:
             return {"folder": folder, "stopped": result["stopped"], "finished": sum(map(_finished, runs.values()))}
-    floors = _floors(study, runs, folder, _signals(study, data))
+    floors = _floors(study, runs, folder, tables)
     some = next(iter(runs.values()))
     shown = {split: read_measured(some.run_dir, split).impressions for split in some.evaluate.splits if split != "train"}
     for floor in floors:
@@ -97,34 +100,34 @@ def _finished(spec: RunSpec) -> bool:
     return done and all(storage.exists(storage.join(spec.run_dir, FOLDER, f"{split}.parquet")) for split in spec.evaluate.splits)
 
 
-def _floors(study: StudySpec, runs: Runs, folder: str, tables: dict[str, pa.Table]) -> list[Floor]:
+def _floors(study: StudySpec, runs: Runs, folder: str, tables: Callable[[], dict[str, pa.Table]]) -> list[Floor]:
     data = next(iter(runs.values())).data.uri
     source = {"data": read_manifest(data).identity}
-    signals = {} if study.signals is None else {split: _hash(storage.join(study.signals, f"{split}.parquet")) for split in tables}
+    signals = {} if study.signals is None else {split: _hash(storage.join(study.signals, f"{split}.parquet")) for split in SPLITS}
     floors: list[Floor] = []
     for name in study.baselines:
         at = storage.join(folder, name)
         if name == "item_mean":
             floors.append(Floor(at, name, None, data, source, lambda: item_mean(Dataset(data))))
         elif name == "logistic":
-            floors.append(Floor(at, name, None, data, source | signals, lambda: (tables, logistic(tables))))
+            floors.append(Floor(at, name, None, data, source | signals, lambda: (tables(), logistic(tables()))))
         else:
             for seed in study.seeds:
-                fit = lambda seed=seed: (tables, lightgbm(tables, seed))  # noqa: E731
+                fit = lambda seed=seed: (tables(), lightgbm(tables(), seed))  # noqa: E731
                 floors.append(Floor(storage.join(at, f"seed-{seed}"), name, seed, data, source | signals, fit))
     for variant in study.stacked:
         for seed in study.seeds:
             spec, name = runs[variant, seed], stacked_name(variant)
             own = {split: read_measured(spec.run_dir, split) for split in ("valid", "test")}
             scores = {f"score of {split}": _hash(storage.join(spec.run_dir, FOLDER, f"{split}.parquet")) for split in own}
-            fit = lambda own=own, seed=seed: stack(tables, own, seed)  # noqa: E731
+            fit = lambda own=own, seed=seed: stack(tables(), own, seed)  # noqa: E731
             at, seconds = storage.join(folder, name, f"seed-{seed}"), own["test"].result["seconds"]
             floors.append(Floor(at, name, seed, data, source | signals | scores, fit, seconds))
     return floors
 
 
 def _signals(study: StudySpec, data: str) -> dict[str, pa.Table]:
-    """The columns of the signals by split, those of events that are no impressions left out; nothing where none are needed.
+    """The columns of the signals by split, those of events that are no impressions left out.
 
     Args:
         data: folder of the data set, whose own they are where the study names none.
@@ -133,10 +136,8 @@ def _signals(study: StudySpec, data: str) -> dict[str, pa.Table]:
         InputError: a file is missing or damaged.
     """
     tables: dict[str, pa.Table] = {}
-    if not study.stacked and not set(study.baselines) - {"item_mean"}:
-        return tables
     if study.signals is None:
-        return {split: signal_columns(Dataset(data), split) for split in SPLITS}
+        return signal_columns(Dataset(data))
     for split in SPLITS:
         path = storage.join(study.signals, f"{split}.parquet")
         again = "write them with `ctrsink data signals`"

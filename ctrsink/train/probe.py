@@ -1,6 +1,7 @@
 """A look inside the model between two steps: gamma of every layer, and how much of the targets' attention goes to sinks."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ctrsink.data.dataset import Dataset
 from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource, evaluation_batches
 from ctrsink.model.ctr import CTRModel
-from ctrsink.model.sink_share import SinkShare
+from ctrsink.model.sink_share import watched
 
 SEQUENCES = 8
 
@@ -44,15 +45,13 @@ def probe(forward: Callable[[Batch, ReadoutSpec], Any], model: CTRModel, batch: 
         return lambda module, args: out.__setitem__(key, float(module.gamma))
 
     hooks = [bias.register_forward_pre_hook(keep(f"gamma/layer{i:02}")) for i, bias in enumerate(model.biases)]
-    share = SinkShare(batch, readout.through_sinks, model.window) if model.sinks is not None else None
-    training, model.watch = model.training, share
+    training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watched(model, batch, readout) if model.sinks is not None else nullcontext() as share:
             forward(batch, readout)
     finally:
         model.train(training)
-        model.watch = None
         for hook in hooks:
             hook.remove()
     return out | {f"sink_attention/layer{i:02}": value for i, value in (share.layers if share else {}).items()}

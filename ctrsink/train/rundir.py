@@ -141,9 +141,17 @@ def write_result(run_dir: str, result: dict[str, Any]) -> None:
 
 
 def read_result(run_dir: str) -> dict[str, Any]:
-    """What the last training process of the run left, see Trainer.run."""
+    """What the last training process of the run left, see Trainer.run.
+
+    Raises:
+        FileNotFoundError: none has ended.
+        InputError: the file is damaged, or a newer version's.
+    """
     path = storage.join(run_dir, RESULT_NAME)
-    return kept.opened(json.loads(storage.read_bytes(path)), path)
+    try:
+        return kept.opened(json.loads(storage.read_bytes(path)), path)
+    except ValueError:
+        raise InputError(f"{path} is damaged: resume the run to write it again") from None
 
 
 def first_difference(old: RunSpec, new: RunSpec) -> str | None:

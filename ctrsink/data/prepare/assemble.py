@@ -169,7 +169,7 @@ def _shard(columns: dict[str, pa.ChunkedArray | pa.Array], users: Chronologies) 
     return pa.Table.from_arrays(arrays, schema=SHARD_SCHEMA)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _column(path: str, name: str) -> pa.Array:
-    """A value of each item: its token ids, list<int32>, or its vector; a file of that name never changes."""
+    """A value of each item: its token ids, list<int32>, its fields' numbers, or its vector; a file of that name never changes."""
     return from_ipc(storage.read_bytes(path)).column(name).combine_chunks()

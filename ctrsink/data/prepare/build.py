@@ -60,6 +60,8 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
     ):
         if wanted != there:
             raise InputError(f"prepare.{name} is not that of the data set {to} ({there}): what is appended must be like it")
+    if spec.neighbours is not None and base.neighbours is None:
+        raise InputError(f"the data set {to} has no table of neighbours: leave out prepare.neighbours, or prepare it again")
     columns = open_source(spec.source).columns
     for name, mapped, there in (
         ("feedback", columns.feedback is not None, kept.outcome == "feedback"),

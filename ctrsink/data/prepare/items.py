@@ -12,6 +12,7 @@ from ctrsink.data.arrow import pc, to_ipc
 from ctrsink.data.manifest import TOKENS_SCHEMA
 from ctrsink.data.prepare.results import write_named
 from ctrsink.data.render import item_texts, template_fields
+from ctrsink.data.values import one_form
 from ctrsink.errors import InputError
 from ctrsink.features.fields import field_ids
 
@@ -119,7 +120,7 @@ class Items:
             if field.column not in self.table.column_names:
                 there = ", ".join(self.table.column_names)
                 raise InputError(f"prepare.statistics.fields names the column {field.column!r}; the item table has {there}")
-        cells = [(field, self.table.column(field.column).to_pylist()) for field in fields]
+        cells = [(field, one_form(self.table.column(field.column).combine_chunks()).to_pylist()) for field in fields]
         rows = (
             [number for field, column in cells for number in field_ids(field.column, field.separator, column[row])]
             for row in range(self.table.num_rows)

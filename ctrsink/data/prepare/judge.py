@@ -2,6 +2,7 @@
 
 import logging
 
+from ctrsink.config.times import is_date, iso_date
 from ctrsink.data.arrow import from_parquet
 from ctrsink.data.cells import iso
 from ctrsink.data.events import forms_of
@@ -35,6 +36,14 @@ def check_totals(job: Job, totals: Totals) -> None:
         )
     if 10 * skipped > totals.rows:
         log.warning("%s: left out %d of %d rows (%.0f %%): %s", path, skipped, totals.rows, 100 * skipped / totals.rows, reasons)
+    if is_date(totals.first_time) and is_date(totals.last_time):
+        log.warning(
+            "%s: the events are of the seconds %d to %d since 1970, in that year: if these are dates, write them as %s",
+            path,
+            totals.first_time,
+            totals.last_time,
+            iso_date(totals.last_time),
+        )
     median, strays = totals.strays()
     if strays:
         log.warning(

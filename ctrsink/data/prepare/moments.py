@@ -10,7 +10,7 @@ import numpy as np
 from ctrsink import storage
 from ctrsink.data.arrow import from_parquet
 from ctrsink.data.chronology import split_of
-from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, NeighboursEntry, Scale, ShardEntry, SplitTimes
+from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, NeighboursEntry, Scale, ShardEntry, SplitTimes, read_file
 from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.data.shard import COLUMNS, Knowing, read_neighbours
 from ctrsink.features.neighbours import Neighbours
@@ -42,7 +42,7 @@ class Moments:
             )
         )
         entry = self.neighbours
-        table = _table(storage.join(self.to, entry.file.path), entry.variance, entry.shrink) if entry else None
+        table = _table(self.to, entry.model_dump_json()) if entry else None
         histories = replace(self.knowing, neighbours=table).histories(events, tokens)
         trained = (split_of(histories.timestamps, self.split_times) == SPLITS.index("train")) & (histories.labels >= 0)
         found: dict[str, list[float]] = {}
@@ -77,5 +77,6 @@ def scales_of(names: Iterable[str], moments: Iterable[dict[str, list[float]]]) -
 
 
 @lru_cache(maxsize=1)
-def _table(path: str, variance: float, shrink: float) -> Neighbours:
-    return read_neighbours(storage.read_bytes(path), variance, shrink)
+def _table(to: str, said: str) -> Neighbours:
+    entry = NeighboursEntry.model_validate_json(said)
+    return read_neighbours(read_file(to, entry.file), entry.variance, entry.shrink)

@@ -6,7 +6,7 @@ cut. `append` goes on from the totals that a data set keeps.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -116,7 +116,8 @@ class Received:
             return np.full(len(items), np.nan), np.zeros(len(items), np.int64)
         known = (place >= 0) & (self.item[place] == items)
         count, total = np.where(known, self.count[place], 0), np.where(known, self._sums[place], 0.0)
-        overall = self._overall(periods)
+        found, means = self._overall
+        overall = means[np.searchsorted(found, periods)]
         return (total + rule.strength * overall) / (count + rule.strength), count
 
     def totals(self, items: int) -> tuple[pa.Table, int]:
@@ -139,12 +140,13 @@ class Received:
             columns |= {f"{name}_before": early, f"{name}_last": every - early}
         return pa.table(columns), last
 
-    @property
+    @cached_property
     def _sums(self) -> np.ndarray:
         return self.whole + self.part / _PART
 
-    def _overall(self, periods: np.ndarray) -> np.ndarray:
-        """Mean outcome of all items before each period; NaN where there was none."""
+    @cached_property
+    def _overall(self) -> tuple[np.ndarray, np.ndarray]:
+        """The periods that have outcomes, [P], and the mean outcome of all items before each and behind all, [P + 1]."""
         found, which = np.unique(self.period, return_inverse=True)
         opens = np.diff(self.item, prepend=-1) != 0
         total = np.zeros((3, len(found) + 1))
@@ -152,9 +154,8 @@ class Received:
             column = getattr(self, name)
             inside = column - np.where(opens, 0, np.concatenate([[0], column[:-1]]))
             total[row, 1:] = np.cumsum(np.bincount(which, inside, len(found)))
-        at = np.searchsorted(found, periods)
         with np.errstate(invalid="ignore"):
-            return ((total[1] + total[2] / _PART) / np.where(total[0] > 0, total[0], np.nan))[at]
+            return found, (total[1] + total[2] / _PART) / np.where(total[0] > 0, total[0], np.nan)
 
 
 def totals_as_counts(content: bytes, last: int) -> pa.Table:

@@ -71,7 +71,7 @@ def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None, ids:
     names = keep or list(dict.fromkeys(name for record in records for name in record if _is_text(name)))
     columns: dict[str, pa.Array] = {}
     wrong: dict[str, dict[int, str]] = {}
-    floats: dict[str, str] = {}
+    floats: dict[str, dict[int, str]] = {}
     for name in names:
         convert, cells = id_text if name in ids else text if keep is None else cell_text, []
         for row, record in enumerate(records):
@@ -82,7 +82,7 @@ def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None, ids:
                 cells.append(None)
                 wrong.setdefault(name, {})[row] = str(error)
             if name in ids and isinstance(value, float) and cells[-1] is not None:
-                floats.setdefault(name, repr(value))
+                floats.setdefault(name, {})[row] = repr(value)
         columns[name] = pa.array(cells, pa.string())
     header_lines = 0 if len(rows) == len(lines) else None
     return RawRows(uri, pa.table(columns), np.array(numbers, np.int64), header_lines, broken, wrong=wrong, floats=floats)
