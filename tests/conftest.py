@@ -1,5 +1,6 @@
 """What every test shares: an environment without surprises, the started servers, and the rule that CI never skips."""
 
+import logging
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -131,3 +132,12 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_instead_of_skip(report)
     return report
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What ctrsink logs in this process, also where it would configure its own handlers."""
+    monkeypatch.setattr(logging.getLogger("ctrsink"), "propagate", True)
+    monkeypatch.setattr("ctrsink.logs.configure", lambda *args: None)
+    caplog.set_level(logging.INFO, "ctrsink")
+    return caplog

@@ -31,6 +31,7 @@ def spec_of(path: Path | str, items: Path | None = None, **more: Any) -> Prepare
 
 
 def contents(folder: Path | str) -> dict[str, bytes]:
+    """Every file of a data set."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 

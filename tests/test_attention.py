@@ -64,16 +64,18 @@ def dense_attention(
         bias = torch.stack(pieces)
     bias = bias[:, None].expand(b, heads, length, length)
     if module.layer_idx in plan.at_asked:
-        bias = bias + dense_at_asked(plan, plan.at_asked[module.layer_idx], length)
+        bias = bias + dense_at_asked(plan, module.asked, plan.at_asked[module.layer_idx], length)
     logits = query @ key.transpose(2, 3) * scaling + bias
     weights = logits.masked_fill(~module.plain_mask[:, None], float("-inf")).softmax(-1)
     return plan.packing.pack((weights @ value).transpose(1, 2))[None], None
 
 
-def dense_at_asked(plan: attention.SdpaPlan, table: torch.Tensor, length: int) -> torch.Tensor:
-    """The bias [B, H, R, K] of the rows of targets at the sinks, in its places of [B, H, L, L]."""
-    assert plan.targets is not None
-    rows = nn.functional.one_hot(plan.targets.positions, length).float() * (plan.targets.positions < length - 1)[:, :, None]
+def dense_at_asked(
+    plan: attention.SdpaPlan, asked: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor, length: int
+) -> torch.Tensor:
+    """The bias [B, H, M, K] of those asked (positions and whether they are any, [B, M]) at the sinks, in its places of [B, H, L, L]."""
+    positions, valid = asked
+    rows = nn.functional.one_hot(positions, length).float() * valid[:, :, None]
     columns = nn.functional.one_hot(plan.sinks.positions, length).float() * plan.sink_valid[:, :, None]
     return torch.einsum("brl,bhrk,bkm->bhlm", rows, table, columns)
 
@@ -95,6 +97,7 @@ def run_dense(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torc
     mask = plain_mask(batch, readout.over == "sinks" and readout.form == "attend", model.window)
     for layer in attention_layers(dense):
         layer.self_attn.plain_mask = mask
+        layer.self_attn.asked = (batch.asked_positions, batch.asked_valid)
     return run(dense, batch, readout)
 
 

@@ -1,6 +1,5 @@
 """bfloat16 where the hardware has it: what is chosen, what is told, and that a run keeps what it began in."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,12 @@ from tests.runs import prepared_data, run_tree
 
 SLOW = "a worker's CPU has no instructions for bf16, in which its products take many times as long as in fp32"
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prepared_data(str(tmp_path_factory.mktemp("bf16") / "set"))
-
-
-@pytest.fixture(autouse=True)
-def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logging.getLogger("ctrsink"), "propagate", True)
-    monkeypatch.setattr("ctrsink.logs.configure", lambda *args: None)
-    caplog.set_level(logging.INFO, "ctrsink")
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,9 @@ from tests.data_fixtures import (
     write_recbole_100k,
     write_table,
 )
+from tests.prepared_in_tasks import contents
 
 EVENTS = make_events()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a data set."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def read_all(uri: str) -> tuple[list[dict], dict[int, list[int]]]:

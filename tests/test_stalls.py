@@ -1,6 +1,5 @@
 """A run that makes no step for a minute says so, and what it waits for; a minute is short here."""
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ from ctrsink.runtime.stalls import Stalls
 from ctrsink.runtime.start import start
 from tests.runs import prepared_data, run_tree
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "no step for" in record.getMessage()]
 
 
 @pytest.fixture(autouse=True)
-def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("ctrsink")
-    monkeypatch.setattr(logger, "propagate", True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stalls, "PATIENCE_S", 0.3)
-    caplog.set_level(logging.WARNING, "ctrsink")
 
 
 def test_it_is_told_once_in_a_while_and_not_after_a_step(caplog: pytest.LogCaptureFixture) -> None:
@@ -57,7 +55,6 @@ def test_a_run_says_that_it_waits_for_its_data(
 
     monkeypatch.setattr(Dataset, "_load", slowly)
     data = prepared_data(str(tmp_path / "data"))
-    monkeypatch.setattr("ctrsink.logs.configure", lambda *args: None)
     spec = parse_run(run_tree(data, str(tmp_path / "run"), stages=run_tree(data, "")["stages"][:1]), "test")
     start(spec, stop_after=1)
     assert any("waiting for the data of shards/0" in message and "stage align" in message for message in messages(caplog))

@@ -36,12 +36,6 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
 
 
-@pytest.fixture
-def warnings_seen(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("ctrsink"), "propagate", True)
-    return caplog
-
-
 def mlflow_run(database: str, run_dir: Path) -> Any:
     return MlflowClient(database).get_run((run_dir / MLFLOW_NAME).read_text())
 
@@ -94,7 +88,7 @@ def test_a_run_that_mlflow_does_not_know_any_more_begins_anew_there(tmp_path: Pa
 
 
 def test_mlflow_that_cannot_be_reached_is_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_seen: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri = f"http://127.0.0.1:{free_ports(1)[0]}"
@@ -103,7 +97,7 @@ def test_mlflow_that_cannot_be_reached_is_one_warning(
         telemetry.add(row(step))
     telemetry.close(finished=True)
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [1, 2, 3, 4]
-    of_training = [record for record in warnings_seen.records if record.name == "ctrsink.train"]
+    of_training = [record for record in heard.records if record.name == "ctrsink.train"]
     (warning,) = [record.getMessage() for record in of_training if record.levelno >= logging.WARNING]
     assert warning.startswith("MLflow does not take the metrics, training goes on without it: ")
 

@@ -38,18 +38,10 @@ class AttentionPlan:
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     """Inter-sink bias [B, K, K] by layer, from the layer's hook to its attention."""
     at_asked: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Bias [B, H, R, K] by layer, of the rows of targets at the sinks: temporal, by similarity, or their sum."""
+    """Bias [B, H, M, K] by layer, of those asked at the sinks: temporal, by similarity, or their sum."""
     followed: set[int] = field(default_factory=set)
     """Layers whose attention has computed by this plan."""
     watch: "Watch | None" = None
-
-    def asked_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
-        """The bias of those asked at the sinks, [B, H, M, K]; None: the layer has none."""
-        return self.at_asked.get(layer)
-
-    def add_asked_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
-        """Give those asked their bias at the sinks, `biases[i]`, [B, H, M, K], in layer i."""
-        self.at_asked.update(enumerate(biases))
 
 
 Watch = Callable[[AttentionPlan, int, torch.Tensor, torch.Tensor, float], None]
@@ -65,35 +57,26 @@ class SdpaPlan(AttentionPlan):
     """Rows of targets that see less than all before them or have a bias of their own; None: there are none."""
     base: torch.Tensor | None
     """bool [B, 1, L, L], what all rows see; None: everything up to themselves, the fastest kernel."""
-
-    def add_asked_biases(self, biases: list[torch.Tensor], batch: Batch) -> None:
-        """As in AttentionPlan; the bias of an event that is asked goes to its row among those of targets, the others get 0."""
-        assert self.targets is not None  # by `plan`
-        match = (self.targets.positions[:, :, None] == batch.asked_positions[:, None, :]) & batch.asked_valid[:, None, :]
-        slot = match.to(torch.uint8).argmax(-1)[:, None, :, None]
-        mine = match.any(-1)[:, None, :, None]
-        for layer, bias in enumerate(biases):
-            self.at_asked[layer] = bias.gather(2, slot.expand(-1, bias.shape[1], -1, bias.shape[3])) * mine
-
-    def asked_bias(self, layer: int, batch: Batch) -> torch.Tensor | None:
-        """As in AttentionPlan; here the bias is that of the rows of targets, which those asked are among."""
-        if self.targets is None or layer not in self.at_asked:
-            return None
-        slots = (self.targets.positions[:, None, :] == batch.asked_positions[:, :, None]).to(torch.uint8).argmax(-1)
-        table = self.at_asked[layer]
-        return table.gather(2, slots[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+    asked: tuple[torch.Tensor, torch.Tensor] | None
+    """Of each row of targets, [B, R]: which of those asked it is (int64), and whether it is one (bool); None: they have no bias."""
 
 
 def plan(batch: Batch, sinks_only: bool, window: int | None = None, asked: bool = False) -> SdpaPlan:
     """The plan of a batch; `asked`: their rows get a bias of their own."""
     packing = Packing.of(batch)
     base = windowed(batch, window)
+    targets = target_rows(batch, sinks_only, window, asked)
+    of_asked = None
+    if asked and targets is not None:
+        match = (targets.positions[:, :, None] == batch.asked_positions[:, None, :]) & batch.asked_valid[:, None, :]
+        of_asked = match.to(torch.uint8).argmax(-1), match.any(-1)
     return SdpaPlan(
         packing=packing,
         sinks=sink_rows(batch, window),
         sink_valid=batch.sink_valid,
         packed_sinks=packing.find(batch.sink_positions),
-        targets=target_rows(batch, sinks_only, window, asked),
+        targets=targets,
+        asked=of_asked,
         base=None if base is None else base[:, None],
         window=window,
     )
@@ -161,7 +144,11 @@ def _special(given: SdpaPlan, layer: int, length: int, dtype: torch.dtype) -> tu
     if (table := given.tables.pop(layer, None)) is not None:
         parts.append((given.sinks.positions, _masked(given, given.sinks, table[:, None], length, dtype)))
     if given.targets is not None:
-        at_sinks = given.at_asked.get(layer)
+        at_sinks = None
+        if (at_asked := given.at_asked.get(layer)) is not None:
+            assert given.asked is not None  # by `plan`
+            which, one = (of[:, None, :, None] for of in given.asked)
+            at_sinks = at_asked.gather(2, which.expand(-1, at_asked.shape[1], -1, at_asked.shape[3])) * one
         parts.append((given.targets.positions, _masked(given, given.targets, at_sinks, length, dtype)))
     if not parts:
         return None

@@ -103,8 +103,7 @@ class CTRModel(nn.Module):
         else:
             plan = attention.plan(batch, sinks_only, self.window, bool(self.temporal or self.similarity))
         plan.watch = self.watch
-        if biases := self._asked_biases(batch):
-            plan.add_asked_biases(biases, batch)
+        plan.at_asked.update(enumerate(self._asked_biases(batch)))
         out = self.backbone(
             inputs_embeds=plan.packing.pack(self.embed(batch))[None],
             attention_mask=None,

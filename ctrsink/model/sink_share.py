@@ -60,7 +60,7 @@ class SinkShare:
         rows = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         with torch.autocast(query.device.type, enabled=False):
             scores = rows @ key.transpose(2, 3) * scaling
-        if (bias := plan.asked_bias(layer, batch)) is not None:
+        if (bias := plan.at_asked.get(layer)) is not None:
             # Slots that are not valid share the padding column; adding 0 there changes nothing.
             bias = bias.float().masked_fill(~batch.sink_valid[:, None, None, :], 0.0)
             scores = scores.scatter_add(3, batch.sink_positions[:, None, None, :].expand_as(bias), bias)
