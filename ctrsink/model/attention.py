@@ -58,7 +58,7 @@ class SdpaPlan(AttentionPlan):
     base: torch.Tensor | None
     """bool [B, 1, L, L], what all rows see; None: everything up to themselves, the fastest kernel."""
     asked: tuple[torch.Tensor, torch.Tensor] | None
-    """Of each row of targets, [B, R]: which of those asked it is (int64), and whether it is one (bool); None: they have no bias."""
+    """Of each row of targets, [B, R]: which of those asked it is (int64), and whether it is one (bool); None: no bias."""
 
 
 def plan(batch: Batch, sinks_only: bool, window: int | None = None, asked: bool = False) -> SdpaPlan:
