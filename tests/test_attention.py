@@ -73,7 +73,7 @@ def dense_attention(
 def dense_at_asked(
     plan: attention.SdpaPlan, asked: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor, length: int
 ) -> torch.Tensor:
-    """The bias [B, H, M, K] of those asked (positions, whether they are any: [B, M]) at the sinks, in its places of [B, H, L, L]."""
+    """The bias [B, H, M, K] of those asked (positions, validity: [B, M]) at the sinks, in its places of [B, H, L, L]."""
     positions, valid = asked
     rows = nn.functional.one_hot(positions, length).float() * valid[:, :, None]
     columns = nn.functional.one_hot(plan.sinks.positions, length).float() * plan.sink_valid[:, :, None]
