@@ -95,6 +95,7 @@ def to_batch(samples: Samples, signals: int) -> Batch:
         "readout_positions": lengths[:, None] - 1,
         "readout_valid": np.ones((rows, 1), np.bool_),
         "readout_numbers": np.zeros((rows, 1, 0), np.float32),
+        "base": np.zeros((rows, 1), np.float32),
         "asked_positions": lengths[:, None] - 1,
         "asked_valid": np.ones((rows, 1), np.bool_),
         "asked_times": np.zeros((rows, 1), np.int64),

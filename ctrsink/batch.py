@@ -45,6 +45,8 @@ class Batch:
     """bool [B, T]."""
     readout_numbers: torch.Tensor
     """float32 [B, T, G]; z-scores of each target, 0 where unknown or not valid."""
+    base: torch.Tensor
+    """float32 [B, T]; logit of each target's base score, which the model adds to; 0 where there is none, or not valid."""
     asked_positions: torch.Tensor
     """int64 [B, M]; last text position of each event that is asked: of targets, and in `per_user` sequences of every event from
     the first target on: each is a target first. What targets are told, and where they look, holds for all of them."""

@@ -67,6 +67,7 @@ def events_of(chronology: Chronology, layout: Layout) -> Events:
         vectors=VECTORS,
         numbers=(outcome[:, None] / np.arange(1, 1 + len(layout.numbers))).astype(np.float32),
         target_numbers=(c.texts[:, None] - np.arange(len(layout.target_numbers))).astype(np.float32),
+        base=None if layout.base is None else (c.texts / 8).astype(np.float32),
         categories=categories((*layout.signals, *layout.target_signals), c.timestamps, c.feedbacks, layout.utc_offset_hours),
     )
 

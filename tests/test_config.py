@@ -50,7 +50,10 @@ def test_the_smallest_run_is_whole() -> None:
     [
         ("train.batchsize=3", "unknown key train.batchsize, did you mean batch_size? (allowed: batch_size, micro_batch_size, "),
         ("tran.batch_size=3", "unknown key tran, did you mean train? (allowed: name, run_dir, seed, "),
-        ("model.sinks.signal=[none]", "model.sinks.signal, did you mean signals? (allowed: signals, buckets, embedding_size)"),
+        (
+            "model.sinks.signal=[none]",
+            "model.sinks.signal, did you mean signals? (allowed: signals, id_dropout, buckets, embedding_size)",
+        ),
         (
             "prepare.source.pth=x",
             "prepare.source.pth, did you mean path? (allowed: kind, path, items, columns, items_columns) [and 2 more]",
@@ -66,7 +69,10 @@ def test_the_smallest_run_is_whole() -> None:
         ("model.sinks.signals=[zzz]", "signals.0: there is no signal 'zzz' (allowed: recency_rank, time_gap, "),
         ("model.sinks={signals: [hour], buckets: 20}", "model.sinks: hour has 24 values, more than buckets 20"),
         ("model.sinks.signals=[affinity]", "affinity cannot be told of a behaviour; allowed: recency_rank, time_gap, "),
-        ("model.target.signals=[deviation]", "deviation cannot be told of a target; allowed: hour, weekday, item_mean, "),
+        (
+            "model.target.signals=[deviation]",
+            "deviation cannot be told of a target; allowed: hour, weekday, item_id, user_id, item_mean, ",
+        ),
         ("model.target.signals=[]", "name at least one signal, each once; for none set model.target to null"),
         ("model={sinks: null, bias: null, similarity: vectors}", "set it to null where sinks is null"),
         ("train.zero_stage=4", "train.zero_stage: 4 is not allowed (allowed: 0, 1, 2 or 3)"),

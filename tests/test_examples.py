@@ -45,6 +45,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         numbers=draw(st.sampled_from(NUMBERS)),
         target_signals=draw(st.sampled_from([(), ("weekday",), ("hour", "weekday")])),
         target_numbers=draw(st.sampled_from(NUMBERS)),
+        base=draw(st.sampled_from([None, "log.rank"])),
         utc_offset_hours=draw(st.sampled_from([0.0, -3.5])),
     )
     if not layout.sinks:
@@ -153,6 +154,7 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
     out["asked_times"] = [int(chronology.timestamps[e]) for e in asked]
     out["asked_signals"] = [[signal(name, e) for name in layout.target_signals] for e in asked]
     out["asked_numbers"] = [told.target_numbers[e].tolist() for e in asked]
+    out["base"] = [0.0 if told.base is None else float(told.base[t]) for t in targets]
     out["labels"] = [int(chronology.labels[t]) for t in targets]
     out["targets"] = targets
     pairs = [(a, e) for a in asked for e in behaviours] if layout.similarity else []

@@ -83,6 +83,7 @@ def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
         readout_positions=none,
         readout_valid=none.bool(),
         readout_numbers=torch.zeros(b, 1, 0),
+        base=torch.zeros(b, 1),
         asked_positions=none,
         asked_valid=none.bool(),
         asked_times=none,

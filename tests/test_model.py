@@ -16,7 +16,7 @@ from ctrsink.model.build import build_model, load_parameters
 from ctrsink.model.ctr import CTRModel, decoder_layers
 from ctrsink.model.groups import group_of, set_trainable, trained_as
 from ctrsink.model.readout import read
-from ctrsink.model.signals import CategoryEmbedding
+from ctrsink.model.signals import CategoryEmbedding, Table
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL = ReadoutSpec()
@@ -83,11 +83,25 @@ def test_pooling_in_bfloat16_keeps_long_means() -> None:
 
 
 def test_sink_vectors_are_the_projected_sum_of_the_signals() -> None:
-    module = CategoryEmbedding(signals=2, rows=6, width=4, hidden_size=7, scale=0.02)
+    module = CategoryEmbedding([Table(6, ids=False)] * 2, width=4, hidden_size=7, scale=0.02, id_dropout=0.0)
     signals = torch.tensor([[[0, 5], [3, 3]]])
     first, second = (module.get_parameter(f"tables.{i}.weight") for i in (0, 1))
     expected = torch.stack([module.projection(first[0] + second[5]), module.projection(first[3] + second[3])])[None]
     close(module(signals), expected)
+
+
+def test_ids_are_hidden_at_random_in_training_alone() -> None:
+    """One that is hidden is as unknown as that of somebody new: row 0. What is no id is never hidden."""
+    module = CategoryEmbedding([Table(50, ids=True), Table(6, ids=False)], 4, 7, scale=0.02, id_dropout=0.3)
+    assert {group_of(f"sinks.categories.{name}") for name, _ in module.named_parameters()} == {"ids", "sink"}
+    signals = torch.stack([torch.randint(1, 50, (4000,)), torch.randint(0, 6, (4000,))], -1)
+    known = module.eval()(signals)
+    unknown = module(signals * torch.tensor([0, 1]))
+    torch.manual_seed(0)
+    trained = module.train()(signals)
+    hidden = (trained - unknown).abs().amax(-1) < 1e-7
+    close(trained[~hidden], known[~hidden])
+    assert 0.25 < float(hidden.float().mean()) < 0.35
 
 
 def test_sinks_replace_the_embedding_at_their_positions_only() -> None:

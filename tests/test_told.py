@@ -35,7 +35,7 @@ from ctrsink.train.capacity import GIB, saved_bytes, tokens_within
 from ctrsink.train.restore import restore_run
 from tests.builders import form_batch, tiny_model, tiny_spec
 from tests.command_line import good
-from tests.data_fixtures import make_events, prepare_spec, table_source
+from tests.data_fixtures import make_events, prepare_spec, table_source, write_table
 from tests.serving_fixtures import Prepared, run_spec, write_run
 
 OF_SINKS = tuple(name for name, signal in SIGNALS.items() if "behaviour" in signal.sides)
@@ -147,8 +147,25 @@ def asked_together(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return told_data(tmp_path_factory.mktemp("together"), requests=True)
 
 
+COLUMNS = ("log.price", "hashed.log.slot", "log.rank", "item.year", "hashed.item.year", "mean.item.genres", "count.item.genres")
+
+
+def columned(source: SourceSpec) -> SourceSpec:
+    """The log with columns of its own: a number, a category, both blank here and there, and the logit of another ranker."""
+    path = Path(source.path)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        time = int(row["when"])
+        row["price"] = "" if time % 5 == 0 else f"{time % 97 / 8}"
+        row["slot"] = ("top", " side", "", "É1")[time % 4]
+        row["rank"] = "" if time % 6 == 0 else f"{time % 13 / 4 - 1.5}"
+    write_table(path, rows)  # pyright: ignore[reportArgumentType]
+    return source
+
+
 def told_data(folder: Path, requests: bool) -> Prepared:
-    source = table_source(folder / "raw", make_events(9, 12))
+    source = columned(table_source(folder / "raw", make_events(9, 12)))
     if not requests:
         source = source.model_copy(update={"columns": source.columns.model_copy(update={"request": None})})
     column = "genres"
@@ -156,6 +173,7 @@ def told_data(folder: Path, requests: bool) -> Prepared:
         update={
             "statistics": StatisticsSpec(period="hour", fields=(FieldSpec(column=column, separator=" "),), user_events=5),
             "neighbours": NeighboursSpec(partners=3, shrink=2.0),
+            "columns": COLUMNS,
         }
     )
     prepare(PrepareSpec.model_validate(spec.model_dump()), str(folder / "data"))
@@ -196,19 +214,20 @@ def test_an_append_goes_on_with_statistics_and_keeps_neighbours_and_scales(data:
 
 
 def sourced(folder: Path, events: list[Any]) -> SourceSpec:
-    source = table_source(folder / "raw", events)
+    source = columned(table_source(folder / "raw", events))
     return source.model_copy(update={"columns": source.columns.model_copy(update={"request": None})})
 
 
-def statistics_of(uri: str) -> dict[tuple[str, int], tuple[float, int]]:
-    """Mean and count of the item of each event, by user and time; events that stand in a later part as history are the same."""
+def statistics_of(uri: str) -> dict[tuple[str, str, int], tuple[float, int]]:
+    """Mean and count of the item of each event, and of all with its genres, by user and time; history is the same."""
     dataset = Dataset(uri)
     found = {}
     for number in range(len(dataset.manifest.shards)):
-        table = dataset.tables(number)[0].to_pylist()
-        for row in table:
-            for time, mean, count in zip(row["timestamp"], row["item_mean"], row["item_count"], strict=True):
-                found[row["user"], time] = (np.nan if mean is None else mean, count)
+        for row in dataset.tables(number, COLUMNS)[0].to_pylist():
+            for kind in ("item", "genres"):
+                names = ("item_mean", "item_count") if kind == "item" else ("mean.item.genres", "count.item.genres")
+                for time, mean, count in zip(row["timestamp"], *(row[name] for name in names), strict=True):
+                    found[kind, row["user"], time] = (np.nan if mean is None else mean, count)
     return found
 
 
@@ -216,12 +235,14 @@ def spec_of(data: Prepared, run_dir: str, examples: str, **sequences: Any) -> An
     of_sinks = [name for name in OF_SINKS if examples != "per_user" or not SIGNALS[name].depends_on_target]
     of_sinks = [name for name in of_sinks if name != "similarity"]
     model = {
-        "sinks": {"signals": of_sinks, "buckets": 30, "embedding_size": 8},
-        "target": {"signals": list(OF_TARGETS)},
+        "sinks": {"signals": [*of_sinks, *COLUMNS], "buckets": 30, "embedding_size": 8},
+        "target": {"signals": [*OF_TARGETS, *COLUMNS], "buckets": 40},
+        "base": "log.rank",
         "similarity": "neighbours",
         "temporal": True,
     }
-    return run_spec(data, run_dir, model=model, examples=examples, **sequences)
+    groups = ("sink", "bias", "head", "ids", "lora")
+    return run_spec(data, run_dir, trainable=groups, model=model, examples=examples, **sequences)
 
 
 def evaluated(run_dir: str, split: str) -> Predictions:
@@ -331,13 +352,16 @@ def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -
     export_run(spec.run_dir, str(tmp_path / "out"))
     scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(data.uri)
     request = request_of(dataset, 0, 8)
-    fields = {key: value for key, value in request["candidates"][0].items() if key not in ("item_mean", "item_count")}
+    received = ("item_mean", "item_count", "mean.item.genres", "count.item.genres")
+    fields = {key: value for key, value in request["candidates"][0].items() if key not in received}
     new = scorer.score({"candidates": [fields | {"id": "never seen"}], "timestamp": request["timestamp"]})
     assert 0 < new[0] < 1
-    known, overridden = (
-        scorer.score(request | {"candidates": [fields | more]})[0] for more in ({}, {"item_mean": 1.0, "item_count": 500})
-    )
-    assert known != overridden  # fresher statistics are believed
+    fresher = ({}, {"item_mean": 1.0, "item_count": 500}, {"mean.item.genres": 1.0}, {"genres": "never seen"}, {"log.price": 99})
+    scores = [scorer.score(request | {"candidates": [fields | more]})[0] for more in fresher]
+    assert len(set(scores)) == len(fresher)  # fresher statistics are believed, and so is all else
+    somebody = scorer.score(request | {"user": "never seen"})[0]
+    assert somebody != scorer.score(request)[0]
+    assert somebody != scorer.score(request | {"user": None})[0]
 
 
 @pytest.mark.parametrize(
@@ -353,6 +377,12 @@ def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -
         (lambda r: r["history"][0].update(request="\ud83d"), "history.0.request: .* half a surrogate pair"),
         (lambda r: r["history"][0].update(request=True), "history.0.request"),
         (lambda r: r["history"][0].pop("label"), "history.0 has no label"),
+        (lambda r: r["candidates"][0].update({"log.price": "cheap"}), "candidates.0.log.price is no number .*'cheap'"),
+        (lambda r: r["candidates"][0].update({"log.price": 1e39}), "candidates.0.log.price is no number that float32 holds"),
+        (lambda r: r["history"][0]["item"].update({"hashed.log.slot": {}}), "history.0.hashed.log.slot: an object is no text"),
+        (lambda r: r["candidates"][0].update({"mean.item.genres": "good"}), "candidates.0.mean.item.genres is no number"),
+        (lambda r: r["candidates"][0].update({"count.item.genres": -1}), "candidates.0.count.item.genres is below 0"),
+        (lambda r: r.update(user=True), "request: user"),
     ],
 )
 def test_what_the_signals_need_is_asked_for(data: Prepared, tmp_path: Path, change: Any, message: str) -> None:
@@ -388,7 +418,7 @@ def test_a_field_is_one_value_however_it_is_written(tmp_path: Path, client: Any)
     fields = (FieldSpec(column="year of it"),)
     spec = prepare_spec(source).model_copy(update={"statistics": StatisticsSpec(period="hour", fields=fields)})
     prepare(spec, str(tmp_path / "data"))
-    knowledge = Knowledge.of(Dataset(str(tmp_path / "data")), with_neighbours=False)
+    knowledge = Knowledge.of(Dataset(str(tmp_path / "data")), with_neighbours=False, columns=())
     item = {"id": "1", "title": "x", "year of it": client}
     request = parse_request({"candidates": [item], "timestamp": 2e9}, ["year of it"], "request")
     told = histories_of(request, np.array([2 * 10**9]), knowledge).fields
@@ -427,7 +457,7 @@ def test_a_look_says_where_targets_look_and_what_signals_are_worth(data: Prepare
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     weights = {name: value.clone() for name, value in restore_run(spec.run_dir).model.state_dict().items()}
     found = good("look", "--run", spec.run_dir, "--split", "test")
-    assert set(found["signals"]) == set(of_kind(OF_TARGETS, numbers=True))
+    assert set(found["signals"]) == set(of_kind((*OF_TARGETS, *COLUMNS), numbers=True))
     assert found["impressions"] == read_manifest(data.uri).splits["test"].impressions
     shares = found["attention_to_sinks"]
     assert set(shares) == {"untrained", "trained", "without_bias"}

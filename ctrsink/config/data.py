@@ -5,7 +5,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ctrsink.config.base import Section
+from ctrsink.config.signals import ColumnName
 from ctrsink.config.times import Moment
+from ctrsink.features.columns import columns_of
 
 
 class ColumnSpec(Section):
@@ -188,6 +190,10 @@ class PrepareSpec(Section):
     statistics: StatisticsSpec = StatisticsSpec()
     neighbours: NeighboursSpec | None = None
     """null: items have no neighbours."""
+    columns: tuple[ColumnName, ...] = ()
+    """Columns of the log and of the item table that models may be told, by the names of their signals: `log.price`, `item.year`
+    are numbers, `hashed.log.slot` and `hashed.item.brand` categories, `mean.item.brand` and `count.item.brand` how items of that
+    brand were received. What a column of the log says must be known before the answer is."""
     positive_from: float = 4.0
     """Label rule: 1 where feedback is at least this."""
     request_is_second: bool = False
@@ -206,6 +212,18 @@ class PrepareSpec(Section):
     workers: int = Field(default=1, ge=1)
     """Tasks at a time: 1 runs them in this process; more let Ray Data run them, on this machine or the cluster at
     `runtime.address`. The data set does not depend on it."""
+
+    @model_validator(mode="after")
+    def _columns_tell_no_answer(self) -> "PrepareSpec":
+        if len(set(self.columns)) != len(self.columns):
+            raise ValueError("columns: name each once")
+        mapped = self.source.columns
+        for column in columns_of(self.columns):
+            if column.of == "log" and column.name in (mapped.feedback, mapped.label):
+                raise ValueError(
+                    f"columns: {column.signal} is the answer that is to be foretold; the signal feedback tells it to sinks"
+                )
+        return self
 
 
 class CacheSpec(Section):

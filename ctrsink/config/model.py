@@ -5,8 +5,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ctrsink.config.base import Section
-from ctrsink.config.signals import SignalName
-from ctrsink.features.registry import SIGNALS, Side, of_kind
+from ctrsink.config.signals import ColumnName, SignalName
+from ctrsink.features.columns import Column
+from ctrsink.features.registry import SIGNALS, Side, of_kind, signal
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", *_DEPTHS)
@@ -50,6 +51,8 @@ class _Told(Section):
 
     signals: tuple[SignalName, ...]
     """Names of them."""
+    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the ids, `item_id` and `user_id`, that is hidden in training, so that the model does without those of new ones."""
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -60,6 +63,11 @@ class _Told(Section):
     def numbers(self) -> tuple[str, ...]:
         """Signals that are z-scores."""
         return of_kind(self.signals, numbers=True)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Signals that say which item or user it is."""
+        return tuple(name for name in self.signals if signal(name).identity)
 
 
 class SinkSpec(_Told):
@@ -80,7 +88,7 @@ class SinkSpec(_Told):
     @model_validator(mode="after")
     def _clock_fits(self) -> "SinkSpec":
         for name in self.signals:
-            values = SIGNALS[name].values or 0
+            values = signal(name).values or 0
             if self.buckets < values:
                 raise ValueError(f"{name} has {values} values, more than buckets {self.buckets}")
         return self
@@ -91,6 +99,8 @@ class TargetSpec(_Told):
 
     signals: tuple[SignalName, ...] = ("item_mean", "item_count", "affinity")
     """Numbers, and categories such as `hour`; see docs/signals.md."""
+    buckets: int = Field(default=1000, ge=2)
+    """Rows of the embedding table of each hashed category; two values may share one."""
     embedding_size: int = Field(default=64, ge=1)
     """Width of the tables of categories."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -106,8 +116,8 @@ def _told_of(names: tuple[str, ...], side: Side, instead: str) -> tuple[str, ...
     if not names or len(set(names)) != len(names):
         raise ValueError(f"name at least one signal, each once; {instead}")
     for name in names:
-        if side not in SIGNALS[name].sides:
-            allowed = ", ".join(known for known, signal in SIGNALS.items() if side in signal.sides)
+        if side not in signal(name).sides:
+            allowed = ", ".join(known for known, found in SIGNALS.items() if side in found.sides)
             raise ValueError(f"{name} cannot be told of a {side}; allowed: {allowed}")
     return names
 
@@ -160,6 +170,9 @@ class ModelSpec(Section):
     similarity: Literal["neighbours", "vectors"] | None = None
     """A learned bias from targets to the sinks of similar items, per head. `neighbours`: by what users thought of both
     (`prepare.neighbours`). `vectors`: by their texts (`prepare.encoder`). null: none."""
+    base: ColumnName | None = None
+    """A column of the log, `log.NAME`, with the logit that the present ranker gave: the model learns what to add to it. An event
+    without one has 0. It may be among `target.signals` as well. null: none."""
     temporal: bool = False
     """A learned bias from targets to sinks by gap, hour of day and weekday, per head (SparseCTR, arXiv 2601.17836). What a
     `per_user` sequence cannot say by signals, because its targets share them."""
@@ -177,6 +190,19 @@ class ModelSpec(Section):
     def _keeps_bias(cls, value: Any) -> Any:
         if isinstance(value, str) and (value == "eager" or value.startswith("flash")):
             raise ValueError(f"the {value} backend drops the inter-sink bias without a word; allowed: sdpa, blocks or flex")
+        return value
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Signals that say which item or user it is, told to sinks or to targets."""
+        return (*(self.sinks.ids if self.sinks else ()), *(self.target.ids if self.target else ()))
+
+    @field_validator("base")
+    @classmethod
+    def _is_logged(cls, value: str | None) -> str | None:
+        column = Column.parse(value) if value is not None else None
+        if column is not None and (column.kind, column.of) != ("number", "log"):
+            raise ValueError(f"{value} is no number of the log: name its column as log.NAME")
         return value
 
     @model_validator(mode="after")

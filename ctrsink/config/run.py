@@ -7,7 +7,7 @@ from ctrsink.config.data import DataSpec, PrepareSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.config.train import EvaluateSpec, RuntimeSpec, TrainSpec
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import signal as signal_of
 
 
 class RunSpec(Section):
@@ -75,7 +75,7 @@ class RunSpec(Section):
                 )
             return
         for signal in self.model.sinks.signals:
-            if SIGNALS[signal].depends_on_target:
+            if signal_of(signal).depends_on_target:
                 raise ValueError(
                     f"model.sinks.signals: {signal} depends on the target, which per_user sequences share a history of; "
                     "use previous_gap, feedback or another that does not, or data.examples per_target"
@@ -97,12 +97,16 @@ class RunSpec(Section):
             "sink": self.model.sinks,
             "bias": self.model.bias or self.model.temporal or self.model.similarity,
             "lora": self.model.lora,
+            "ids": self.model.ids,
         }
+        if self.model.ids and not any("ids" in stage.trainable for stage in self.stages):
+            raise ValueError(f"stages: none trains the group ids, which the signal {self.model.ids[0]} has its embeddings in")
         for stage in self.stages:
             for group in stage.trainable:
                 if group in owners and not owners[group]:
                     key = "sinks" if group == "sink" else group
-                    raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because model.{key} is null")
+                    why = "no signal is item_id or user_id" if group == "ids" else f"model.{key} is null"
+                    raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because {why}")
             if stage.readout.over == "sinks" and self.model.sinks is None:
                 raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")
             if self.train.keep.best is not None and self.train.validation is None:

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from ctrsink.config.base import MOST_SEQUENCES, Section
 
 _LARGEST_RATE = 1e37  # Adam's first step divides it by 1 - beta, and fp32 ends at 3.4e38
-Group = Literal["sink", "bias", "head", "lora", "norm", "backbone"]
+Group = Literal["sink", "bias", "head", "ids", "lora", "norm", "backbone"]
 
 
 class ReadoutSpec(Section):

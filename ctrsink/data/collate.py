@@ -53,6 +53,7 @@ def collate_rows(sequences: Sequences, rows: np.ndarray, users: np.ndarray, coun
         readouts.fill(columns.readout_positions, length - 1),
         readouts.valid if counted is None else readouts.valid & counted[:, None],
         readouts.fill(columns.readout_numbers, 0),
+        readouts.fill(columns.base, 0),
         asked.fill(columns.asked_positions, length - 1),
         asked.valid if counted is None else asked.valid & counted[:, None],
         asked.fill(columns.asked_times, 0),

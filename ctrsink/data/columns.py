@@ -11,13 +11,14 @@ from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import SPLITS
 from ctrsink.data.shard import Knowing
 from ctrsink.features.categories import categories
+from ctrsink.features.columns import columns_of
 from ctrsink.features.numbers import number
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import signal
 
 
 def target_numbers(dataset: Dataset) -> tuple[str, ...]:
     """The numbers that targets can be told in this data set."""
-    return tuple(name for name in dataset.manifest.numbers if "target" in SIGNALS[name].sides)
+    return tuple(name for name in dataset.manifest.numbers if "target" in signal(name).sides)
 
 
 def signal_tables(dataset: Dataset) -> Iterator[dict[str, pa.Table]]:
@@ -33,8 +34,9 @@ def signal_tables(dataset: Dataset) -> Iterator[dict[str, pa.Table]]:
     names = target_numbers(dataset)
     neighbours = dataset.read_neighbours() if dataset.manifest.neighbours else None
     for shard, entry in enumerate(dataset.manifest.shards):
-        events, tokens = dataset.tables(shard)
-        histories = Knowing.of(dataset.manifest, entry, neighbours).histories(events, tokens)
+        columns = tuple(column.signal for column in columns_of(names))
+        events, tokens = dataset.tables(shard, columns)
+        histories = Knowing.of(dataset.manifest, entry, neighbours, columns).histories(events, tokens)
         lengths = np.diff(events["item"].combine_chunks().offsets.to_numpy())
         owners = np.arange(len(lengths)).repeat(lengths)
         clock = categories(("hour", "weekday"), histories.timestamps, np.zeros(len(owners)), 0.0)

@@ -14,9 +14,18 @@ from ctrsink import storage
 from ctrsink.data.arrow import from_parquet
 from ctrsink.data.cache import Cache
 from ctrsink.data.layout import Layout
-from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, VECTOR, FileEntry, Manifest, read_file, read_manifest
+from ctrsink.data.manifest import (
+    SPLITS,
+    VECTOR,
+    FileEntry,
+    Manifest,
+    read_file,
+    read_manifest,
+    shard_schema,
+    tokens_schema,
+)
 from ctrsink.data.reading import begin
-from ctrsink.data.shard import COLUMNS, Knowing, Shard, read_neighbours, to_shard
+from ctrsink.data.shard import Knowing, Shard, read_neighbours, to_shard
 from ctrsink.errors import InputError
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.ragged import Ragged
@@ -140,17 +149,19 @@ class Dataset:
         return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)
 
     def _load(self, number: int, layout: Layout | None) -> Shard:
-        events, tokens = self.tables(number, layout is not None and layout.needs_vectors)
-        knowing = Knowing.of(self.manifest, self.manifest.shards[number], self._neighbours)
+        columns = () if layout is None else layout.columns
+        events, tokens = self.tables(number, columns, layout is not None and layout.needs_vectors)
+        users = layout is not None and "user_id" in layout.names
+        knowing = Knowing.of(self.manifest, self.manifest.shards[number], self._neighbours, columns, users)
         return to_shard(events, tokens, layout, knowing)
 
-    def tables(self, number: int, vectors: bool = False) -> tuple[pa.Table, pa.Table]:
-        """A shard's events, COLUMNS of them, and its sidecar, with the items' `vectors` if asked for."""
+    def tables(self, number: int, columns: tuple[str, ...] = (), vectors: bool = False) -> tuple[pa.Table, pa.Table]:
+        """A shard's events and its sidecar, with those signals that are `columns`, and the items' `vectors`, if asked for."""
         entry = self.manifest.shards[number]
-        wanted = [*TOKENS_SCHEMA.names, *([VECTOR] if vectors else [])]
+        wanted = [*tokens_schema(columns, None).names, *([VECTOR] if vectors else [])]
         events, tokens = (
             from_parquet(self._read(file), columns=columns, threads=False)
-            for file, columns in ((entry.events_file, COLUMNS), (entry.tokens_file, wanted))
+            for file, columns in ((entry.events_file, shard_schema(columns).names), (entry.tokens_file, wanted))
         )
         return events, tokens
 

@@ -15,8 +15,10 @@ from ctrsink.config.times import EARLIEST, LATEST
 from ctrsink.config.tree import cut
 from ctrsink.data.arrow import pc
 from ctrsink.data.cells import moments, numbers
+from ctrsink.data.column_cells import stored
 from ctrsink.data.values import column_ids, column_texts
 from ctrsink.errors import InputError, did_you_mean, listed
+from ctrsink.features.columns import Column
 
 log = logging.getLogger("ctrsink.data")
 
@@ -89,7 +91,7 @@ class Checked:
     """The rows of a block that can be used, and what is known of the others."""
 
     events: pa.Table
-    """EVENTS_SCHEMA, in the order of the log."""
+    """EVENTS_SCHEMA, and a column for each signal that was asked for, in the order of the log."""
     rows: int
     """Of the block, good and bad."""
     problem: Problem | None
@@ -105,10 +107,12 @@ def place(file: str, number: int, header_lines: int | None) -> str:
     return f"{file}, row {number}{line}"
 
 
-def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> Checked:
+def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None, told: tuple[Column, ...] = ()) -> Checked:
     """Look at every cell of raw rows.
 
-    `items` holds the ids of the item table, or is None where every item is welcome.
+    Args:
+        items: the ids of the item table, or None where every item is welcome.
+        told: columns that are signals.
 
     Raises:
         InputError: a column is missing or cannot hold what it should.
@@ -130,6 +134,7 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
     label = checks.label(raw, columns.label) if columns.label else np.full(rows, np.nan)
     request = _unless_blank(checks.ids(raw, columns.request)) if columns.request else pa.nulls(rows, pa.string())
 
+    extra = [checks.stored(raw, column) for column in told]
     bad = checks.bad(rows)
     some_bad = bad.any() or raw.broken
     problem, reasons = (_first_problem(raw, checks, bad), _reasons(raw, checks, bad)) if some_bad else (None, {})
@@ -143,6 +148,8 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None) -> C
         request,
     ]
     table = pa.Table.from_arrays(arrays, schema=EVENTS_SCHEMA)
+    for column, values in zip(told, extra, strict=True):
+        table = table.append_column(column.signal, values)
     forms = {name: forms_of(ids, raw.floats.get(name)) for name, ids in ((columns.user, user), (columns.item, item))}
     return Checked(table.filter(pa.array(good)) if bad.any() else table, rows + len(raw.broken), problem, forms, reasons)
 
@@ -259,6 +266,13 @@ class _Checks:
         values, wrong = self._read(raw, name, numbers)
         self.add(name, wrong, cells, "{value!r} is not a number")
         self.add(name, np.isinf(values), cells, "{value!r} is not a finite number")
+        return values
+
+    def stored(self, raw: RawRows, column: Column) -> pa.Array:
+        """The values of a column that is a signal, null where the cell is blank."""
+        cells = raw.column(column.name)
+        values, wrong = stored(column, self.texts(raw, column.name))
+        self.add(column.name, wrong, cells, "{value!r} is not a number that float32 holds")
         return values
 
     def timestamp(self, raw: RawRows, name: str) -> np.ndarray:

@@ -14,8 +14,9 @@ from ctrsink.data.sequences import OfAsked, OfSinks, Sequence, Sequences
 from ctrsink.data.signals import signal_ids
 from ctrsink.data.similarity import cosines
 from ctrsink.data.windows import Cuts, Events, Windows, windows_of
+from ctrsink.features.columns import in_table
 from ctrsink.features.ragged import Ragged, ranges
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import signal
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def build_sequences(cuts: Cuts, layout: Layout, feedbacks: Ragged, prefix: np.nd
         labels=cuts.of_targets(lambda events, rows: events.labels[rows]),
         targets=targets.values - cuts.begins[owner],
         readout_numbers=cuts.of_targets(_target_numbers),
+        base=cuts.of_targets(lambda events, rows: np.zeros(len(rows), np.float32) if events.base is None else events.base[rows]),
         asked_positions=slot_ends[asks] - parts[asks, 1] - parts[asks, 2] - 1,
         **_asked(w, layout, ask_rows),
         **_sinks(w, layout, slot_ends[behaviour] - 1, ask_rows),
@@ -142,7 +144,10 @@ def _asked_rows(w: Windows, asks: np.ndarray, firsts: np.ndarray) -> Ragged:
 def _asked(w: Windows, layout: Layout, rows: Ragged) -> OfAsked:
     """The columns that have a row for each event that is asked."""
     each = list(w.cuts.each(rows.values, rows.offsets[1:]))
-    categories = [np.concatenate([events.categories[name][own] for events, own in each]) for name in layout.target_signals]
+    categories = [
+        np.concatenate([_category(name, layout.target_buckets)(events, own) for events, own in each])
+        for name in layout.target_signals
+    ]
     return {
         "asked_times": np.concatenate([events.timestamps[own] for events, own in each]),
         "asked_signals": _stacked(categories, len(rows.values)),
@@ -162,7 +167,10 @@ def _bare(firsts: np.ndarray, asked: np.ndarray, slots: int, layout: Layout) -> 
     return out
 
 
-def _category(name: str) -> Callable[[Events, np.ndarray], np.ndarray]:
+def _category(name: str, buckets: int) -> Callable[[Events, np.ndarray], np.ndarray]:
+    """The row of its table of embeddings that each event has in the category."""
+    if signal(name).hashed:
+        return lambda events, rows: in_table(events.categories[name][rows], buckets)
     return lambda events, rows: events.categories[name][rows]
 
 
@@ -196,9 +204,9 @@ def _sinks(w: Windows, layout: Layout, positions: np.ndarray, asked: Ragged) -> 
     def of_sinks(column: Callable[[Events, np.ndarray], np.ndarray]) -> np.ndarray:
         return np.concatenate([column(events, rows) for events, rows in w.cuts.each(behaviours.values, ends)])
 
-    placed = [name for name in layout.signals if SIGNALS[name].kind == "bucket"]
+    placed = [name for name in layout.signals if signal(name).kind == "bucket"]
     buckets = iter(_buckets(w, layout, tuple(placed)).T) if placed else iter(())
-    columns = [next(buckets) if name in placed else of_sinks(_category(name)) for name in layout.signals]
+    columns = [next(buckets) if name in placed else of_sinks(_category(name, layout.buckets)) for name in layout.signals]
     return {
         "sink_positions": positions,
         "signals": _stacked(columns, len(positions)),

@@ -9,15 +9,54 @@ import pyarrow as pa
 
 from ctrsink.config.data import FieldSpec
 from ctrsink.data.arrow import from_parquet, to_parquet
+from ctrsink.data.column_cells import numbered, stored
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.manifest import read_file
 from ctrsink.data.prepare.statistics import latest
 from ctrsink.data.shard import read_neighbours
+from ctrsink.features.columns import Column, columns_of
 from ctrsink.features.counted import Counted
 from ctrsink.features.neighbours import Neighbours
 
 FILE = "items.parquet"
 _LISTS = ("partners", "products", "common")
+
+
+@dataclass(frozen=True)
+class Group:
+    """How items with the same value in a column were received, up to the end of the log."""
+
+    values: list[str]
+    mean: np.ndarray
+    """float64 [V]."""
+    count: np.ndarray
+    """int64 [V]."""
+    overall: float | None
+    """Mean outcome of all that have a value; None: there was no outcome."""
+
+    @classmethod
+    def of(cls, cells: pa.Array, totals: bytes, strength: float) -> "Group":
+        """Of the items' values in the column (see column_cells.stored), and the totals that the data set keeps of items."""
+        numbers, values = numbered(cells)
+        mean, count, overall = latest(totals, strength, numbers, len(values))
+        return cls(values, mean, count, None if np.isnan(overall) else overall)
+
+    @classmethod
+    def load(cls, table: pa.Table, name: str, overall: float | None) -> "Group":
+        """From the columns that Knowledge.dump wrote."""
+        values, mean, count = (table.column(f"{key}.item.{name}").drop_null() for key in ("value", "mean", "count"))
+        return cls(values.to_pylist(), mean.to_numpy(), count.to_numpy(), overall)
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {value: row for row, value in enumerate(self.values)}
+
+    def received(self, cells: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and count of such values, float64 each; of a new one, or where there is none, the overall mean and 0."""
+        numbers, values = numbered(cells)
+        rows = np.array([-1, *(self._row.get(value, -1) for value in values)])[numbers + 1] + 1
+        mean = np.array([np.nan if self.overall is None else self.overall, *self.mean])
+        return mean[rows], np.array([0, *self.count], np.float64)[rows]
 
 
 @dataclass(frozen=True)
@@ -42,6 +81,10 @@ class Knowledge:
     request_is_second: bool
     counted: Counted | None
     """What the neighbours were made of."""
+    columns: tuple[Column, ...]
+    """Signals that are columns."""
+    groups: dict[str, "Group"]
+    """Of columns of the item table by which outcomes are counted."""
 
     @cached_property
     def _row(self) -> dict[str, int]:
@@ -58,13 +101,18 @@ class Knowledge:
         return np.where(known, self.item_mean[at], self.overall), np.where(known, self.item_count[at], 0.0)
 
     @classmethod
-    def of(cls, dataset: Dataset, with_neighbours: bool) -> "Knowledge":
-        """That of a data set."""
-        manifest = dataset.manifest
+    def of(cls, dataset: Dataset, with_neighbours: bool, columns: tuple[str, ...]) -> "Knowledge":
+        """That of a data set, of whose `columns` something is told."""
+        manifest, items = dataset.manifest, dataset.read_items()
         kept, table = manifest.statistics, manifest.neighbours
-        mean, count, overall = latest(read_file(dataset.uri, kept.file), kept.strength)
+        totals = read_file(dataset.uri, kept.file)
+        mean, count, overall = latest(totals, kept.strength)
+        told = columns_of(columns)
+        by = {column.name: stored(column, items.column(column.name).combine_chunks())[0] for column in told if column.received}
         return cls(
-            ids=dataset.read_items().column("id").combine_chunks(),
+            columns=told,
+            groups={name: Group.of(values, totals, kept.strength) for name, values in by.items()},
+            ids=items.column("id").combine_chunks(),
             item_mean=mean,
             item_count=count.astype(np.float64),
             neighbours=dataset.read_neighbours() if with_neighbours else None,
@@ -90,6 +138,18 @@ class Knowledge:
             "request_is_second": self.request_is_second,
             "fields": [field.model_dump(mode="json") for field in self.fields],
         }
+        if self.columns:
+            plain["columns"] = [column.signal for column in self.columns]
+        for name, group in self.groups.items():
+            # A row of the file is an item, and there are no more values than items.
+            for key, values in (
+                ("value", pa.array(group.values)),
+                ("mean", pa.array(group.mean)),
+                ("count", pa.array(group.count)),
+            ):
+                missing = pa.nulls(len(self.ids) - len(values), values.type)
+                columns[f"{key}.item.{name}"] = pa.concat_arrays([values, missing])
+            plain.setdefault("groups", {})[name] = group.overall
         if self.neighbours is not None:
             table = self.neighbours
             # Items that were appended have no neighbours.
@@ -123,5 +183,7 @@ class Knowledge:
             window=plain["window"],
             request_is_second=plain["request_is_second"],
             counted=Counted(plain["until"], plain["user_events"]) if "until" in plain else None,
+            columns=columns_of(tuple(plain.get("columns", ()))),
+            groups={name: Group.load(table, name, overall) for name, overall in plain.get("groups", {}).items()},
             fields=tuple(FieldSpec.model_validate(field) for field in plain["fields"]),
         )

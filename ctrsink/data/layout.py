@@ -7,7 +7,8 @@ from ctrsink.config.data import DataSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.data.manifest import Manifest
 from ctrsink.errors import InputError
-from ctrsink.features.registry import SIGNALS, Need
+from ctrsink.features.columns import columns_of
+from ctrsink.features.registry import Need, signal
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,11 @@ class Layout:
     """Of sinks."""
     target_signals: tuple[str, ...] = ()
     """Categories told to targets."""
+    target_buckets: int = 1
+    """Rows of the table of each of these that is hashed."""
     target_numbers: tuple[str, ...] = ()
+    base: str | None = None
+    """The number whose value is the logit of the base score."""
     similarity: Literal["neighbours", "vectors"] | None = None
     """Where the similarity of targets and sinks comes from; None: it is not told."""
     text_history: int | None = None
@@ -50,7 +55,7 @@ class Layout:
         sinks, target = model.sinks, model.target
         numbers = sinks.numbers if sinks else ()
         target_numbers = target.numbers if target else ()
-        names = (*(sinks.signals if sinks else ()), *(target.signals if target else ()))
+        names = (*(sinks.signals if sinks else ()), *(target.signals if target else ()), *((model.base,) if model.base else ()))
         _check(data.uri, manifest, names, sinks.buckets if sinks else 0)
         scales = manifest.numbers
         layout = cls(
@@ -62,7 +67,9 @@ class Layout:
             retrieve=data.retrieve,
             numbers=numbers,
             target_signals=target.categories if target else (),
+            target_buckets=target.buckets if target else 1,
             target_numbers=target_numbers,
+            base=model.base,
             similarity=model.similarity,
             text_history=data.text_history,
             utc_offset_hours=data.utc_offset_hours,
@@ -97,10 +104,21 @@ class Layout:
         return bool(self.signals or self.numbers)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All signals that are told, and the base score."""
+        told = (*self.signals, *self.numbers, *self.target_signals, *self.target_numbers)
+        return told if self.base is None else (*told, self.base)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of them that are columns."""
+        return tuple(dict.fromkeys(column.signal for column in columns_of(self.names)))
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What of a data set sequences depend on."""
-        names = (*self.signals, *self.numbers, *self.target_signals, *self.target_numbers)
-        found: set[Need] = {need for name in names for need in SIGNALS[name].needs}
+        names = self.names
+        found: set[Need] = {need for name in names for need in signal(name).needs}
         if self.retrieve is not None or self.similarity == "vectors":
             found.add("vectors")
         if self.similarity == "neighbours":
@@ -120,14 +138,17 @@ class Layout:
     @property
     def events_of_signals(self) -> bool:
         """Whether more than times is told of events."""
-        return bool(self.numbers or self.target_numbers or self.similarity == "neighbours")
+        hashed = any(signal(name).hashed for name in (*self.signals, *self.target_signals))
+        return bool(self.numbers or self.target_numbers or hashed or self.base or self.similarity == "neighbours")
 
 
 def _check(uri: str, manifest: Manifest, names: tuple[str, ...], buckets: int) -> None:
     for name in names:
-        if SIGNALS[name].kind == "number" and name not in manifest.numbers:
-            keys = {"fields": "prepare.statistics.fields", "neighbours": "prepare.neighbours"}
-            missing = ", ".join(keys[need] for need in SIGNALS[name].needs if need in keys)
+        found = signal(name)
+        lacks = name not in (manifest.columns if "columns" in found.needs else manifest.numbers)
+        if lacks and (found.kind == "number" or "columns" in found.needs):
+            keys = {"fields": "prepare.statistics.fields", "neighbours": "prepare.neighbours", "columns": "prepare.columns"}
+            missing = ", ".join(keys[need] for need in found.needs if need in keys)
             raise InputError(f"the data set {uri} has no signal {name}: prepare it again with {missing or 'this version'}")
     if "feedback" in names and (texts := len(manifest.feedback_texts)) > buckets:
         raise InputError(

@@ -12,6 +12,7 @@ from ctrsink.config.base import Section
 from ctrsink.config.data import FieldSpec, TextSpec
 from ctrsink.config.explain import explain
 from ctrsink.errors import InputError, first_line
+from ctrsink.features.columns import Column, columns_of
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "ctrsink-dataset/3"
@@ -184,6 +185,8 @@ class Manifest(Section):
     encoder: EncoderEntry | None = None
     statistics: StatisticsEntry
     neighbours: NeighboursEntry | None = None
+    columns: tuple[str, ...] = ()
+    """Signals that are columns, see PrepareSpec.columns."""
     numbers: dict[str, Scale]
     """The signals that are numbers, those that this data set has what they need for."""
     text: TextSpec
@@ -199,9 +202,14 @@ class Manifest(Section):
     item_count: int
 
     @property
+    def shard_schema(self) -> pa.Schema:
+        """That of the shards."""
+        return shard_schema(self.columns)
+
+    @property
     def tokens_schema(self) -> pa.Schema:
-        """That of the token sidecars: TOKENS_SCHEMA, and behind it the items' vectors where there are any."""
-        return TOKENS_SCHEMA if self.encoder is None else with_vectors(self.encoder.width)
+        """That of the token sidecars."""
+        return tokens_schema(self.columns, None if self.encoder is None else self.encoder.width)
 
     @property
     def common_files(self) -> tuple[FileEntry, ...]:
@@ -265,9 +273,24 @@ class Manifest(Section):
         return tuple(found)
 
 
-def with_vectors(width: int) -> pa.Schema:
-    """TOKENS_SCHEMA with a column VECTOR: `width` numbers of float16, little-endian."""
-    return TOKENS_SCHEMA.append(pa.field(VECTOR, pa.binary(2 * width)))
+_TYPES = {"number": pa.float32(), "hashed": pa.string(), "mean": pa.float32(), "count": pa.int32()}
+
+
+def column_field(column: Column) -> pa.Field:
+    """Of the values of a column that is a signal, null where unknown."""
+    return pa.field(column.signal, _TYPES[column.kind])
+
+
+def shard_schema(columns: tuple[str, ...]) -> pa.Schema:
+    """SHARD_SCHEMA, and behind it the columns that each event has a value of its own of."""
+    own = (column_field(column) for column in columns_of(columns) if column.by_event)
+    return pa.schema([*SHARD_SCHEMA, *(pa.field(field.name, pa.list_(field.type)) for field in own)])
+
+
+def tokens_schema(columns: tuple[str, ...], width: int | None) -> pa.Schema:
+    """TOKENS_SCHEMA, behind it the columns that each item has a value of, and VECTOR: `width` float16, little-endian."""
+    own = [column_field(column) for column in columns_of(columns) if not column.by_event]
+    return pa.schema([*TOKENS_SCHEMA, *own, *([pa.field(VECTOR, pa.binary(2 * width))] if width is not None else [])])
 
 
 def read_manifest(uri: str) -> Manifest:

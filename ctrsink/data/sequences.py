@@ -40,6 +40,7 @@ class Sequence:
     sink_times: np.ndarray
     readout_positions: np.ndarray
     readout_numbers: np.ndarray
+    base: np.ndarray
     labels: np.ndarray
     targets: np.ndarray
     """Numbers of the target events in the chronology."""
@@ -53,7 +54,7 @@ class Sequence:
 
 _POSITIONS = ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids")
 _SINKS = ("sink_positions", "signals", "sink_numbers", "sink_times")
-_TARGETS = ("readout_positions", "readout_numbers", "labels", "targets")
+_TARGETS = ("readout_positions", "readout_numbers", "base", "labels", "targets")
 _ASKED = ("asked_positions", "asked_times", "asked_signals", "asked_numbers")
 
 

@@ -8,19 +8,21 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink.data.arrow import from_parquet, pc, unpack
+from ctrsink.data.column_cells import known
 from ctrsink.data.examples import Chronology
 from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import VECTOR, Manifest, ShardEntry
 from ctrsink.data.requests import known_events
 from ctrsink.data.windows import Events
-from ctrsink.features.categories import categories
+from ctrsink.features.categories import categories, hashes
+from ctrsink.features.columns import UNKNOWN, columns_of
 from ctrsink.features.counted import Counted
+from ctrsink.features.fields import hashed
 from ctrsink.features.histories import Histories
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.numbers import z_scores
 from ctrsink.features.ragged import Ragged
 
-COLUMNS = ["user", "item", "timestamp", "feedback", "feedback_id", "label", "request", "item_mean", "item_count"]
 E = TypeVar("E", bound=Events)
 
 
@@ -51,16 +53,22 @@ class Knowing:
     """None: there are no neighbours, or the shard is of a later part than they are."""
     window: int
     """See Histories."""
+    columns: tuple[str, ...] = ()
+    """Signals that are columns, of which something is to be known."""
+    users: bool = False
+    """Who each event's user is, is to be known."""
     neighbours: Neighbours | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest, entry: ShardEntry, neighbours: Neighbours | None) -> "Knowing":
+    def of(
+        cls, manifest: Manifest, entry: ShardEntry, neighbours: Neighbours | None, columns: tuple[str, ...], users: bool = False
+    ) -> "Knowing":
         table = manifest.neighbours
         counted = Counted(table.until, table.user_events) if table is not None and entry.part == 0 else None
-        return cls(manifest.statistics.outcome, counted, manifest.statistics.user_events, neighbours)
+        return cls(manifest.statistics.outcome, counted, manifest.statistics.user_events, columns, users, neighbours)
 
     def histories(self, events: pa.Table, tokens: pa.Table) -> Histories:
-        """Of a shard's columns COLUMNS and its sidecar."""
+        """Of a shard's events, in their columns `shard_schema(columns)`, and its sidecar."""
         flat = _Flat(events)
         counts = flat.lengths
         begins = (np.cumsum(counts) - counts).repeat(counts)
@@ -86,6 +94,11 @@ class Knowing:
             inside=inside,
             fields=Ragged(of_items.take(rows), np.append(0, of_items.lengths(rows).cumsum())),
             neighbours=self.neighbours,
+            columns={
+                column.signal: known(column, flat.of(column.signal) if column.by_event else tokens[column.signal].take(rows))
+                for column in columns_of(self.columns)
+            },
+            users=user_hashes(events["user"].to_pylist()).repeat(counts) if self.users else None,
             window=self.window,
         )
 
@@ -120,10 +133,12 @@ def with_told(events: E, layout: Layout, histories: Histories | None, feedbacks:
         feedbacks: their numbers in the data set, where those of the events are others [N].
     """
     names = (*layout.signals, *layout.target_signals)
-    known = events.feedbacks if feedbacks is None else feedbacks
-    found = replace(events, categories=categories(names, events.timestamps, known, layout.utc_offset_hours))
+    rated = events.feedbacks if feedbacks is None else feedbacks
+    told = categories(names, events.timestamps, rated, layout.utc_offset_hours)
     if histories is None:
-        return found
+        return replace(events, categories=told)
+    base = None if layout.base is None else np.nan_to_num(histories.columns[layout.base]).astype(np.float32)
+    found = replace(events, categories=told | hashes(names, histories), base=base)
     every = tuple(dict.fromkeys((*layout.numbers, *layout.target_numbers)))
     z = z_scores(every, histories, {name: (mean, deviation) for name, mean, deviation in layout.scales})
     return replace(
@@ -132,6 +147,11 @@ def with_told(events: E, layout: Layout, histories: Histories | None, feedbacks:
         target_numbers=np.ascontiguousarray(z[:, [every.index(name) for name in layout.target_numbers]]),
         histories=histories if layout.similarity == "neighbours" else None,  # they are large
     )
+
+
+def user_hashes(ids: list[str | None]) -> np.ndarray:
+    """Of ids of users, int64 [N]; -1 where one is unknown."""
+    return np.array([UNKNOWN if name is None else hashed("user", name) for name in ids], np.int64)
 
 
 class _Flat:

@@ -14,7 +14,6 @@ from ctrsink.data.chronology import PAST, prefixes, split_of
 from ctrsink.data.manifest import (
     INDEX_SCHEMA,
     MANIFEST_NAME,
-    SHARD_SCHEMA,
     SPLITS,
     WORK,
     FileEntry,
@@ -169,7 +168,7 @@ def _check_index(uri: str, manifest: Manifest, found: _Found) -> dict[str, np.nd
 
 def _check_shard(uri: str, manifest: Manifest, number: int, index: dict[str, np.ndarray] | None) -> _Found:
     found, shard = _Found(), manifest.shards[number]
-    events = _read_table(uri, shard.events_file, SHARD_SCHEMA, found)
+    events = _read_table(uri, shard.events_file, manifest.shard_schema, found)
     tokens = _read_table(uri, shard.tokens_file, manifest.tokens_schema, found)
     mentioned = None
     if events is not None and _check_lists(events, shard, manifest, found):
@@ -194,7 +193,7 @@ def _check_lists(events: pa.Table, shard: ShardEntry, manifest: Manifest, found:
     strange = np.flatnonzero((known < shard.prefixes[0]) | (known >= shard.prefixes[1]))
     if len(strange):
         found.say(path, f"has user {users[int(strange[0])].as_py()!r}, who belongs to another shard")
-    lengths = [pc.fill_null(pc.list_value_length(events[name]), -1).to_numpy() for name in SHARD_SCHEMA.names[1:]]
+    lengths = [pc.fill_null(pc.list_value_length(events[name]), -1).to_numpy() for name in manifest.shard_schema.names[1:]]
     if any(not np.array_equal(column, lengths[0]) for column in lengths) or (lengths[0] < 0).any():
         found.say(path, "has a user whose lists are not equally long")
         return False

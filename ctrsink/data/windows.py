@@ -29,8 +29,10 @@ class Events:
     """float32 [N, F], told to sinks, by the layout's `numbers`."""
     target_numbers: np.ndarray | None = field(default=None, kw_only=True)
     """float32 [N, G], told to targets, by the layout's `target_numbers`."""
+    base: np.ndarray | None = field(default=None, kw_only=True)
+    """float32 [N]; logit of the base score, 0 where unknown."""
     categories: Mapping[str, np.ndarray] = field(default_factory=dict, kw_only=True)
-    """int64 [N] each."""
+    """int64 [N] each; of those that are hashed the hashes."""
     histories: Histories | None = field(default=None, kw_only=True)
     """The same events, as similarity is computed from them."""
 

@@ -115,7 +115,7 @@ def _knowledge(run: TrainedRun) -> Knowledge | None:
     """What the model's signals need of items; None: nothing."""
     if not run.layout.events_of_signals:
         return None
-    return Knowledge.of(run.dataset, "neighbours" in run.layout.needs)
+    return Knowledge.of(run.dataset, "neighbours" in run.layout.needs, run.layout.columns)
 
 
 def _config(run: TrainedRun, dtype: torch.dtype, knowledge: dict[str, Any] | None) -> CTRSinkConfig:

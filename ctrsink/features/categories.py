@@ -4,6 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ctrsink.features.histories import Histories
+from ctrsink.features.registry import signal
+
 DAY = 86400
 
 
@@ -23,3 +26,11 @@ def categories(
         "weekday": lambda: (local // DAY + 3) % 7,  # 0 is a Monday: 1970 began on a Thursday
     }
     return {name: compute[name]() for name in names if name in compute}
+
+
+def hashes(names: Iterable[str], histories: Histories) -> dict[str, np.ndarray]:
+    """Those of `names` that are hashed categories, int64 [N] each, -1 where unknown; see features.columns.in_table."""
+    compute = {"item_id": lambda: histories.items, "user_id": lambda: histories.users}
+    found = {name: compute[name]() if name in compute else histories.columns[name] for name in names if signal(name).hashed}
+    assert all(values is not None for values in found.values())
+    return found  # pyright: ignore[reportReturnType]

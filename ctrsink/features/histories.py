@@ -1,6 +1,7 @@
 """Events of any number of users as signals see them: what was known of user and item when each event was asked."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -51,6 +52,10 @@ class Histories:
     fields: Ragged | None = None
     """Values that the item of each event has in its fields, as numbers; N rows."""
     neighbours: Neighbours | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By signal (see features.columns), [N] each: numbers, float64, NaN where unknown; or hashes, int64, -1 where unknown."""
+    users: np.ndarray | None = None
+    """int64 [N]; hash of the id of each event's user, -1 where it is unknown."""
     window: int = 200
     """A user's latest events that their statistics are of; `beyond_user` of one of these is of as many before it."""
 

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ctrsink.features.histories import Histories
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import signal
 
 CLIP = 4.0
 
 
 def number(name: str, histories: Histories) -> np.ndarray:
     """The number `name` of every event, float64 [N]; NaN where it is unknown."""
-    compute = SIGNALS[name].number
+    compute = signal(name).number
     assert compute is not None
     return compute(histories)
 

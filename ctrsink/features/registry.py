@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 
 from ctrsink.features import user
+from ctrsink.features.columns import Column
 from ctrsink.features.histories import Histories
 
-Need = Literal["fields", "neighbours", "vectors"]
+Need = Literal["columns", "fields", "neighbours", "vectors"]
 Side = Literal["behaviour", "target"]
 
 
@@ -28,6 +29,10 @@ class Signal:
     """What the data set must have been prepared with."""
     values: int | None = None
     """Of a category: how many there are, where the data set does not decide on it."""
+    hashed: bool = False
+    """Of a category: its values are numbers without end, which share the rows of a table."""
+    identity: bool = False
+    """It says who or which, not what: rows of its own parameter group, dropped at random in training."""
     depends_on_target: bool = False
     """A behaviour has another value for every target, so that targets cannot share it."""
 
@@ -54,6 +59,9 @@ SIGNALS: dict[str, Signal] = {
     # When.
     "hour": Signal("category", _BOTH, values=24),
     "weekday": Signal("category", _BOTH, values=7),
+    # Who and which.
+    "item_id": Signal("category", _BOTH, hashed=True, identity=True),
+    "user_id": Signal("category", ("target",), hashed=True, identity=True),
     # What is known of the item.
     "item_mean": Signal("number", _BOTH, lambda h: h.item_mean),
     "item_count": Signal("number", _BOTH, lambda h: np.log1p(h.item_count)),
@@ -74,11 +82,36 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
+def find(name: str) -> Signal | None:
+    """The signal of that name, of the registry or of a column (see features.columns); None: there is none."""
+    if name in SIGNALS:
+        return SIGNALS[name]
+    column = Column.parse(name)
+    if column is None:
+        return None
+    if column.kind == "hashed":
+        return Signal("category", _BOTH, needs=("columns",), hashed=True)
+    return Signal("number", _BOTH, partial(_of_column, name=name, logarithm=column.kind == "count"), needs=("columns",))
+
+
+def signal(name: str) -> Signal:
+    """As `find`, of a name that there is."""
+    found = find(name)
+    if found is None:
+        raise KeyError(name)
+    return found
+
+
+def _of_column(h: Histories, name: str, logarithm: bool) -> np.ndarray:
+    return np.log1p(h.columns[name]) if logarithm else h.columns[name]
+
+
 def of_kind(names: tuple[str, ...], numbers: bool) -> tuple[str, ...]:
     """Those of `names` that are numbers, or those that are not."""
-    return tuple(name for name in names if (SIGNALS[name].kind == "number") == numbers)
+    return tuple(name for name in names if (signal(name).kind == "number") == numbers)
 
 
-def numbers_with(has: tuple[Need, ...]) -> tuple[str, ...]:
-    """Names of the numbers that can be computed with what a data set has."""
-    return tuple(name for name, signal in SIGNALS.items() if signal.kind == "number" and set(signal.needs) <= set(has))
+def numbers_with(has: tuple[Need, ...], columns: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of the numbers that can be computed with what a data set has, its `columns` among them."""
+    own = (name for name, found in SIGNALS.items() if found.kind == "number" and set(found.needs) <= set(has))
+    return (*own, *of_kind(columns, numbers=True))

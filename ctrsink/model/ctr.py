@@ -10,12 +10,12 @@ from ctrsink.batch import Batch
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
-from ctrsink.features.registry import SIGNALS
+from ctrsink.features.registry import SIGNALS, signal
 from ctrsink.model import attention, blocks, flex
 from ctrsink.model.bias import InterSinkBias
 from ctrsink.model.head import ClickHead, JointHead
 from ctrsink.model.readout import read
-from ctrsink.model.signals import SignalEmbedding, token_scale
+from ctrsink.model.signals import SignalEmbedding, Table, token_scale
 from ctrsink.model.similarity import SimilarityBias
 from ctrsink.model.temporal import TemporalBias
 
@@ -44,11 +44,14 @@ class CTRModel(nn.Module):
         scale = token_scale(backbone)
         if spec.sinks is not None:
             of = spec.sinks
-            self.sinks = SignalEmbedding(len(of.categories), of.buckets, of.embedding_size, len(of.numbers), hidden, scale)
+            tables = [Table(of.buckets, signal(name).identity) for name in of.categories]
+            self.sinks = SignalEmbedding(tables, of.embedding_size, len(of.numbers), hidden, scale, of.id_dropout)
         if spec.target is not None:
             of = spec.target
             values = max((SIGNALS[name].values or 0 for name in SIGNALS if "target" in SIGNALS[name].sides), default=0)
-            self.target = SignalEmbedding(len(of.categories), values, of.embedding_size, len(of.numbers), hidden, scale)
+            told = [signal(name) for name in of.categories]
+            tables = [Table(of.buckets if found.hashed else values, found.identity) for found in told]
+            self.target = SignalEmbedding(tables, of.embedding_size, len(of.numbers), hidden, scale, of.id_dropout)
             if of.numbers:
                 self.head = JointHead(hidden, len(of.numbers), of.dropout)
         if spec.bias is not None:
@@ -125,7 +128,7 @@ class CTRModel(nn.Module):
             states = read(self.hidden_states(batch, readout), batch, readout)
         # Under autocast the head's matrix product would round logits to bfloat16's three digits, and make ties of them.
         with torch.autocast(states.device.type, enabled=False):
-            logits = self.head(states.float(), batch.readout_numbers)
+            logits = self.head(states.float(), batch.readout_numbers) + batch.base
         losses = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         return (losses * batch.readout_valid).sum(), logits
 

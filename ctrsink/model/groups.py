@@ -1,4 +1,4 @@
-"""Which of the six groups a parameter belongs to; a stage names groups, never parameters."""
+"""Which of the seven groups a parameter belongs to; a stage names groups, never parameters."""
 
 import re
 
@@ -19,6 +19,8 @@ _PREFIXES: dict[str, Group] = {
 def group_of(name: str) -> Group:
     """The group of the CTRModel parameter `name`."""
     part = name.split(".")[0]
+    if part in ("sinks", "target") and ".ids." in name:
+        return "ids"
     if part in _PREFIXES:
         return _PREFIXES[part]
     if ".lora_" in name:

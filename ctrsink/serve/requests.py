@@ -15,6 +15,7 @@ from ctrsink.data.manifest import read_file
 from ctrsink.data.render import template_fields
 from ctrsink.data.values import text
 from ctrsink.errors import InputError, did_you_mean
+from ctrsink.features.columns import columns_of
 
 Item = dict[str, Any]
 # Beyond the year 5138 a time was counted in milliseconds.
@@ -43,6 +44,8 @@ class Request(Section):
     candidates: tuple[Item, ...] = Field(min_length=1)
     timestamp: Timestamp
     """The moment; no behaviour may be later."""
+    user: Annotated[str, Field(strict=True)] | Annotated[int, Field(strict=True)] | None = None
+    """Id of the user, for models that are told `user_id`."""
     id: Any = None
     """Returned with the probabilities."""
 
@@ -88,7 +91,10 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     """
     shard, row = dataset.locate(user)
     entry = dataset.manifest.shards[int(dataset.index["shard"][user])].events_file
-    names = ["item", "timestamp", "feedback", "label", "request", "item_mean", "item_count"]
+    of_events = [column for column in columns_of(dataset.manifest.columns) if column.by_event]
+    received = ("item_mean", "item_count", *(column.signal for column in of_events if column.received))
+    logged = [column.signal for column in of_events if not column.received]
+    names = ["item", "timestamp", "feedback", "label", "request", *received, *logged]
     table = from_parquet(read_file(dataset.uri, entry), columns=names)
     log: dict[str, list[Any]] = {name: table.column(name)[row].as_py() for name in names}
     if not 0 <= event < len(log["item"]):
@@ -100,12 +106,15 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
         # Where the user met a candidate: how it was received until then. The model's own table is that of the end of the log.
         place = number if number < known else _met(log["item"], chosen[number - known], event)
         if place is not None:
-            item |= {"item_mean": log["item_mean"][place], "item_count": log["item_count"][place]}
+            item |= {name: log[name][place] for name in received}
+        if (own := number if number < known else event) == place or number < known:
+            item |= {name: log[name][own] for name in logged}
     history = [
         {"item": items[place]} | {name: log[name][place] for name in ("feedback", "label", "timestamp", "request")}
         for place in range(known)
     ]
-    return {"history": history, "candidates": items[known:], "timestamp": log["timestamp"][event]}
+    name = str(shard.users[row])
+    return {"history": history, "candidates": items[known:], "timestamp": log["timestamp"][event], "user": name}
 
 
 def _met(items: list[int], item: int, event: int) -> int | None:
@@ -118,6 +127,7 @@ def _items(dataset: Dataset, rows: list[int]) -> list[Item]:
     """Ids and fields of the items in these rows, just the fields that the data set's template and signals use."""
     table = dataset.read_items()
     names = [*template_fields(dataset.manifest.text.item), *(field.column for field in dataset.manifest.statistics.fields)]
+    names += [column.name for column in columns_of(dataset.manifest.columns) if column.of == "item"]
     # The log's column `item` is kept as `id`.
     columns = {"id": "id"} | {name: "id" if name == "item" else name for name in names}
     values = {name: table.column(column).take(pa.array(rows, pa.int64())).to_pylist() for name, column in columns.items()}

@@ -50,6 +50,7 @@ class Scorer:
         names = list(template_fields(self.text.item))
         if self.knowledge is not None:
             names += [*(field.column for field in self.knowledge.fields), "id"]
+            names += [column.name for column in self.knowledge.columns if column.of == "item"]
         self.fields = list(dict.fromkeys(names))
         self.prefix = np.array(config.prefix_tokens, np.int64)
         layout = Layout.load(config.layout)

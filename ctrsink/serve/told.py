@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ctrsink.data.column_cells import known, stored
 from ctrsink.data.events import LARGEST_FEEDBACK
 from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.requests import known_events
-from ctrsink.data.values import id_text, one_form
+from ctrsink.data.shard import user_hashes
+from ctrsink.data.values import id_text, one_form, text
 from ctrsink.errors import InputError
+from ctrsink.features.columns import Column
 from ctrsink.features.fields import field_ids
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
 from ctrsink.serve.requests import Behaviour, Item, Request, item_table
-
-ITEM_KEYS = ("id", "item_mean", "item_count")
-"""What an item may say beside its fields: which one it is, and how it was received until then, where that is known better."""
 
 
 def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge) -> Histories:
@@ -57,8 +57,28 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
         inside=inside,
         fields=Ragged.of(fields),
         neighbours=knowledge.neighbours,
+        columns={column.signal: _of_column(column, items, knowledge) for column in knowledge.columns},
+        users=user_hashes([id_text(request.user)]).repeat(count + candidates),
         window=knowledge.window,
     )
+
+
+def _of_column(column: Column, items: Sequence[Item], knowledge: Knowledge) -> np.ndarray:
+    """The values that behaviours and candidates have, see Histories.columns."""
+    values = stored(column, _cells(column, items))[0]
+    if column.received:
+        mean, count = knowledge.groups[column.name].received(values)
+        return _overridden(mean if column.kind == "mean" else count, items, column.signal)
+    return known(column, values)
+
+
+def _cells(column: Column, items: Sequence[Item]) -> pa.Array:
+    """A column of the item table is a field of the item. What was logged with an event stands there by the signal's name."""
+    return pa.array([text(item.get(_key(column))) for item in items], pa.string())
+
+
+def _key(column: Column) -> str:
+    return column.signal if column.of == "log" else column.name
 
 
 def _requests(request: Request, knowledge: Knowledge) -> pa.Array:
@@ -75,16 +95,21 @@ def check(request: Request, knowledge: Knowledge, where: str) -> None:
         InputError: naming `where` and the key.
     """
     named = [(f"history.{i}", b.item) for i, b in enumerate(request.history)]
+    received = [(column.signal, column.kind == "count") for column in knowledge.columns if column.received]
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
         _check_id(item.get("id"), f"{where}: {key}.id")
-        for name in ("item_mean", "item_count"):
+        for column in knowledge.columns:
+            if not column.received:
+                _check_cell(column, item, f"{where}: {key}")
+        for name, counts in (("item_mean", False), ("item_count", True), *received):
             value = item.get(name)
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FEEDBACK
             ):
                 raise InputError(f"{where}: {key}.{name} is no number: {value!r}")
-        if (item.get("item_count") or 0) < 0:
-            raise InputError(f"{where}: {key}.item_count is below 0")
+            if counts and (value or 0) < 0:
+                raise InputError(f"{where}: {key}.{name} is below 0")
+    _check_id(request.user, f"{where}: user")
     for i, behaviour in enumerate(request.history):
         _check_id(behaviour.request, f"{where}: history.{i}.request")
     if knowledge.labelled:
@@ -93,6 +118,15 @@ def check(request: Request, knowledge: Knowledge, where: str) -> None:
                 raise InputError(
                     f"{where}: history.{i} has no label, which the model's signals need: give 0, 1, or null where it was none"
                 )
+
+
+def _check_cell(column: Column, item: Item, where: str) -> None:
+    try:
+        wrong = bool(stored(column, _cells(column, [item]))[1][0])
+    except ValueError as error:
+        raise InputError(f"{where}.{_key(column)}: {error}") from None
+    if wrong:
+        raise InputError(f"{where}.{_key(column)} is no number that float32 holds: {item[_key(column)]!r}")
 
 
 def _check_id(value: Any, where: str) -> None:
@@ -116,7 +150,7 @@ def label(behaviour: Behaviour, knowledge: Knowledge) -> int:
     return -1 if behaviour.feedback is None else int(np.float32(behaviour.feedback) >= knowledge.positive_from)
 
 
-def _overridden(known: np.ndarray, items: Sequence[Item], key: str) -> np.ndarray:
-    """What the items say of themselves, null where nothing was known then; else what is `known`."""
+def _overridden(otherwise: np.ndarray, items: Sequence[Item], key: str) -> np.ndarray:
+    """What the items say of themselves, null where nothing was known then; else what is `otherwise`."""
     given: list[Any] = [item.get(key) for item in items]
-    return np.where([key in item for item in items], [np.nan if value is None else value for value in given], known)
+    return np.where([key in item for item in items], [np.nan if value is None else value for value in given], otherwise)

@@ -10,7 +10,7 @@ from ctrsink import storage
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_ipc, pc, to_ipc, to_parquet
 from ctrsink.data.chronology import NO_LABEL, PAST, Chronologies
-from ctrsink.data.manifest import SHARD_SCHEMA, TOKENS_SCHEMA, VECTOR, FileEntry, ShardEntry, SplitTimes
+from ctrsink.data.manifest import VECTOR, FileEntry, ShardEntry, SplitTimes, column_field, shard_schema, tokens_schema
 from ctrsink.data.prepare.neighbours import opinions
 from ctrsink.data.prepare.partition import Partition, read_ids
 from ctrsink.data.prepare.past import Past
@@ -19,6 +19,7 @@ from ctrsink.data.prepare.statistics import Rule, read_received
 from ctrsink.data.render import feedback_ids
 from ctrsink.data.requests import known_events
 from ctrsink.data.shard import Knowing
+from ctrsink.features.columns import columns_of
 from ctrsink.features.counted import Counted
 
 
@@ -47,6 +48,10 @@ class Assembly:
     """File of the vectors of all items, where they have any."""
     received: str
     """File of how items were received, by period."""
+    values: str
+    """File of the values of all items in columns that are signals."""
+    groups: dict[str, tuple[str, str]]
+    """Of a column of the item table whose outcomes are counted: file of each item's group, and of how groups were received."""
     counted: Counted | None
     """Which events are opinions that neighbours are made of; None: there are none to be made."""
     part: int
@@ -78,12 +83,16 @@ class Assembly:
             "item_mean": events.column("item_mean"),
             "item_count": events.column("item_count"),
         }
-        table = _shard(columns, found)
+        told = columns_of(self.partition.spec.columns)
+        columns |= {column.signal: events.column(column.signal) for column in told if column.by_event}
+        table = _shard(columns, found, shard_schema(self.partition.spec.columns))
         mentioned = pc.unique(columns["item"]).sort()
-        of_items = [_column(path, name).take(mentioned) for path, name in ((self.tokens, "tokens"), (self.fields, "fields"))]
-        sidecar = pa.Table.from_arrays([mentioned, *of_items], schema=TOKENS_SCHEMA)
-        if self.vectors:
-            sidecar = sidecar.append_column(VECTOR, _column(self.vectors, VECTOR).take(mentioned))
+        of_items = [(self.tokens, "tokens"), (self.fields, "fields")]
+        of_items += [(self.values, column.signal) for column in told if not column.by_event]
+        of_items += [(self.vectors, VECTOR)] if self.vectors else []
+        kept = [_column(path, name).take(mentioned) for path, name in of_items]
+        width = kept[-1].type.byte_width // 2 if self.vectors else None
+        sidecar = pa.Table.from_arrays([mentioned, *kept], schema=tokens_schema(self.partition.spec.columns, width))
         place = np.searchsorted(mentioned.to_numpy(), columns["item"].to_numpy())
         lengths = pc.list_value_length(sidecar.column("tokens")).to_numpy()[place]
         known = known_events(columns["request"].combine_chunks(), np.diff(found.offsets))
@@ -125,16 +134,28 @@ class Assembly:
         table = self.partition.users(self.slice_ends, first, end).drop_columns("prefix")
         item = pc.cast(pc.index_in(table.column("item"), read_ids(self.items)), pa.int32())
         table = table.set_column(table.column_names.index("item"), "item", item)
-        rule = Rule.of(self.partition.spec.statistics)
-        mean, count = read_received(self.received).before(
-            rule, item.combine_chunks().to_numpy(), column_numpy(table, "timestamp", 0)
+        rule, items, times = (
+            Rule.of(self.partition.spec.statistics),
+            item.combine_chunks().to_numpy(),
+            column_numpy(table, "timestamp", 0),
         )
+        mean, count = read_received(self.received).before(rule, items, times)
         table = table.append_column("item_mean", pa.array(mean.astype(np.float32), mask=np.isnan(mean)))
         table = table.append_column("item_count", pa.array(count.astype(np.int32)))
+        for column in columns_of(self.partition.spec.columns):
+            if column.received:
+                groups, received = self.groups[column.name]
+                of_event = _column(groups, "group").to_numpy()[items]
+                mean, count = read_received(received).before(rule, of_event, times)
+                values = mean if column.kind == "mean" else count
+                stored = pa.array(values, column_field(column).type, mask=np.isnan(values), safe=False)
+                table = table.append_column(column.signal, stored)
         if self.past is None:
             return table, np.zeros(table.num_rows, bool)
         past = self.past.events(first, end, table.column("user").unique())
-        return pa.concat_tables([past, table]), np.arange(past.num_rows + table.num_rows) < past.num_rows
+        return pa.concat_tables([past, table.select(past.column_names)]), np.arange(
+            past.num_rows + table.num_rows
+        ) < past.num_rows
 
     def path(self, number: int, kind: str) -> str:
         return path_of(self.folder, number, kind)
@@ -157,19 +178,22 @@ def put(to: str, name: str, ending: str, content: bytes, appended: bool = False)
     return FileEntry(path=path, bytes=len(content), sha256=digest)
 
 
-def _shard(columns: dict[str, pa.ChunkedArray | pa.Array], users: Chronologies) -> pa.Table:
-    """The chronologies, in SHARD_SCHEMA; `columns` run over all events."""
+def _shard(columns: dict[str, pa.ChunkedArray | pa.Array], users: Chronologies, schema: pa.Schema) -> pa.Table:
+    """The chronologies, in `schema`; `columns` run over all events."""
     offsets = pa.array(users.offsets.astype(np.int32))
     arrays: list[pa.Array] = [pa.array(users.users, pa.string())]
-    for name in SHARD_SCHEMA.names[1:]:
+    for name in schema.names[1:]:
         values = columns[name]
         arrays.append(
             pa.ListArray.from_arrays(offsets, values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
         )
-    return pa.Table.from_arrays(arrays, schema=SHARD_SCHEMA)
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=16)
 def _column(path: str, name: str) -> pa.Array:
-    """A value of each item: its token ids, list<int32>, its fields' numbers, or its vector; a file of that name never changes."""
+    """A value of each item: its token ids, list<int32>, its fields' numbers, its vector, or that of a column that is a signal.
+
+    A file of that name never changes.
+    """
     return from_ipc(storage.read_bytes(path)).column(name).combine_chunks()

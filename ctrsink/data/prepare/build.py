@@ -56,6 +56,7 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
         ("statistics.strength", rule.strength, kept.strength),
         ("statistics.user_events", spec.statistics.user_events, kept.user_events),
         ("statistics.fields", spec.statistics.fields, kept.fields),
+        ("columns", spec.columns, base.columns),
         ("request_is_second", spec.request_is_second, base.request_is_second),
     ):
         if wanted != there:

@@ -3,17 +3,20 @@
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ctrsink.config.data import FieldSpec, TextSpec
 from ctrsink.data import tokenize
 from ctrsink.data.arrow import pc, to_ipc
+from ctrsink.data.column_cells import numbered, stored
 from ctrsink.data.manifest import TOKENS_SCHEMA
 from ctrsink.data.prepare.results import write_named
 from ctrsink.data.render import item_texts, template_fields
 from ctrsink.data.values import one_form
 from ctrsink.errors import InputError
+from ctrsink.features.columns import Column
 from ctrsink.features.fields import field_ids
 
 log = logging.getLogger("ctrsink.data")
@@ -109,6 +112,39 @@ class Items:
                     )
             chunks.append(pa.array(ids, kind))
         return write_named(folder, "tokens", to_ipc(pa.table({"tokens": pa.chunked_array(chunks, kind)})))
+
+    def write_values(self, folder: str, columns: tuple[Column, ...]) -> str:
+        """Write the values of all items in `columns`, by signal; returns the file, whose name depends on the content.
+
+        Raises:
+            InputError: there is no such column, or a cell is no number.
+        """
+        found = {}
+        for column in columns:
+            texts = self._texts(column)
+            values, wrong = stored(column, texts)
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise InputError(
+                    f"prepare.columns {column.signal}: item {self.ids[row].as_py()!r} has {texts[row].as_py()!r} there, which is "
+                    f"no number that float32 holds: correct it, or take hashed.item.{column.name}"
+                )
+            found[column.signal] = values
+        return write_named(folder, "values", to_ipc(pa.table({"": pa.nulls(self.table.num_rows), **found})))
+
+    def groups(self, column: Column) -> np.ndarray:
+        """Number of each item's value in a column, int64 [items]; -1 where it is blank.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        return numbered(stored(column, self._texts(column))[0])[0]
+
+    def _texts(self, column: Column) -> pa.Array:
+        if column.name not in self.table.column_names:
+            there = ", ".join(self.table.column_names)
+            raise InputError(f"prepare.columns {column.signal}: the item table has no column {column.name!r}; it has {there}")
+        return self.table.column(column.name).combine_chunks()
 
     def write_fields(self, folder: str, fields: tuple[FieldSpec, ...]) -> str:
         """Write the values of all items in `fields`, as numbers; returns the file, whose name depends on the content.

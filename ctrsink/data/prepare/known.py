@@ -4,7 +4,7 @@ from itertools import chain
 
 import pyarrow as pa
 
-from ctrsink.data.arrow import to_parquet
+from ctrsink.data.arrow import to_ipc, to_parquet
 from ctrsink.data.manifest import NeighboursEntry, Scale, ShardEntry, StatisticsEntry, read_file
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import run_tasks
@@ -14,9 +14,11 @@ from ctrsink.data.prepare.moments import Moments
 from ctrsink.data.prepare.neighbours import Pairing, cut_items, mean_square
 from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.repeats import Repeats
+from ctrsink.data.prepare.results import write_named
 from ctrsink.data.prepare.statistics import Received, Rule, counts_in, totals_as_counts
 from ctrsink.data.shard import Knowing
-from ctrsink.features.registry import Need, numbers_with
+from ctrsink.features.columns import columns_of
+from ctrsink.features.registry import Need, numbers_with, of_kind
 
 
 def received_of(job: Job, partition: Partition, repeats: Repeats | None, items: Items) -> Received:
@@ -29,6 +31,17 @@ def received_of(job: Job, partition: Partition, repeats: Repeats | None, items: 
     if repeats is not None:  # what is dropped was counted with the others
         counts = chain(counts, counts_in(repeats.folder, len(repeats.ranges)))
     return Received.of(counts, items.ids, before)
+
+
+def write_groups(job: Job, items: Items, received: Received) -> dict[str, tuple[str, str]]:
+    """Write which items are alike in columns that are counted by, and how those that are were received; see Assembly.groups."""
+    found: dict[str, tuple[str, str]] = {}
+    for column in columns_of(job.spec.columns):
+        if column.received and column.name not in found:
+            groups = items.groups(column)
+            of_items = write_named(job.work, "groups", to_ipc(pa.table({"group": groups})))
+            found[column.name] = of_items, write_named(job.work, "received", received.grouped(groups).to_bytes())
+    return found
 
 
 def write_statistics(job: Job, partition: Partition, received: Received, items: int) -> StatisticsEntry:
@@ -77,10 +90,10 @@ def scales_of_numbers(
         folder=job.folder("moments", assembly.folder, neighbours),
         to=job.to,
         shards=shards,
-        knowing=Knowing(statistics.outcome, assembly.counted, statistics.user_events),
+        knowing=Knowing(statistics.outcome, assembly.counted, statistics.user_events, of_kind(job.spec.columns, numbers=True)),
         neighbours=neighbours,
         split_times=assembly.split_times,
-        names=numbers_with(has),
+        names=numbers_with(has, job.spec.columns),
     )
     run_tasks(task, len(shards), job.execute, "computed signals of shards:")
     return task.scales()

@@ -10,9 +10,9 @@ import numpy as np
 from ctrsink import storage
 from ctrsink.data.arrow import from_parquet
 from ctrsink.data.chronology import split_of
-from ctrsink.data.manifest import SPLITS, TOKENS_SCHEMA, NeighboursEntry, Scale, ShardEntry, SplitTimes, read_file
+from ctrsink.data.manifest import SPLITS, NeighboursEntry, Scale, ShardEntry, SplitTimes, read_file, shard_schema, tokens_schema
 from ctrsink.data.prepare.results import numbers_of, path_of
-from ctrsink.data.shard import COLUMNS, Knowing, read_neighbours
+from ctrsink.data.shard import Knowing, read_neighbours
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.numbers import number
 
@@ -37,8 +37,8 @@ class Moments:
         events, tokens = (
             from_parquet(storage.read_bytes(storage.join(self.to, file.path)), columns)
             for file, columns in (
-                (self.shards[shard].events_file, COLUMNS),
-                (self.shards[shard].tokens_file, TOKENS_SCHEMA.names),
+                (self.shards[shard].events_file, shard_schema(self.knowing.columns).names),
+                (self.shards[shard].tokens_file, tokens_schema(self.knowing.columns, None).names),
             )
         )
         entry = self.neighbours

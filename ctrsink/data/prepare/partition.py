@@ -12,13 +12,13 @@ from ctrsink.config.data import PrepareSpec
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_ipc, to_ipc
 from ctrsink.data.events import EVENTS_SCHEMA, check_events
+from ctrsink.data.manifest import column_field
 from ctrsink.data.prepare.results import path_of
 from ctrsink.data.prepare.statistics import Rule, outcomes, write_received
 from ctrsink.data.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
 from ctrsink.data.render import feedback_minima
 from ctrsink.data.sources.source import Block, Source
-
-SLICED_SCHEMA = EVENTS_SCHEMA.append(pa.field("prefix", pa.uint16()))
+from ctrsink.features.columns import Column, columns_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Partition:
     def __call__(self, number: int) -> int:
         """Read block `number`; returns that number, once its survey is written, last."""
         raw = self.source.read(self.blocks[number])
-        checked = check_events(raw, self.source.columns, read_ids(self.items) if self.items else None)
+        checked = check_events(raw, self.source.columns, read_ids(self.items) if self.items else None, self.told)
         events = checked.events
         prefix = chronology.prefixes(events.column("user").combine_chunks())
         order = np.argsort(prefix, kind="stable")
@@ -66,6 +66,16 @@ class Partition:
         """Blocks that an earlier preparation has read already."""
         return surveyed(self.folder)
 
+    @property
+    def told(self) -> tuple[Column, ...]:
+        """Columns of the log that are signals."""
+        return tuple(column for column in columns_of(self.spec.columns) if column.of == "log")
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the events of a block: EVENTS_SCHEMA, the columns that are signals, the prefix."""
+        return pa.schema([*EVENTS_SCHEMA, *map(column_field, self.told), pa.field("prefix", pa.uint16())])
+
     def survey(self, number: int) -> Survey:
         return read_survey(self.folder, number)
 
@@ -92,12 +102,12 @@ class Partition:
         )
 
     def events(self, number: int, slice_ends: np.ndarray, first: int, end: int) -> pa.Table:
-        """Events of block `number` whose prefix is in [first, end), in SLICED_SCHEMA; `slice_ends` as in its Survey."""
+        """Events of block `number` whose prefix is in [first, end), in `schema`; `slice_ends` as in its Survey."""
         width = chronology.PREFIXES // self.slices
         a, b = first // width, (end - 1) // width
         starts = np.concatenate([[0], slice_ends])
         if starts[a] == starts[b + 1]:
-            return SLICED_SCHEMA.empty_table()
+            return self.schema.empty_table()
         content = storage.read_range(path_of(self.folder, number, "events"), int(starts[a]), int(starts[b + 1]))
         cuts = [int(c - starts[a]) for c in starts[a : b + 2]]
         pieces = [from_ipc(content[x:y]) for x, y in itertools.pairwise(cuts) if y > x]
@@ -109,7 +119,7 @@ class Partition:
 
 def _sliced(events: pa.Table, prefix: np.ndarray, slices: int) -> tuple[bytes, np.ndarray]:
     """Arrow streams one after another, a slice each (none where it is empty), and where each ends."""
-    table = events.append_column(SLICED_SCHEMA.field("prefix"), pa.array(prefix, pa.uint16()))
+    table = events.append_column("prefix", pa.array(prefix, pa.uint16()))
     edges = np.searchsorted(prefix, np.arange(slices + 1) * (chronology.PREFIXES // slices))
     pieces = [to_ipc(table.slice(a, b - a)) if b > a else b"" for a, b in zip(edges.tolist(), edges[1:].tolist(), strict=False)]
     return b"".join(pieces), np.cumsum([len(piece) for piece in pieces])

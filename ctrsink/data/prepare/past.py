@@ -8,10 +8,11 @@ import pyarrow as pa
 from ctrsink.data import chronology
 from ctrsink.data.arrow import column_numpy, from_parquet, pc
 from ctrsink.data.events import EVENTS_SCHEMA
-from ctrsink.data.manifest import Manifest, read_file
+from ctrsink.data.manifest import Manifest, column_field, read_file
+from ctrsink.features.columns import columns_of
 
 # As EVENTS_SCHEMA, with the item's row in the item table, and what was known of the item.
-SCHEMA = (
+_SCHEMA = (
     EVENTS_SCHEMA.set(EVENTS_SCHEMA.get_field_index("item"), pa.field("item", pa.int32()))
     .append(pa.field("item_mean", pa.float32()))
     .append(pa.field("item_count", pa.int32()))
@@ -27,8 +28,13 @@ class Past:
     limit: int
     """Latest events of a user that are taken."""
 
+    @property
+    def schema(self) -> pa.Schema:
+        """Of these events: with the columns that are signals, of each event."""
+        return pa.schema([*_SCHEMA, *(column_field(column) for column in columns_of(self.manifest.columns) if column.by_event)])
+
     def events(self, first: int, end: int, users: pa.Array) -> pa.Table:
-        """The latest events of `users`, all of whose prefixes are in [first, end), oldest first for each; SCHEMA.
+        """The latest events of `users`, all of whose prefixes are in [first, end), oldest first for each; in `schema`.
 
         From the newest part back, so that no more than `limit` events of a user are held.
         """
@@ -36,14 +42,14 @@ class Past:
         pieces: list[pa.Table] = []
         for shard in reversed(self.manifest.shards):
             if shard.prefixes[0] < end and first < shard.prefixes[1] and wanted.any():
-                table = from_parquet(read_file(self.uri, shard.events_file), SCHEMA.names)
-                pieces.append(_latest(table, self.manifest.parts[shard.part].first_time, users, wanted))
-        table = pa.concat_tables([SCHEMA.empty_table(), *reversed(pieces)])
+                table = from_parquet(read_file(self.uri, shard.events_file), self.schema.names)
+                pieces.append(_latest(table, self.schema, self.manifest.parts[shard.part].first_time, users, wanted))
+        table = pa.concat_tables([self.schema.empty_table(), *reversed(pieces)])
         found = chronology.chronologies(table.column("user").combine_chunks(), column_numpy(table, "timestamp", 0))
         return table.take(pa.array(found.order))
 
 
-def _latest(shard: pa.Table, first_time: int, users: pa.Array, wanted: np.ndarray) -> pa.Table:
+def _latest(shard: pa.Table, schema: pa.Schema, first_time: int, users: pa.Array, wanted: np.ndarray) -> pa.Table:
     """Of each of `users` the `wanted` latest events in one shard, which are then wanted no more; a row each.
 
     Args:
@@ -51,7 +57,7 @@ def _latest(shard: pa.Table, first_time: int, users: pa.Array, wanted: np.ndarra
     """
     user = pc.fill_null(pc.index_in(shard.column("user"), users), -1).to_numpy()
     rows = np.flatnonzero(user >= 0)
-    lists = {name: shard.column(name).combine_chunks() for name in SCHEMA.names if name != "user"}
+    lists = {name: shard.column(name).combine_chunks() for name in schema.names if name != "user"}
     offsets = lists["item"].offsets.to_numpy().astype(np.int64)
     ends = offsets[rows + 1]
     own = np.append(0, np.cumsum(lists["timestamp"].values.to_numpy() >= first_time))
@@ -59,5 +65,5 @@ def _latest(shard: pa.Table, first_time: int, users: pa.Array, wanted: np.ndarra
     wanted[user[rows]] -= counts
     places = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
     owners = shard.column("user").combine_chunks().take(pa.array(np.repeat(rows, counts)))
-    arrays = [owners if name == "user" else lists[name].values.take(pa.array(places)) for name in SCHEMA.names]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    arrays = [owners if name == "user" else lists[name].values.take(pa.array(places)) for name in schema.names]
+    return pa.Table.from_arrays(arrays, schema=schema)

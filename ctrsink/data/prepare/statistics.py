@@ -93,9 +93,22 @@ class Received:
             rows += block.num_rows
             if rows > _HELD:
                 waiting, rows = [_merged(pa.concat_tables(waiting))], 0
-        table = _merged(pa.concat_tables(waiting)).sort_by([("item", "ascending"), ("period", "ascending")])
+        return cls._of(_merged(pa.concat_tables(waiting)))
+
+    @classmethod
+    def _of(cls, counts: pa.Table) -> "Received":
+        """Of counts and sums of each period."""
+        table = counts.sort_by([("item", "ascending"), ("period", "ascending")])
         item, period, *sums = (table.column(name).to_numpy() for name in ("item", "period", *_SUMS))
         return cls(item, period, *(_within(item, column) for column in sums))
+
+    def grouped(self, groups: np.ndarray) -> "Received":
+        """The same of groups of items: `groups[item]` is the number of an item's group, -1 where it has none."""
+        opens = np.diff(self.item, prepend=-1) != 0
+        group = groups[self.item]
+        inside = {name: _inside(getattr(self, name), opens) for name in _SUMS}
+        table = pa.table({"item": group, "period": self.period, **inside}).filter(pa.array(group >= 0))
+        return Received._of(_merged(table))
 
     def to_bytes(self) -> bytes:
         return to_ipc(pa.table({name: getattr(self, name) for name in ("item", "period", *_SUMS)}))
@@ -152,8 +165,7 @@ class Received:
         total = np.zeros((3, len(found) + 1))
         for row, name in enumerate(_SUMS):
             column = getattr(self, name)
-            inside = column - np.where(opens, 0, np.concatenate([[0], column[:-1]]))
-            total[row, 1:] = np.cumsum(np.bincount(which, inside, len(found)))
+            total[row, 1:] = np.cumsum(np.bincount(which, _inside(column, opens), len(found)))
         with np.errstate(invalid="ignore"):
             return found, (total[1] + total[2] / _PART) / np.where(total[0] > 0, total[0], np.nan)
 
@@ -173,13 +185,19 @@ def totals_as_counts(content: bytes, last: int) -> pa.Table:
     return table.filter(pc.greater(table.column("count"), 0))
 
 
-def latest(content: bytes, strength: float) -> tuple[np.ndarray, np.ndarray, float]:
+def latest(
+    content: bytes, strength: float, groups: np.ndarray | None = None, number: int = 0
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Smoothed mean and count of every item at the end of the log, float64 and int64 [items], and the mean of all outcomes.
 
-    From a data set's totals, see Received.totals.
+    Args:
+        content: a data set's totals, see Received.totals.
+        groups: the same of so many `number` of groups: that of each item, -1 where it has none.
     """
     table = from_parquet(content)
     count, whole, part = (table.column(f"{n}_before").to_numpy() + table.column(f"{n}_last").to_numpy() for n in _SUMS)
+    if groups is not None:
+        count, whole, part = (_summed(column, groups, number) for column in (count, whole, part))
     sums = whole + part / _PART
     overall = float(sums.sum() / count.sum()) if count.sum() else float("nan")
     return (sums + strength * overall) / (count + strength), count, overall
@@ -202,7 +220,7 @@ def negated(counts: pa.Table) -> pa.Table:
     return counts
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def read_received(path: str) -> Received:
     """A file of that name never changes."""
     return Received.from_bytes(storage.read_bytes(path))
@@ -211,6 +229,18 @@ def read_received(path: str) -> Received:
 def _merged(table: pa.Table) -> pa.Table:
     found = table.group_by(["item", "period"], use_threads=False).aggregate([(name, "sum") for name in _SUMS])
     return found.rename_columns([name.removesuffix("_sum") for name in found.column_names]).select(["item", "period", *_SUMS])
+
+
+def _summed(column: np.ndarray, groups: np.ndarray, number: int) -> np.ndarray:
+    """Sums over the items of each group, int64 [number]."""
+    out = np.zeros(number, np.int64)
+    np.add.at(out, groups[groups >= 0], column[groups >= 0])
+    return out
+
+
+def _inside(column: np.ndarray, opens: np.ndarray) -> np.ndarray:
+    """What running totals grew by in each row; `opens`: they begin anew there."""
+    return column - np.where(opens, 0, np.concatenate([[0], column[:-1]]))
 
 
 def _within(item: np.ndarray, column: np.ndarray) -> np.ndarray:

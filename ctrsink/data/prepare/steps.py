@@ -18,7 +18,7 @@ from ctrsink.data.prepare.execute import run_tasks
 from ctrsink.data.prepare.items import Items
 from ctrsink.data.prepare.job import Job
 from ctrsink.data.prepare.judge import check_totals, warn_of_duplicates, warn_of_forms
-from ctrsink.data.prepare.known import received_of, scales_of_numbers, write_neighbours, write_statistics
+from ctrsink.data.prepare.known import received_of, scales_of_numbers, write_groups, write_neighbours, write_statistics
 from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.places import Places
@@ -29,6 +29,7 @@ from ctrsink.data.prepare.vectors import Encoding
 from ctrsink.data.render import feedback_table, template_fields
 from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError
+from ctrsink.features.columns import columns_of
 from ctrsink.features.counted import Counted
 
 log = logging.getLogger("ctrsink.data")
@@ -44,7 +45,8 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         RunError: events are lost.
     """
     spec, base = job.spec, job.base
-    source = open_source(spec.source, template_fields(spec.text.item))
+    told = columns_of(spec.columns)
+    source = open_source(spec.source, template_fields(spec.text.item), [column.name for column in told if column.of == "log"])
     listed = source.items()
     blocks = tuple(source.blocks(spec.block_bytes))
     # A tokenizer or an encoder that cannot be had is found before hours of work.
@@ -57,7 +59,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     welcome = items.write_ids(job.work) if items is not None and listed is not None else None
     versions = {block.file: storage.info(block.file) for block in blocks}
     slices = _slices(sum(info.bytes for info in versions.values()), spec.shard_events)
-    label_rule = (spec.text, spec.positive_from, spec.statistics)
+    label_rule = (spec.text, spec.positive_from, spec.statistics, spec.columns)
     partition = Partition(
         spec=spec,
         source=source,
@@ -91,13 +93,15 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     fields = items.write_fields(job.work, spec.statistics.fields)
     received = received_of(job, partition, repeats, items)
     received_path = write_named(job.work, "received", received.to_bytes())
+    values = items.write_values(job.work, tuple(column for column in told if not column.by_event))
+    groups = write_groups(job, items, received)
     vectors = encoding and encoding.write_vectors(job, items)
     ranges = tuple(chronology.cut_shards(totals.prefix_events, spec.shard_events))
     past = Past(job.to, base, spec.past_events) if base else None
     table = spec.neighbours if base is None else None
     counted = Counted(times.train_end, table.user_events) if table else None
     facts = (partition.folder, ranges, times, texts, ids, tokens, vectors, past, spec.duplicates, fields, received_path, counted)
-    facts = (*facts, spec.request_is_second, spec.statistics)
+    facts = (*facts, spec.request_is_second, spec.statistics, values, groups)
     assembly = Assembly(
         partition=partition,
         to=job.to,
@@ -111,6 +115,8 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         vectors=vectors,
         fields=fields,
         received=received_path,
+        values=values,
+        groups=groups,
         counted=counted,
         part=len(base.parts) if base else 0,
         first_shard=len(base.shards) if base else 0,
@@ -148,6 +154,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         numbers=base.numbers if base else scales_of_numbers(job, assembly, shards, statistics, neighbours),
         statistics=statistics,
         neighbours=neighbours,
+        columns=spec.columns,
         tokenizer=_tokenizer_files(job, tokenizer),
         index=put(job.to, "index", ".parquet", to_parquet(index), job.appended),
         items=put(job.to, "items", ".parquet", to_parquet(items.table), job.appended),

@@ -31,6 +31,8 @@ class Tables:
     """Columns of the item table by what they are called here: `item`, and fields."""
     fields: Collection[str] | None = None
     """Those that must be text; None: all."""
+    told: tuple[str, ...] = ()
+    """Columns of the log that are read beside those that are mapped."""
 
     def items(self) -> pa.Table | None:
         """The item table; its files may have different fields, and a missing one is an empty text."""
@@ -61,7 +63,7 @@ class Tables:
         return blocks
 
     def read(self, block: Block) -> RawRows:
-        """The mapped columns of the rows of a block; `true` and `false` in the columns of numbers are 1 and 0."""
+        """The mapped columns, and those `told`, of the rows of a block; `true` and `false` in feedback and label are 1 and 0."""
         kind = kind_of(block.file)
         if kind == "parquet":
             groups = range(block.start, block.end)
@@ -98,7 +100,7 @@ class Tables:
     def _wanted(self) -> list[str]:
         mapped = (self.columns.user, self.columns.item, self.columns.timestamp)
         optional = (self.columns.feedback, self.columns.label, self.columns.request)
-        return list(dict.fromkeys([*mapped, *(name for name in optional if name)]))
+        return list(dict.fromkeys([*mapped, *(name for name in optional if name), *self.told]))
 
     def _csv(self, uri: str, size: int, block_bytes: int) -> list[Block]:
         return csv_blocks(uri, block_bytes, self._wanted)
