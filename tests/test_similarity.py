@@ -118,6 +118,11 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
         ({"examples": "per_user", "retrieve": 3}, ["none"], "data: retrieve chooses behaviours for one target"),
         ({"history": 4, "retrieve": 5}, ["none"], "data: retrieve 5 is more than history 4"),
         ({"retrieve": 0}, ["none"], "data.retrieve"),
+        (
+            {"retrieve_by": "neighbours"},
+            ["none"],
+            "data: retrieve_by neighbours says how behaviours are retrieved, but retrieve is",
+        ),
     ],
 )
 def test_what_has_no_single_target_or_nothing_to_choose_from_is_refused(

@@ -17,13 +17,16 @@ from ctrsink.config.model import SinkSpec, TargetSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.knowledge import Knowledge
+from ctrsink.data.layout import Layout
 from ctrsink.data.manifest import read_manifest
 from ctrsink.data.prepare.build import append, prepare
 from ctrsink.data.stream import SequenceSource, evaluation_batches
+from ctrsink.data.windows import Cuts, windows_of
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import Predictions, predict
 from ctrsink.export.package import export_run
+from ctrsink.features.ragged import Ragged
 from ctrsink.features.registry import SIGNALS, of_kind
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.signals import token_scale
@@ -255,6 +258,7 @@ def evaluated(run_dir: str, split: str) -> Predictions:
     [
         ("per_target", {}),
         ("per_target", {"text_history": 1}),
+        ("per_target", {"history": 9, "retrieve": 2, "retrieve_by": "neighbours"}),
         ("per_request", {"targets": 3, "text_history": 0}),
         ("per_user", {"targets": 3, "history": 2}),
         ("per_user", {"targets": 3, "history": 2, "text_history": 0}),
@@ -281,6 +285,31 @@ def test_a_request_scores_as_it_was_evaluated_with_all_signals(
             assert scorer.score(request)[0] == pytest.approx(expected.probabilities[number], abs=1e-5)
             compared += 1
     assert compared >= 4
+
+
+def test_what_users_thought_of_both_decides_what_is_retrieved(data: Prepared) -> None:
+    """Of each target's history those of the items most similar to its own, in their order; of equally similar ones the later."""
+    spec = spec_of(data, "run", "per_target", history=9, retrieve=3, retrieve_by="neighbours")
+    dataset = Dataset(data.uri)
+    layout = Layout.of(spec.data, spec.model, dataset.manifest)
+    dataset.use(layout)
+    chosen = 0
+    for number in range(len(dataset.manifest.shards)):
+        shard = dataset.shard(number)
+        h = shard.histories
+        assert h is not None
+        for target in shard.impressions.tolist():
+            first = max(int(h.begins[target]), int(h.begins[target] + h.known[target]) - 9)
+            past = np.arange(first, h.begins[target] + h.known[target])
+            similar = np.zeros(len(past))
+            found, values = h.similar(np.full(len(past), target), past)
+            similar[found] = values
+            expected = sorted(sorted(zip(-similar, -past, strict=True))[:3], key=lambda pair: -pair[1])
+            cuts = Cuts([shard], np.array([1]), h.begins[[target]], Ragged.of([np.array([target])]))
+            ((_, rows),) = windows_of(cuts, layout).chosen()
+            assert rows.tolist() == [int(-row) for _, row in expected] + [target]
+            chosen += rows[:-1].tolist() != past[-3:].tolist()
+    assert chosen > 10
 
 
 @pytest.mark.parametrize("examples", ["per_target", "per_request"])

@@ -84,7 +84,9 @@ class TokenizerSpec(Section):
 
 
 class EncoderSpec(Section):
-    """A text encoder that gives every item a vector, once, at preparation; for the signal `similarity` and `data.retrieve`."""
+    """A text encoder that gives every item a vector, once, at preparation; for the signal `similarity`, `data.retrieve` and
+    `model.similarity: vectors`.
+    """
 
     path: str
     """Hugging Face id or folder, local or s3://, of an encoder with weights in safetensors; of a sentence-transformers model its
@@ -169,7 +171,7 @@ class StatisticsSpec(Section):
 
 
 class NeighboursSpec(Section):
-    """The item-item table for the signal `affinity` and for `model.similarity: neighbours`, of the training range."""
+    """The item-item table of the training range, for `affinity`, `model.similarity` and `data.retrieve_by: neighbours`."""
 
     partners: int = Field(default=200, ge=1)
     """Partners kept of an item: those with the most users in common."""
@@ -247,8 +249,10 @@ class DataSpec(Section):
     history: int = Field(default=50, ge=0)
     """Behaviours before a sequence's first target, at most."""
     retrieve: int | None = Field(default=None, ge=1)
-    """`per_target`: of these behaviours only as many as are most similar to the target, by the vectors of `prepare.encoder`, in
-    their order in time (the retrieval of CTR-Sink, arXiv 2508.03668). null: all."""
+    """`per_target`: of these behaviours only as many as are most similar to the target, in their order in time (the retrieval of
+    CTR-Sink, arXiv 2508.03668). null: all."""
+    retrieve_by: Literal["vectors", "neighbours"] = "vectors"
+    """What `retrieve` goes by: texts of items (`prepare.encoder`), or what users thought of both (`prepare.neighbours`)."""
     text_history: int | None = Field(default=None, ge=0)
     """Of the behaviours before a sequence's first target only this many latest ones have a text; an older one is its sink alone,
     a single position, so that histories of hundreds of behaviours are cheap. null: all have one. Needs sinks."""
@@ -272,6 +276,8 @@ class DataSpec(Section):
             raise ValueError(f"retrieve chooses behaviours for one target: use examples per_target, not {self.examples}, or null")
         if self.retrieve is not None and self.retrieve > self.history:
             raise ValueError(f"retrieve {self.retrieve} is more than history {self.history}, which it chooses from")
+        if self.retrieve is None and self.retrieve_by != "vectors":
+            raise ValueError(f"retrieve_by {self.retrieve_by} says how behaviours are retrieved, but retrieve is null")
         return self
 
     @property

@@ -24,6 +24,7 @@ class Layout:
     """Values of each of these."""
     retrieve: int | None = None
     """`per_target`: of the history only this many behaviours, those most similar to the target."""
+    retrieve_by: Literal["vectors", "neighbours"] = "vectors"
     numbers: tuple[str, ...] = ()
     """Of sinks."""
     target_signals: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ class Layout:
             signals=sinks.categories if sinks else (),
             buckets=sinks.buckets if sinks else 1,
             retrieve=data.retrieve,
+            retrieve_by=data.retrieve_by,
             numbers=numbers,
             target_signals=target.categories if target else (),
             target_buckets=target.buckets if target else 1,
@@ -87,8 +89,8 @@ class Layout:
             )
         if "neighbours" in self.needs and manifest.neighbours is None:
             raise InputError(
-                f"the data set {uri} has no table of neighbours, which the signal affinity and model.similarity: neighbours "
-                "need: prepare it again with prepare.neighbours"
+                f"the data set {uri} has no table of neighbours, which the signal affinity, data.retrieve_by and "
+                "model.similarity: neighbours need: prepare it again with prepare.neighbours"
             )
 
     @classmethod
@@ -119,10 +121,10 @@ class Layout:
         """What of a data set sequences depend on."""
         names = self.names
         found: set[Need] = {need for name in names for need in signal(name).needs}
-        if self.retrieve is not None or self.similarity == "vectors":
-            found.add("vectors")
-        if self.similarity == "neighbours":
-            found.add("neighbours")
+        if self.retrieve is not None:
+            found.add(self.retrieve_by)
+        if self.similarity is not None:
+            found.add(self.similarity)
         return frozenset(found)
 
     @property
@@ -131,15 +133,20 @@ class Layout:
         return "vectors" in self.needs
 
     @property
-    def needs_target_vectors(self) -> bool:
-        """Whether a history depends on the vector of its target, so that targets cannot share it."""
+    def depends_on_target(self) -> bool:
+        """Whether a history depends on the item of its target, so that targets cannot share it."""
         return "similarity" in self.signals or self.retrieve is not None
+
+    @property
+    def compares_neighbours(self) -> bool:
+        """Whether sequences depend on the similarity of two events by neighbours."""
+        return self.similarity == "neighbours" or (self.retrieve is not None and self.retrieve_by == "neighbours")
 
     @property
     def events_of_signals(self) -> bool:
         """Whether more than times is told of events."""
         hashed = any(signal(name).hashed for name in (*self.signals, *self.target_signals))
-        return bool(self.numbers or self.target_numbers or hashed or self.base or self.similarity == "neighbours")
+        return bool(self.numbers or self.target_numbers or hashed or self.base or self.compares_neighbours)
 
 
 def _check(uri: str, manifest: Manifest, names: tuple[str, ...], buckets: int) -> None:

@@ -145,7 +145,7 @@ def with_told(events: E, layout: Layout, histories: Histories | None, feedbacks:
         found,
         numbers=np.ascontiguousarray(z[:, [every.index(name) for name in layout.numbers]]),
         target_numbers=np.ascontiguousarray(z[:, [every.index(name) for name in layout.target_numbers]]),
-        histories=histories if layout.similarity == "neighbours" else None,  # they are large
+        histories=histories if layout.compares_neighbours else None,  # they are large
     )
 
 

@@ -157,18 +157,32 @@ def windows_of(cuts: Cuts, layout: Layout) -> Windows:
     past = known[firsts]
     starts = np.maximum(cuts.begins, past - layout.history)
     windows = Windows(cuts, starts, np.where(together, past + counts, rows[ends - 1] + 1) - starts, together)
-    if not layout.needs_target_vectors:
+    if not layout.depends_on_target:
         return windows
-    similar = _cosines(windows)
-    kept = None if layout.retrieve is None else most_similar(similar, windows.counts, layout.retrieve)
-    return replace(windows, cosines=similar, kept=kept)
+    by_vectors = "similarity" in layout.signals or layout.retrieve_by == "vectors"
+    similar = _with_targets(windows, _cosines) if by_vectors else None
+    if layout.retrieve is None:
+        return replace(windows, cosines=similar)
+    wanted = similar if similar is not None and layout.retrieve_by == "vectors" else _with_targets(windows, _by_neighbours)
+    return replace(windows, cosines=similar, kept=most_similar(wanted, windows.counts, layout.retrieve))
 
 
-def _cosines(windows: Windows) -> np.ndarray:
-    """Of the items of all rows with that of their sequence's target."""
+def _with_targets(windows: Windows, similar: Callable[[Events, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """How `similar` the items of all rows are to that of their sequence's target, [sum of counts]."""
     targets = windows.cuts.each(windows.cuts.targets.values.repeat(windows.counts), windows.counts.cumsum())
-    found = []
-    for (events, rows), (_, lasts) in zip(windows.each(), targets, strict=True):
-        assert events.vectors is not None
-        found.append(cosines(events.vectors, events.texts[rows], events.texts[lasts]))
+    found = [similar(events, rows, lasts) for (events, rows), (_, lasts) in zip(windows.each(), targets, strict=True)]
     return np.concatenate(found)
+
+
+def _cosines(events: Events, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    assert events.vectors is not None
+    return cosines(events.vectors, events.texts[rows], events.texts[targets])
+
+
+def _by_neighbours(events: Events, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """float64 [N]; 0 where nothing is known of a pair, as in the similarity bias."""
+    assert events.histories is not None
+    out = np.zeros(len(rows))
+    found, values = events.histories.similar(targets, rows)
+    out[found] = values
+    return out

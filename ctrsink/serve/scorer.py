@@ -150,8 +150,8 @@ class Scorer:
         )
         histories = histories_of(request, timestamps, self.knowledge) if self.knowledge else None
         events = with_told(events, self.layout, histories, self._known_feedbacks(rendered)[events.feedbacks])
-        # What depends on the candidate's vector is no history that candidates share.
-        together = 1 if self.layout.needs_target_vectors else CANDIDATES
+        # What depends on the candidate's item is no history that candidates share.
+        together = 1 if self.layout.depends_on_target else CANDIDATES
         chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
         cuts = (Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])) for rows in chosen)
         return [build_sequences(cut, self.layout, feedbacks, self.prefix)[0] for cut in cuts]
