@@ -144,8 +144,10 @@ def test_a_data_set_that_is_not_there(config: Path, tmp_path: Path) -> None:
 
 
 def flip(content: bytes) -> bytes:
-    half = len(content) // 2
-    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    """Change a byte: of a manifest the first digit of a shard's hash, of another file one in its middle."""
+    of_hash = content.find(b'"sha256": "') + len(b'"sha256": "')
+    at = of_hash if content.startswith(b"{") else len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize("file", ["shards/00001.parquet", "shards/00001.tokens.parquet", "index.parquet", "manifest.json"])
