@@ -127,6 +127,7 @@ def test_the_files_for_other_models_have_the_numbers(tmp_path: Path) -> None:
         ({"columns": ["log.price", "log.price"]}, "columns: name each once"),
         ({"columns": ["price"]}, r"'price' is no column: write log\.NAME or item\.NAME"),
         ({"columns": ["mean.log.price"]}, r"'mean\.log\.price' is no column"),
+        ({"neighbours": {"by_text": True}}, r"neighbours\.by_text compares the texts of items: add prepare\.encoder"),
         ({"columns": ["log.prise"]}, r"log\.csv has no column 'prise'.*did you mean price"),
         ({"columns": ["item.brnd"]}, r"prepare\.columns item\.brnd: the item table has no column 'brnd'; it has id, title"),
         ({"columns": ["mean.item.brnd"]}, r"prepare\.columns mean\.item\.brnd: the item table has no column"),

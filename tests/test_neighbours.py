@@ -98,6 +98,43 @@ def test_pairs_are_the_sums_over_common_users(seed: int, partners: int, dense_it
         assert not left_out or max(common[item, list(left_out)]) <= min(common[item, kept])
 
 
+def test_items_without_a_partner_go_by_their_texts(tmp_path: Path) -> None:
+    """As similar as pairs of the table are whose texts have such a cosine; a pair of others that is not in it stays unknown."""
+    chance = np.random.default_rng(3)
+    table = build(tmp_path, [log(chance, 6, ITEMS - 2, 12)], ITEMS, 4)
+    vectors = chance.normal(size=(ITEMS + 2, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[3] = 0  # an item whose text is unknown
+    vectors = vectors.astype(np.float16)
+    table = dataclasses.replace(table, by_text=table.text_line(vectors[:ITEMS]))
+    cosine = vectors.astype(float) @ vectors.astype(float).T
+    owners = np.repeat(np.arange(ITEMS), np.diff(table.offsets))
+    places = np.arange(len(owners))
+    values = table.similarity(places, np.zeros(len(owners)), np.zeros(len(owners), np.bool_))
+    told = (owners != 3) & (table.partners != 3)
+    slope, intercept = np.polyfit(cosine[owners, table.partners][told], values[told], 1)
+    assert table.by_text is not None
+    assert (table.by_text.slope, table.by_text.intercept) == pytest.approx((slope, intercept), abs=1e-4)
+    # New to the log are the last two of the table, and two that it does not reach.
+    h = dataclasses.replace(log(chance, 3, ITEMS + 2, 20), neighbours=table, vectors=vectors)
+    assert h.items is not None
+    nobody = np.zeros(len(h.items), np.bool_)
+    h = dataclasses.replace(h, texts=h.items, inside=nobody, counted=nobody)
+    asked, seen = np.arange(len(h.items)).repeat(5), np.tile(np.arange(5), len(h.items))
+    assert h.items is not None
+    found, similarity = h.similar(asked, seen)
+    expected = {}
+    for pair, (i, j) in enumerate(zip(h.items[asked].tolist(), h.items[seen].tolist(), strict=True)):
+        rows, own = table.find(np.array([i]), np.array([j]))
+        if len(rows):
+            expected[pair] = float(table.similarity(own, np.zeros(1), np.zeros(1, np.bool_))[0])
+        elif max(i, j) >= ITEMS - 2 and 3 not in (i, j):
+            expected[pair] = intercept + slope * cosine[i, j]
+    assert found.tolist() == sorted(expected)
+    np.testing.assert_allclose(similarity, [expected[pair] for pair in found.tolist()], atol=2e-3)
+    assert sum(value != 0 for value in expected.values()) > 20
+
+
 def test_the_own_part_is_taken_out_exactly(tmp_path: Path) -> None:
     """With it the table would tell, of a user of the training range, what that user thought of both items."""
     h = log(np.random.default_rng(1), 6, ITEMS, 12)

@@ -13,8 +13,8 @@ from ctrsink.config import parse_run
 from ctrsink.data.examples import Chronology, build_sequence
 from ctrsink.data.layout import Layout
 from ctrsink.data.signals import signal_ids
-from ctrsink.data.similarity import cosines, most_similar, similarity_bucket
 from ctrsink.errors import InputError
+from ctrsink.features.similarity import cosines, most_similar, similarity_bucket
 from tests.builders import FEEDBACKS, TEXTS, chronologies
 from tests.serving_fixtures import LLAMA
 

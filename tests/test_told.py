@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
 from ctrsink.batch import Batch
 from ctrsink.config import ReadoutSpec
-from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, SourceSpec, StatisticsSpec
+from ctrsink.config.data import EncoderSpec, FieldSpec, NeighboursSpec, PrepareSpec, SourceSpec, StatisticsSpec
 from ctrsink.config.model import SinkSpec, TargetSpec
 from ctrsink.config.train import EvaluateSpec
+from ctrsink.data.columns import signal_columns
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.layout import Layout
@@ -39,6 +42,7 @@ from ctrsink.train.restore import restore_run
 from tests.builders import form_batch, tiny_model, tiny_spec
 from tests.command_line import good
 from tests.data_fixtures import make_events, prepare_spec, table_source, write_table
+from tests.encoder_fixtures import write_encoder
 from tests.serving_fixtures import Prepared, run_spec, write_run
 
 OF_SINKS = tuple(name for name, signal in SIGNALS.items() if "behaviour" in signal.sides)
@@ -329,11 +333,16 @@ def test_behaviours_of_one_request_did_not_know_one_another(asked_together: Prep
     assert scorer.score(apart)[0] != pytest.approx(expected.probabilities[-1], abs=1e-5)
 
 
-def test_a_model_of_data_that_were_appended_to_scores_new_items(data: Prepared, tmp_path: Path) -> None:
-    """The table of neighbours is older than they are."""
+@pytest.mark.parametrize("by_text", [False, True])
+def test_a_model_of_data_that_were_appended_to_scores_new_items(data: Prepared, tmp_path: Path, by_text: bool) -> None:
+    """The table of neighbours is older than they are. Asked to, what is like them follows from their texts."""
     rows = sorted(make_events(9, 12), key=lambda event: event[3])
     early, late = tmp_path / "early", tmp_path / "late"
     spec = data.spec.model_copy(update={"past_events": 10})
+    if by_text:
+        encoder = EncoderSpec(path=str(write_encoder(tmp_path / "encoder")), max_tokens=64)
+        neighbours = NeighboursSpec(partners=3, shrink=2.0, by_text=True)
+        spec = spec.model_copy(update={"encoder": encoder, "neighbours": neighbours})
     known = {event[1] for event in rows[:84]} - {7}
     first = [event for event in rows[:84] if event[1] in known]
     source = sourced(early, first)
@@ -352,6 +361,10 @@ def test_a_model_of_data_that_were_appended_to_scores_new_items(data: Prepared, 
     expected = evaluated(run.run_dir, "test")
     for number, (user, event) in enumerate(zip(expected.users.tolist(), expected.events.tolist(), strict=True)):
         assert scorer.score(request_of(dataset, user, event))[0] == pytest.approx(expected.probabilities[number], abs=1e-5)
+    every = pa.concat_tables(signal_columns(dataset).values())
+    new = every.filter(pc.field("item") == scorer.knowledge.rows(["i7"])[0])
+    assert new.num_rows
+    assert (np.abs(new.column("familiarity").to_numpy()).max() > 0) == by_text
 
 
 def test_where_nothing_is_known_of_any_item_all_is_finite(data: Prepared, tmp_path: Path) -> None:

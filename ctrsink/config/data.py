@@ -179,6 +179,9 @@ class NeighboursSpec(Section):
     """A user's latest events of the training range that are counted."""
     shrink: float = Field(default=20.0, gt=0)
     """Imagined common users without agreement."""
+    by_text: bool = False
+    """Items without a partner, new ones above all, take their similarity from texts (`prepare.encoder`): that which pairs of the
+    table with such a cosine have on average."""
 
 
 class PrepareSpec(Section):
@@ -214,6 +217,12 @@ class PrepareSpec(Section):
     workers: int = Field(default=1, ge=1)
     """Tasks at a time: 1 runs them in this process; more let Ray Data run them, on this machine or the cluster at
     `runtime.address`. The data set does not depend on it."""
+
+    @model_validator(mode="after")
+    def _texts_have_vectors(self) -> "PrepareSpec":
+        if self.neighbours is not None and self.neighbours.by_text and self.encoder is None:
+            raise ValueError("neighbours.by_text compares the texts of items: add prepare.encoder")
+        return self
 
     @model_validator(mode="after")
     def _columns_tell_no_answer(self) -> "PrepareSpec":

@@ -35,7 +35,7 @@ def signal_tables(dataset: Dataset) -> Iterator[dict[str, pa.Table]]:
     neighbours = dataset.read_neighbours() if dataset.manifest.neighbours else None
     for shard, entry in enumerate(dataset.manifest.shards):
         columns = tuple(column.signal for column in columns_of(names))
-        events, tokens = dataset.tables(shard, columns)
+        events, tokens = dataset.tables(shard, columns, dataset.manifest.text_line is not None)
         histories = Knowing.of(dataset.manifest, entry, neighbours, columns).histories(events, tokens)
         lengths = np.diff(events["item"].combine_chunks().offsets.to_numpy())
         owners = np.arange(len(lengths)).repeat(lengths)

@@ -92,7 +92,7 @@ class Dataset:
         entry = self.manifest.neighbours
         if entry is None:
             raise InputError(f"the data set {self.uri} has no table of neighbours: prepare it again with prepare.neighbours")
-        return read_neighbours(self._read(entry.file), entry.variance, entry.shrink)
+        return read_neighbours(self._read(entry.file), entry.variance, entry.shrink, self.manifest.text_line)
 
     @property
     def newest(self) -> range:

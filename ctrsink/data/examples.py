@@ -12,11 +12,11 @@ from ctrsink.batch import FEEDBACK, PREFIX, SINK, TEXT
 from ctrsink.data.layout import Layout
 from ctrsink.data.sequences import OfAsked, OfSinks, Sequence, Sequences
 from ctrsink.data.signals import signal_ids
-from ctrsink.data.similarity import cosines
 from ctrsink.data.windows import Cuts, Events, Windows, windows_of
 from ctrsink.features.columns import in_table
 from ctrsink.features.ragged import Ragged, ranges
 from ctrsink.features.registry import signal
+from ctrsink.features.similarity import cosines
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,8 @@ class Knowledge:
             for name in _LISTS:
                 columns[name] = pa.ListArray.from_arrays(offsets, pa.array(getattr(table, name)))
             plain |= {"variance": table.variance, "shrink": table.shrink}
+            if table.by_text is not None:
+                plain["text_line"] = [table.by_text.intercept, table.by_text.slope]
         if self.counted is not None:
             plain |= {"until": self.counted.until, "user_events": self.counted.user_events}
         return plain, to_parquet(pa.table(columns))
@@ -170,7 +172,9 @@ class Knowledge:
             KeyError, ValueError: it is damaged.
         """
         table = from_parquet(content)
-        neighbours = read_neighbours(content, plain["variance"], plain["shrink"]) if "variance" in plain else None
+        neighbours = None
+        if "variance" in plain:
+            neighbours = read_neighbours(content, plain["variance"], plain["shrink"], plain.get("text_line"))
         return cls(
             ids=table.column("id").combine_chunks(),
             item_mean=table.column("item_mean").to_numpy(),

@@ -1,6 +1,6 @@
 """How sequences are built: it belongs to the trained model as much as its weights do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ctrsink.config.data import DataSpec
@@ -41,6 +41,8 @@ class Layout:
     asked_history: int = 0
     """`per_user`: of the behaviours before the first target so many latest are asked as targets are. In training none is: a
     sequence's targets do that. A request has one target, and its history must look as it did in training."""
+    by_text: bool = False
+    """Similarity by neighbours is that of texts for items without a partner."""
     utc_offset_hours: float = 0.0
     """What `hour` and `weekday` are counted at."""
     scales: tuple[tuple[str, float, float], ...] = ()
@@ -78,7 +80,7 @@ class Layout:
             scales=tuple((n, scales[n].mean, scales[n].deviation) for n in dict.fromkeys((*numbers, *target_numbers))),
         )
         layout.require(manifest, data.uri)
-        return layout
+        return replace(layout, by_text="neighbours" in layout.needs and manifest.text_line is not None)
 
     def require(self, manifest: Manifest, uri: str) -> None:
         """Raise InputError where the data set `uri` was prepared without something that the sequences depend on."""
@@ -121,6 +123,8 @@ class Layout:
         """What of a data set sequences depend on."""
         names = self.names
         found: set[Need] = {need for name in names for need in signal(name).needs}
+        if self.by_text:
+            found.add("vectors")
         if self.retrieve is not None:
             found.add(self.retrieve_by)
         if self.similarity is not None:

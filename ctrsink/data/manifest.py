@@ -187,6 +187,8 @@ class Manifest(Section):
     neighbours: NeighboursEntry | None = None
     columns: tuple[str, ...] = ()
     """Signals that are columns, see PrepareSpec.columns."""
+    text_line: tuple[float, float] | None = None
+    """Intercept and slope of similarity by neighbours over the cosine of texts; see NeighboursSpec.by_text."""
     numbers: dict[str, Scale]
     """The signals that are numbers, those that this data set has what they need for."""
     text: TextSpec

@@ -19,7 +19,7 @@ from ctrsink.features.columns import UNKNOWN, columns_of
 from ctrsink.features.counted import Counted
 from ctrsink.features.fields import hashed
 from ctrsink.features.histories import Histories
-from ctrsink.features.neighbours import Neighbours
+from ctrsink.features.neighbours import ByText, Neighbours
 from ctrsink.features.numbers import z_scores
 from ctrsink.features.ragged import Ragged
 
@@ -94,6 +94,8 @@ class Knowing:
             inside=inside,
             fields=Ragged(of_items.take(rows), np.append(0, of_items.lengths(rows).cumsum())),
             neighbours=self.neighbours,
+            vectors=unpack(tokens[VECTOR]) if self.neighbours is not None and self.neighbours.by_text else None,
+            texts=rows,
             columns={
                 column.signal: known(column, flat.of(column.signal) if column.by_event else tokens[column.signal].take(rows))
                 for column in columns_of(self.columns)
@@ -181,9 +183,10 @@ def _lists(table: pa.Table, name: str) -> Ragged:
     return Ragged(lists.flatten().to_numpy(), np.append(0, np.cumsum(np.diff(lists.offsets.to_numpy()))))
 
 
-def read_neighbours(content: bytes, variance: float, shrink: float) -> Neighbours:
+def read_neighbours(content: bytes, variance: float, shrink: float, text_line: tuple[float, float] | None = None) -> Neighbours:
     """The table of neighbours in a Parquet file with `partners`, `products` and `common` of each item."""
     table = from_parquet(content)
     partners = _lists(table, "partners")
     products, common = (_lists(table, name).values for name in ("products", "common"))
-    return Neighbours(partners.offsets, partners.values, products, common, variance, shrink)
+    by_text = None if text_line is None else ByText(*text_line)
+    return Neighbours(partners.offsets, partners.values, products, common, variance, shrink, by_text)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ctrsink.data.order import mix64
-from ctrsink.data.similarity import similarity_bucket
+from ctrsink.features.similarity import similarity_bucket
 
 
 def log_bucket(seconds: np.ndarray, buckets: int) -> np.ndarray:

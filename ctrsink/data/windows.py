@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ctrsink.data.layout import Layout
-from ctrsink.data.similarity import cosines, most_similar
 from ctrsink.errors import InputError
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged, ranges
+from ctrsink.features.similarity import cosines, most_similar
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.ragged import Ragged, ranges
+from ctrsink.features.similarity import cosines
 
 DRAWN_TO_ZERO = 5.0  # imagined events without deviation, of a user's mean deviation
 _PAIRS = 4_000_000  # of an event and one before it, held at a time
@@ -52,6 +53,10 @@ class Histories:
     fields: Ragged | None = None
     """Values that the item of each event has in its fields, as numbers; N rows."""
     neighbours: Neighbours | None = None
+    vectors: np.ndarray | None = None
+    """float16 [R, width], of the texts of items, where `neighbours` go by these, too."""
+    texts: np.ndarray | None = None
+    """int64 [N]; row of these."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By signal (see features.columns), [N] each: numbers, float64, NaN where unknown; or hashes, int64, -1 where unknown."""
     users: np.ndarray | None = None
@@ -112,8 +117,9 @@ class Histories:
     def alike(self) -> Alike:
         """What the user met before that is like each event's item."""
         assert self.items is not None
+        assert self.neighbours is not None
         first, end = self.rows
-        counts = np.where(self.items >= 0, end - first, 0)
+        counts = end - first if self.neighbours.by_text else np.where(self.items >= 0, end - first, 0)
         sums = np.zeros((3, len(self.begins)))
         asked = np.flatnonzero(counts)
         cuts = np.searchsorted(np.cumsum(counts[asked]), np.arange(_PAIRS, counts.sum(), _PAIRS))
@@ -138,9 +144,25 @@ class Histories:
             Which of the pairs are known, ascending int64 [F], and their similarity, float64 [F]. That of the others is 0.
         """
         assert self.neighbours is not None and self.items is not None
+        pairs = asked, seen
         found, places = self.neighbours.find(self.items[asked], self.items[seen])
         asked, seen = asked[found], seen[found]
         own, has = self.own
         both = has[asked] & has[seen]
         own = np.where(both, own[asked] * own[seen], 0.0)
-        return found, self.neighbours.similarity(places, own, both)
+        return self._with_texts(pairs, found, self.neighbours.similarity(places, own, both))
+
+    def _with_texts(
+        self, pairs: tuple[np.ndarray, np.ndarray], found: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What is `found` in the table, and of pairs of an item without a partner what their texts say."""
+        assert self.neighbours is not None and self.items is not None
+        if (line := self.neighbours.by_text) is None:
+            return found, values
+        assert self.vectors is not None and self.texts is not None
+        rest = np.flatnonzero(self.neighbours.alone(self.items[pairs[0]]) | self.neighbours.alone(self.items[pairs[1]]))
+        cosine = cosines(self.vectors, self.texts[pairs[0][rest]], self.texts[pairs[1][rest]])
+        known = ~np.isnan(cosine)
+        every = np.concatenate([found, rest[known]])
+        order = np.argsort(every)
+        return every[order], np.concatenate([values, line.of(cosine[known])])[order]

@@ -10,7 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from ctrsink.features.similarity import cosines
+
+_LINE = 2_000_000  # pairs that the line through similarity over cosine is of, at most
 _DENSE = 4096  # items: 64 MiB, in which a pair is found ten times faster
+
+
+@dataclass(frozen=True)
+class ByText:
+    """Similarity of pairs that the table cannot know: what pairs in it with such a cosine of their texts have on average."""
+
+    intercept: float
+    slope: float
+
+    def of(self, cosines: np.ndarray) -> np.ndarray:
+        """float64 [N]."""
+        return self.intercept + self.slope * cosines.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,34 @@ class Neighbours:
     variance: float
     """Mean square of such a deviation."""
     shrink: float
+    by_text: ByText | None = None
+    """Of items without a partner; None: nothing is known of these."""
+
+    def alone(self, items: np.ndarray) -> np.ndarray:
+        """Which of N items have no partner, bool [N]; those that are not in the table have none."""
+        inside = (items >= 0) & (items < len(self.offsets) - 1)
+        at = np.where(inside, items, 0)
+        return ~inside if len(self.offsets) == 1 else ~inside | (self.offsets[at + 1] == self.offsets[at])
+
+    def text_line(self, vectors: np.ndarray) -> ByText:
+        """The line through similarity over cosine of the pairs in the table, by least squares.
+
+        Args:
+            vectors: float16 [items, width], of length 1 or 0.
+        """
+        every = -(-len(self.partners) // _LINE) or 1
+        chosen = np.arange(0, len(self.partners), every)
+        items = np.searchsorted(self.offsets, chosen, side="right") - 1
+        cosine = cosines(vectors, items, self.partners[chosen])
+        known = ~np.isnan(cosine)
+        nobody = np.zeros(len(chosen))
+        similarity = self.similarity(chosen, nobody, nobody.astype(np.bool_))[known]
+        x, count = cosine[known].astype(np.float64), int(known.sum())
+        if not count:
+            return ByText(0.0, 0.0)
+        spread = float(np.square(x - x.mean()).sum())
+        slope = float(((x - x.mean()) * similarity).sum() / spread) if spread else 0.0
+        return ByText(float(similarity.mean() - slope * x.mean()), slope)
 
     def find(self, items: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of N pairs are in the table, ascending int64 [F], and their places in it.

@@ -148,7 +148,7 @@ class Scorer:
             tokens=texts,
             vectors=vectors,
         )
-        histories = histories_of(request, timestamps, self.knowledge) if self.knowledge else None
+        histories = histories_of(request, timestamps, self.knowledge, vectors) if self.knowledge else None
         events = with_told(events, self.layout, histories, self._known_feedbacks(rendered)[events.feedbacks])
         # What depends on the candidate's item is no history that candidates share.
         together = 1 if self.layout.depends_on_target else CANDIDATES

@@ -21,8 +21,13 @@ from ctrsink.features.ragged import Ragged
 from ctrsink.serve.requests import Behaviour, Item, Request, item_table
 
 
-def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge) -> Histories:
-    """The history, and behind it the candidates, each asked after the whole history; `timestamps` int64, whole seconds."""
+def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge, vectors: np.ndarray | None = None) -> Histories:
+    """The history, and behind it the candidates, each asked after the whole history.
+
+    Args:
+        timestamps: int64 [N], whole seconds, of all of them.
+        vectors: float16 [N, width], of their items' texts, where neighbours go by these, too.
+    """
     count, candidates = len(request.history), len(request.candidates)
     items = [*(b.item for b in request.history), *request.candidates]
     rows = knowledge.rows([id_text(item.get("id")) for item in items])
@@ -57,6 +62,8 @@ def histories_of(request: Request, timestamps: np.ndarray, knowledge: Knowledge)
         inside=inside,
         fields=Ragged.of(fields),
         neighbours=knowledge.neighbours,
+        vectors=vectors,
+        texts=np.arange(count + candidates),
         columns={column.signal: _of_column(column, items, knowledge) for column in knowledge.columns},
         users=user_hashes([id_text(request.user)]).repeat(count + candidates),
         window=knowledge.window,

@@ -4,8 +4,9 @@ from itertools import chain
 
 import pyarrow as pa
 
-from ctrsink.data.arrow import to_ipc, to_parquet
-from ctrsink.data.manifest import NeighboursEntry, Scale, ShardEntry, StatisticsEntry, read_file
+from ctrsink import storage
+from ctrsink.data.arrow import from_ipc, to_ipc, to_parquet, unpack
+from ctrsink.data.manifest import VECTOR, NeighboursEntry, Scale, ShardEntry, StatisticsEntry, read_file
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import run_tasks
 from ctrsink.data.prepare.items import Items
@@ -16,7 +17,7 @@ from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.repeats import Repeats
 from ctrsink.data.prepare.results import write_named
 from ctrsink.data.prepare.statistics import Received, Rule, counts_in, totals_as_counts
-from ctrsink.data.shard import Knowing
+from ctrsink.data.shard import Knowing, read_neighbours
 from ctrsink.features.columns import columns_of
 from ctrsink.features.registry import Need, numbers_with, of_kind
 
@@ -77,21 +78,33 @@ def write_neighbours(job: Job, assembly: Assembly, items: int) -> NeighboursEntr
     )
 
 
+def text_line(job: Job, neighbours: NeighboursEntry | None, vectors: str | None) -> tuple[float, float] | None:
+    """How similarity by neighbours follows from the cosine of texts; None: these do not stand in."""
+    spec = job.spec.neighbours
+    if neighbours is None or vectors is None or spec is None or not spec.by_text:
+        return None
+    table = read_neighbours(read_file(job.to, neighbours.file), neighbours.variance, neighbours.shrink)
+    line = table.text_line(unpack(from_ipc(storage.read_bytes(vectors)).column(VECTOR)))
+    return line.intercept, line.slope
+
+
 def scales_of_numbers(
     job: Job,
     assembly: Assembly,
     shards: tuple[ShardEntry, ...],
     statistics: StatisticsEntry,
     neighbours: NeighboursEntry | None,
+    line: tuple[float, float] | None,
 ) -> dict[str, Scale]:
     """Run the last tasks: mean and deviation of each number that the data set can tell."""
     has: tuple[Need, ...] = (*(["fields"] if statistics.fields else []), *(["neighbours"] if neighbours else []))
     task = Moments(
-        folder=job.folder("moments", assembly.folder, neighbours),
+        folder=job.folder("moments", assembly.folder, neighbours, line),
         to=job.to,
         shards=shards,
         knowing=Knowing(statistics.outcome, assembly.counted, statistics.user_events, of_kind(job.spec.columns, numbers=True)),
         neighbours=neighbours,
+        text_line=line,
         split_times=assembly.split_times,
         names=numbers_with(has, job.spec.columns),
     )

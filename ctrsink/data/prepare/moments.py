@@ -10,7 +10,17 @@ import numpy as np
 from ctrsink import storage
 from ctrsink.data.arrow import from_parquet
 from ctrsink.data.chronology import split_of
-from ctrsink.data.manifest import SPLITS, NeighboursEntry, Scale, ShardEntry, SplitTimes, read_file, shard_schema, tokens_schema
+from ctrsink.data.manifest import (
+    SPLITS,
+    VECTOR,
+    NeighboursEntry,
+    Scale,
+    ShardEntry,
+    SplitTimes,
+    read_file,
+    shard_schema,
+    tokens_schema,
+)
 from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.data.shard import Knowing, read_neighbours
 from ctrsink.features.neighbours import Neighbours
@@ -28,6 +38,8 @@ class Moments:
     knowing: Knowing
     """Without neighbours, which are read where the task runs."""
     neighbours: NeighboursEntry | None
+    text_line: tuple[float, float] | None
+    """See Manifest."""
     split_times: SplitTimes
     names: tuple[str, ...]
     """Of the numbers."""
@@ -38,11 +50,14 @@ class Moments:
             from_parquet(storage.read_bytes(storage.join(self.to, file.path)), columns)
             for file, columns in (
                 (self.shards[shard].events_file, shard_schema(self.knowing.columns).names),
-                (self.shards[shard].tokens_file, tokens_schema(self.knowing.columns, None).names),
+                (
+                    self.shards[shard].tokens_file,
+                    [*tokens_schema(self.knowing.columns, None).names, *([VECTOR] if self.text_line else [])],
+                ),
             )
         )
         entry = self.neighbours
-        table = _table(self.to, entry.model_dump_json()) if entry else None
+        table = _table(self.to, entry.model_dump_json(), self.text_line) if entry else None
         histories = replace(self.knowing, neighbours=table).histories(events, tokens)
         trained = (split_of(histories.timestamps, self.split_times) == SPLITS.index("train")) & (histories.labels >= 0)
         found: dict[str, list[float]] = {}
@@ -77,6 +92,6 @@ def scales_of(names: Iterable[str], moments: Iterable[dict[str, list[float]]]) -
 
 
 @lru_cache(maxsize=1)
-def _table(to: str, said: str) -> Neighbours:
+def _table(to: str, said: str, line: tuple[float, float] | None) -> Neighbours:
     entry = NeighboursEntry.model_validate_json(said)
-    return read_neighbours(read_file(to, entry.file), entry.variance, entry.shrink)
+    return read_neighbours(read_file(to, entry.file), entry.variance, entry.shrink, line)

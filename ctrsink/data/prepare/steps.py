@@ -18,7 +18,7 @@ from ctrsink.data.prepare.execute import run_tasks
 from ctrsink.data.prepare.items import Items
 from ctrsink.data.prepare.job import Job
 from ctrsink.data.prepare.judge import check_totals, warn_of_duplicates, warn_of_forms
-from ctrsink.data.prepare.known import received_of, scales_of_numbers, write_groups, write_neighbours, write_statistics
+from ctrsink.data.prepare.known import received_of, scales_of_numbers, text_line, write_groups, write_neighbours, write_statistics
 from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.past import Past
 from ctrsink.data.prepare.places import Places
@@ -145,16 +145,18 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     item_count = items.table.num_rows
     statistics = write_statistics(job, partition, received, item_count)
     neighbours = base.neighbours if base else write_neighbours(job, assembly, item_count)
+    line = base.text_line if base else text_line(job, neighbours, vectors)
     if base is not None:
         index = pa.concat_tables([from_parquet(read_file(job.to, base.index)), index])
     return Manifest(
         format=FORMAT,
         parts=(*(base.parts if base else ()), part),
         shards=(*(base.shards if base else ()), *shards),
-        numbers=base.numbers if base else scales_of_numbers(job, assembly, shards, statistics, neighbours),
+        numbers=base.numbers if base else scales_of_numbers(job, assembly, shards, statistics, neighbours, line),
         statistics=statistics,
         neighbours=neighbours,
         columns=spec.columns,
+        text_line=line,
         tokenizer=_tokenizer_files(job, tokenizer),
         index=put(job.to, "index", ".parquet", to_parquet(index), job.appended),
         items=put(job.to, "items", ".parquet", to_parquet(items.table), job.appended),
