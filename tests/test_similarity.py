@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,14 @@ from ctrsink.config import parse_run
 from ctrsink.data.examples import Chronology, build_sequence
 from ctrsink.data.layout import Layout
 from ctrsink.data.signals import signal_ids
+from ctrsink.data.windows import Cuts, Events, windows_of
 from ctrsink.errors import InputError
+from ctrsink.features.histories import Histories
+from ctrsink.features.ragged import Ragged
 from ctrsink.features.similarity import cosines, most_similar, similarity_bucket
 from tests.builders import FEEDBACKS, TEXTS, chronologies
 from tests.serving_fixtures import LLAMA
+from tests.test_neighbours import build, dense, log
 
 # Quarters: their products are exact in any order of summation. Some rows are zero: unknown.
 quarters = st.lists(st.integers(-2, 2), min_size=4, max_size=4)
@@ -109,6 +114,80 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
             known = signal_ids(others, chronology.timestamps[: target + 1], layout.buckets)[:, others.index(signal)]
             wanted = known[[window[i] for i in chosen]].tolist()
         assert built.signals[:, column].tolist() == wanted
+
+
+MANY, USERS, LENGTH = 8, 6, 24  # items, users, events of each
+
+
+def opinions(seed: int) -> Histories:
+    """Users who meet items again; their answers are numbers that no two sums of are alike."""
+    chance = np.random.default_rng(seed)
+    return log(chance, USERS, MANY, LENGTH, chance.normal(size=USERS * LENGTH))
+
+
+def with_table(h: Histories, folder: Path) -> Histories:
+    """The same, with the neighbours that are made of these events."""
+    return dataclasses.replace(h, neighbours=build(folder, [h], MANY, MANY))
+
+
+def by_neighbours(h: Histories, targets: np.ndarray, retrieve: int = 2, history: int = 8) -> list[list[int]]:
+    """Rows of the behaviours that are retrieved for each of some targets."""
+    assert h.items is not None
+    events = Events(h.items, h.items, h.timestamps, h.labels, h.known, TEXTS, histories=h)
+    cuts = Cuts([events], np.array([len(targets)]), h.begins[targets], Ragged.of([np.array([row]) for row in targets]))
+    layout = Layout("per_target", history, 1, retrieve=retrieve, retrieve_by="neighbours")
+    found = windows_of(cuts, layout).behaviour_rows()
+    return [rows.tolist() for rows in np.split(found.values, found.offsets[1:-1])]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neighbours_retrieve_what_others_thought_alike_of(tmp_path: Path, seed: int) -> None:
+    """Against sums over all pairs of items, less what the user put into them; a meeting with the item itself comes first."""
+    h = with_table(opinions(seed), tmp_path)
+    assert h.items is not None
+    sums, common, variance = dense([h], MANY)
+    items, (own, has) = h.items, h.own
+
+    def similarity(asked: int, seen: int) -> float:
+        i, j = items[[asked, seen]].tolist()
+        both = bool(has[asked] and has[seen])
+        if i == j or common[i, j] < 2:
+            return math.inf if i == j else 0.0
+        return (sums[i, j] - both * own[asked] * own[seen]) / (variance * (common[i, j] - both + 20))
+
+    found = by_neighbours(h, np.arange(USERS * LENGTH))
+    latest = 0
+    for target, rows in enumerate(found):
+        window = list(range(max(int(h.begins[target]), target - 8), target))
+        assert rows == [window[i] for i in plain_choice([similarity(target, row) for row in window], 2)]
+        latest += rows == window[-2:]
+    assert latest < len(found) / 2
+
+
+def test_what_neighbours_retrieve_does_not_depend_on_what_comes_later(tmp_path: Path) -> None:
+    """Nor on the answer to the target, though the table is made of all that the user did in its range."""
+    chance, h = np.random.default_rng(7), with_table(opinions(7), tmp_path)
+    assert h.inside is not None
+    rows = np.arange(USERS * LENGTH)
+    nobody = np.zeros(len(rows), np.bool_)
+    naive_differs = 0
+    for target in rows:
+        later = ((h.begins == h.begins[target]) | ~h.inside) & (h.timestamps > h.timestamps[target])
+        now = later | (rows == target)
+        changed = dataclasses.replace(
+            h,
+            items=np.where(later, chance.integers(0, MANY, len(rows)), h.items),
+            outcome=np.where(now, chance.normal(size=len(rows)), h.outcome),
+            labels=np.where(now, 1 - h.labels, h.labels),
+            timestamps=np.where(later, h.timestamps + 10**6, h.timestamps),
+        )
+        changed = with_table(changed, tmp_path / str(target))
+        one, other = (by_neighbours(of, rows[[target]]) for of in (h, changed))
+        assert one == other
+        # With the user's own part left in the table it would.
+        one, other = (by_neighbours(dataclasses.replace(of, counted=nobody), rows[[target]]) for of in (h, changed))
+        naive_differs += one != other
+    assert naive_differs > USERS
 
 
 @pytest.mark.parametrize(

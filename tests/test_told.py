@@ -305,7 +305,8 @@ def test_what_users_thought_of_both_decides_what_is_retrieved(data: Prepared) ->
         for target in shard.impressions.tolist():
             first = max(int(h.begins[target]), int(h.begins[target] + h.known[target]) - 9)
             past = np.arange(first, h.begins[target] + h.known[target])
-            similar = np.zeros(len(past))
+            assert h.items is not None
+            similar = np.where(h.items[past] == h.items[target], np.inf, 0.0)
             found, values = h.similar(np.full(len(past), target), past)
             similar[found] = values
             expected = sorted(sorted(zip(-similar, -past, strict=True))[:3], key=lambda pair: -pair[1])
@@ -314,6 +315,18 @@ def test_what_users_thought_of_both_decides_what_is_retrieved(data: Prepared) ->
             assert rows.tolist() == [int(-row) for _, row in expected] + [target]
             chosen += rows[:-1].tolist() != past[-3:].tolist()
     assert chosen > 10
+
+
+def test_neighbours_retrieve_for_a_request_as_they_did_in_evaluation(data: Prepared, tmp_path: Path) -> None:
+    """Of a model that needs them for nothing else; candidates do not share a history."""
+    spec = run_spec(data, str(tmp_path / "run"), history=9, retrieve=2, retrieve_by="neighbours")
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    assert "the 2 most similar to the target by what users thought of both" in (tmp_path / "out" / "README.md").read_text()
+    scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(data.uri)
+    many = scorer.score(request_of(dataset, 1, 9, [0, 1, 2, 3]))
+    alone = [scorer.score(request_of(dataset, 1, 9, [item]))[0] for item in range(4)]
+    np.testing.assert_allclose(many, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("examples", ["per_target", "per_request"])

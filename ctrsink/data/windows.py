@@ -180,9 +180,10 @@ def _cosines(events: Events, rows: np.ndarray, targets: np.ndarray) -> np.ndarra
 
 
 def _by_neighbours(events: Events, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """float64 [N]; 0 where nothing is known of a pair, as in the similarity bias."""
-    assert events.histories is not None
-    out = np.zeros(len(rows))
-    found, values = events.histories.similar(targets, rows)
+    """float64 [N]; 0 where nothing is known of a pair, as in the similarity bias; the same item comes before all."""
+    h = events.histories
+    assert h is not None and h.items is not None
+    out = np.where((h.items[rows] == h.items[targets]) & (h.items[rows] >= 0), np.inf, 0.0)
+    found, values = h.similar(targets, rows)
     out[found] = values
     return out

@@ -6,6 +6,7 @@ from typing import Any
 from ctrsink import kept, storage
 from ctrsink.config import RunSpec, StageSpec
 from ctrsink.data.download import LICENCE
+from ctrsink.data.layout import Layout
 from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.evaluate import evaluator
@@ -98,7 +99,7 @@ def _training(run: TrainedRun) -> str:
         [
             f"{checkpoint.step:,} optimiser steps of {spec.train.batch_size} sequences: {checkpoint.position:,} sequences with "
             f"{int(source.impressions(seen).sum()):,} impressions. Seed {spec.seed}, precision {precision}, examples "
-            f"`{layout.examples}`, history of {layout.history} behaviours{_retrieved(layout.retrieve)}.",
+            f"`{layout.examples}`, history of {layout.history} behaviours{_retrieved(layout)}.",
             "",
             "| stage | readout over | length | learning rate of what is trained |",
             "| --- | --- | --- | --- |",
@@ -107,8 +108,11 @@ def _training(run: TrainedRun) -> str:
     )
 
 
-def _retrieved(count: int | None) -> str:
-    return "" if count is None else f", of which the {count} most similar to the target are kept"
+def _retrieved(layout: Layout) -> str:
+    if layout.retrieve is None:
+        return ""
+    by = {"vectors": "their texts", "neighbours": "what users thought of both"}[layout.retrieve_by]
+    return f", of which the {layout.retrieve} most similar to the target by {by} are kept"
 
 
 def _stage_row(stage: StageSpec) -> str:

@@ -35,21 +35,21 @@ def similarity_bucket(cosine: np.ndarray, buckets: int) -> np.ndarray:
     return np.where(np.isnan(cosine), 0, found)
 
 
-def most_similar(cosine: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
+def most_similar(similar: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
     """Which events of some chronologies to keep: of each the last, its target, and the `count` most similar of the others.
 
     Of equally similar ones the later are kept; those of unknown similarity come last.
 
     Args:
-        cosine: [N], of each event with the target of its chronology.
+        similar: [N], each event to the target of its chronology; NaN where it is not known.
         lengths: events of each chronology, none of them 0.
 
     Returns:
         bool [N].
     """
     ends = lengths.cumsum()
-    wanted = np.nan_to_num(cosine, nan=-2.0)
-    wanted[ends - 1] = 2.0
+    wanted = np.where(np.isnan(similar), -np.inf, similar)
+    wanted[ends - 1] = np.inf
     owner = np.arange(len(lengths)).repeat(lengths)
     order = np.lexsort((-np.arange(len(wanted)), -wanted, owner))
     ranks = np.arange(len(wanted)) - (ends - lengths).repeat(lengths)
