@@ -98,7 +98,8 @@ def spec_of(args: argparse.Namespace, folder: Path) -> RunSpec:
     else:
         made = load_run(str(synthetic_log(folder, args.events)), []).prepare
         assert made is not None
-        own += [f"prepare.source={made.source.model_dump_json()}", f"prepare.tokenizer={made.tokenizer.model_dump_json()}"]
+        parts = ("source", "tokenizer", "statistics")
+        own += [f"prepare.{name}={getattr(made, name).model_dump_json()}" for name in parts]
     return load_run(str(CONFIGS / "ctr-sink.yaml"), [*own, *args.overrides])
 
 
