@@ -154,10 +154,13 @@ def test_a_run_alone_has_intervals_and_figures_too(runs: list[str], tmp_path: Pa
 
 
 def test_unequal_budgets_are_told(data: str, runs: list[str]) -> None:
-    path = Path(runs[5]) / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"impressions": 99}))
-    assert not compare(runs)["equal_budget"]
-    assert "the budgets are NOT equal" in call("compare", *runs).out
+    for run in (runs[5], runs[2]):
+        path = Path(run) / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"impressions": 99}))
+        if run == runs[5]:
+            assert not compare(runs)["equal_budget"]
+            assert "the budgets are NOT equal" in call("compare", *runs).out
+    assert compare(runs)["equal_budget"]  # another seed may have met another number, if all of that seed have
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,17 @@ def _trained(runs: list[Measured]) -> dict[str, Any]:
 
 
 def _equal_budget(runs: Sequence[Measured]) -> bool | None:
-    """Whether all runs that are no baselines trained on equally many impressions, to a thousandth; None where it is not known."""
-    told = [run.result.get("impressions") for run in runs if run.spec is not None]
-    known = [number for number in told if number is not None]
-    return None if len(known) < len(told) else not known or max(known) - min(known) <= max(known) / 1000
+    """Whether runs of one seed that are no baselines trained on equally many impressions, to a thousandth; None: not known.
+
+    Seeds may differ: as many steps over another order of the sequences hold another number of impressions.
+    """
+    by_seed: dict[int, list[Any]] = {}
+    for run in runs:
+        if run.spec is not None:
+            by_seed.setdefault(run.spec.seed, []).append(run.result.get("impressions"))
+    if any(number is None for told in by_seed.values() for number in told):
+        return None
+    return all(max(told) - min(told) <= max(told) / 1000 for told in by_seed.values())
 
 
 def _slices(variants: Variants, reference: str, weights: np.ndarray, split: str) -> dict[str, Any]:
