@@ -18,6 +18,7 @@ from ctrsink.data.column_cells import known, stored
 from ctrsink.data.columns import write_signals
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.prepare.build import append, prepare
+from ctrsink.data.prepare.partition import Partition
 from ctrsink.data.prepare.statistics import Received, Rule
 from ctrsink.data.values import column_texts
 from ctrsink.errors import InputError
@@ -40,12 +41,13 @@ ALL = ("log.price", "hashed.log.slot", "item.year", "hashed.item.brand", "mean.i
 
 
 def spec_of(folder: Path, rows: list[dict[str, Any]] = ROWS, items: list[dict[str, Any]] = ITEMS, **more: Any) -> PrepareSpec:
-    source = {
+    source: dict[str, Any] = {
         "kind": "table",
         "path": str(write_table(folder / "log.csv", rows)),
         "items": str(write_table(folder / "items.csv", items)),
         "columns": {"timestamp": "t", "label": "y"},
     }
+    source["columns"] |= more.pop("source", {}).get("columns", {})
     tree = {"source": source, "tokenizer": {"train_vocabulary": 300}, "shard_events": 15, "columns": ALL, **more}
     return PrepareSpec.model_validate(tree)
 
@@ -107,8 +109,49 @@ def test_an_append_goes_on(tmp_path: Path) -> None:
     append(spec_of(tmp_path / "b", late, items, past_events=3), uri)
     prepare(spec_of(tmp_path / "c", [*ROWS[:30], *late], items), together)
     assert told(uri) == told(together)
+    later = [row | {"t": row["t"] + 10**8} for row in late]
+    manifest = append(spec_of(tmp_path / "d", later, items, columns=ALL[::-1], past_events=3), uri)
+    assert manifest.columns == ALL
     with pytest.raises(InputError, match=r"prepare\.columns is not that of the data set"):
         append(spec_of(tmp_path / "b", late, items, columns=["log.price"]), uri)
+
+
+def test_wrong_items_are_found_before_the_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrsink.data.prepare.partition.Partition.__call__", lambda *_: pytest.fail("the log was read"))
+    for columns in (["item.brand"], ["mean.item.brnd"]):
+        with pytest.raises(InputError, match=r"prepare\.columns"):
+            prepare(spec_of(tmp_path, columns=columns), str(tmp_path / "data"))
+
+
+def test_blocks_are_not_read_again_for_another_column_of_the_item_table(tmp_path: Path) -> None:
+    """An interrupted preparation goes on from them."""
+    read: list[Any] = []
+    spec = spec_of(tmp_path)
+    for columns in (("log.price", "item.year"), ("log.price", "hashed.item.brand")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ctrsink.data.prepare.assemble.Assembly.__call__", interrupted)
+            own = Partition.__call__
+            patch.setattr(Partition, "__call__", lambda self, n, own=own: read.append(n) or own(self, n))
+            with pytest.raises(KeyboardInterrupt):
+                prepare(spec.model_copy(update={"columns": columns}), str(tmp_path / "data"))
+    assert read == [0]
+
+
+def interrupted(*_: Any) -> int:
+    raise KeyboardInterrupt
+
+
+def test_a_number_may_be_a_truth_value_and_an_endless_one_is_named(tmp_path: Path) -> None:
+    rows = [row | {"price": ("true", "False", "")[place % 3]} for place, row in enumerate(ROWS)]
+    prepare(spec_of(tmp_path, rows), str(tmp_path / "data"))
+    assert [told(str(tmp_path / "data"))["log.price"][row["t"]] for row in ROWS[:3]] == [1.0, 0.0, None]
+    pq.write_table(
+        pa.table({"item": ["i0", "i1", "i2"], "title": ["a", "b", "c"], "year": [1.0, np.inf, 2.0]}), tmp_path / "i.parquet"
+    )
+    spec = spec_of(tmp_path, columns=["item.year"])
+    spec = spec.model_copy(update={"source": spec.source.model_copy(update={"items": str(tmp_path / "i.parquet")})})
+    with pytest.raises(InputError, match=r"i\.parquet.*year.*inf is not a finite number"):
+        prepare(spec, str(tmp_path / "other"))
 
 
 def test_the_files_for_other_models_have_the_numbers(tmp_path: Path) -> None:
@@ -116,6 +159,9 @@ def test_the_files_for_other_models_have_the_numbers(tmp_path: Path) -> None:
     write_signals(str(tmp_path / "data"), str(tmp_path / "signals"))
     table = pq.read_table(tmp_path / "signals" / "train.parquet")
     assert {"log.price", "item.year", "mean.item.brand", "count.item.brand"} <= set(table.column_names)
+    counts = told(str(tmp_path / "data"))["count.item.brand"]
+    expected = [np.log1p(counts[time]) for time in table.column("timestamp").to_pylist()]
+    np.testing.assert_allclose(table.column("count.item.brand").to_numpy(), expected, rtol=1e-6)
     prices = {row["t"]: float(row["price"]) if row["price"] else None for row in ROWS}
     assert table.column("log.price").to_pylist() == [prices[t] for t in table.column("timestamp").to_pylist()]
 
@@ -124,12 +170,26 @@ def test_the_files_for_other_models_have_the_numbers(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"columns": ["log.y"]}, r"columns: log\.y is the answer that is to be foretold"),
+        ({"columns": ["hashed.log.y"]}, r"columns: hashed\.log\.y is the answer"),
+        ({"columns": ["log.feel"], "source": {"columns": {"feedback": "feel"}}}, r"columns: log\.feel is the answer"),
+        ({"columns": ["hashed.item.id"]}, r"prepare\.columns names a column 'id' .*items_columns=\{my_id: id\}"),
+        ({"columns": ["item.item_mean"]}, r"prepare\.columns names a column 'item_mean' of the item table, as something else"),
+        ({"columns": ["hashed.item.log.price"]}, r"names a column 'log\.price' .*items_columns=\{my_log_price: log\.price\}"),
+        ({"text": {"item": "{title} {item_count}"}}, r"prepare\.text\.item names a column 'item_count'"),
+        ({"statistics": {"fields": [{"column": "text"}]}}, r"prepare\.statistics\.fields names a column 'text'"),
+        (
+            {"statistics": {"fields": [{"column": "brnd"}]}},
+            r"statistics\.fields: the item table has no column 'brnd'",
+        ),
         ({"columns": ["log.price", "log.price"]}, "columns: name each once"),
         ({"columns": ["price"]}, r"'price' is no column: write log\.NAME or item\.NAME"),
         ({"columns": ["mean.log.price"]}, r"'mean\.log\.price' is no column"),
         ({"neighbours": {"by_text": True}}, r"neighbours\.by_text compares the texts of items: add prepare\.encoder"),
         ({"columns": ["log.prise"]}, r"log\.csv has no column 'prise'.*did you mean price"),
-        ({"columns": ["item.brnd"]}, r"prepare\.columns item\.brnd: the item table has no column 'brnd'; it has id, title"),
+        (
+            {"columns": ["item.brnd"]},
+            r"item\.brnd: the item table has no column 'brnd'; it has title, year, brand: did you mean brand",
+        ),
         ({"columns": ["mean.item.brnd"]}, r"prepare\.columns mean\.item\.brnd: the item table has no column"),
         ({"columns": ["item.brand"]}, r"item\.brand: item 'i0' has 'x' there, which is no number .* take hashed\.item\.brand"),
         ({"columns": ["log.slot"]}, r"log\.csv, row 1 \(line 2\), column slot: 'top' is not a number that float32 holds"),

@@ -52,7 +52,7 @@ def test_the_smallest_run_is_whole() -> None:
         ("tran.batch_size=3", "unknown key tran, did you mean train? (allowed: name, run_dir, seed, "),
         (
             "model.sinks.signal=[none]",
-            "model.sinks.signal, did you mean signals? (allowed: signals, id_dropout, buckets, embedding_size)",
+            "model.sinks.signal, did you mean signals? (allowed: signals, id_dropout, rows, buckets, embedding_size)",
         ),
         (
             "prepare.source.pth=x",

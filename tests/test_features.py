@@ -154,6 +154,14 @@ def test_no_event_knows_itself_or_a_later_one(h: Histories, at: int) -> None:
             np.testing.assert_allclose(number(name, changed)[rows], number(name, before)[rows], atol=1e-13, err_msg=name)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e6])
+def test_a_number_of_any_scale_is_told_and_one_that_is_always_the_same_is_not(scale: float) -> None:
+    columns = {"log.x": np.array([1.0, 2.0, np.nan]) * scale, "log.same": np.full(3, 0.1)}
+    h = Histories(*np.zeros((7, 3), np.int64), columns=columns)
+    deviations = {"log.x": (1.5 * scale, 0.5 * scale), "log.same": (0.1 + 1e-17, 1e-17)}
+    np.testing.assert_allclose(z_scores(("log.x", "log.same"), h, deviations), [[-1, 0], [1, 0], [0, 0]], rtol=1e-6)
+
+
 @given(histories())
 def test_z_scores_are_within_bounds_and_unknown_is_the_mean(h: Histories) -> None:
     z = z_scores(("item_mean", "deviation"), h, {"item_mean": (3.0, 0.01), "deviation": (0.0, 1.0)})

@@ -242,8 +242,8 @@ def spec_of(data: Prepared, run_dir: str, examples: str, **sequences: Any) -> An
     of_sinks = [name for name in OF_SINKS if examples != "per_user" or not SIGNALS[name].depends_on_target]
     of_sinks = [name for name in of_sinks if name != "similarity"]
     model = {
-        "sinks": {"signals": [*of_sinks, *COLUMNS], "buckets": 30, "embedding_size": 8},
-        "target": {"signals": [*OF_TARGETS, *COLUMNS], "buckets": 40},
+        "sinks": {"signals": [*of_sinks, *COLUMNS], "buckets": 30, "rows": 9, "embedding_size": 8},
+        "target": {"signals": [*OF_TARGETS, *COLUMNS], "rows": 40},
         "base": "log.rank",
         "similarity": "neighbours",
         "temporal": True,
@@ -401,13 +401,47 @@ def test_what_is_appended_has_the_columns_of_the_data_set(data: Prepared, tmp_pa
         append(data.spec.model_copy(update={"source": clicks}), data.uri)
 
 
+def test_the_base_is_what_the_log_says_in_each_sequence_and_0_where_it_says_nothing(data: Prepared) -> None:
+    spec = spec_of(data, "run", "per_user", targets=4)
+    dataset = Dataset(data.uri)
+    layout = Layout.of(spec.data, spec.model, dataset.manifest)
+    dataset.use(layout)
+    logged = {}
+    with Path(data.spec.source.path).open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            logged[int(row["when"])] = float(row["rank"] or 0)
+    assert len(set(logged.values())) > 5
+    seen = 0
+    for batch in evaluation_batches(SequenceSource(dataset, "test", layout), 4, 0, 1, None):
+        assert batch.base is not None
+        for (user, event), value in zip(
+            batch.targets[batch.readout_valid].tolist(), batch.base[batch.readout_valid], strict=True
+        ):
+            shard, row = dataset.locate(user)
+            assert float(value) == pytest.approx(logged[int(shard.timestamps[shard.offsets[row] + event])])
+            seen += 1
+    assert seen == dataset.manifest.splits["test"].impressions > 5
+
+
+def test_the_card_says_what_a_request_must_say(data: Prepared, tmp_path: Path) -> None:
+    spec = spec_of(data, str(tmp_path / "run"), "per_target")
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "its `id`, and its `genres`, `year`; an id" in card
+    assert "`item_mean`, `item_count`, `mean.item.genres`, `count.item.genres` of the time of a behaviour" in card
+    assert "also in candidates: `hashed.log.slot`, `log.price`, `log.rank`." in card
+    assert "Each candidate must say its `log.rank`" in card
+    assert "the id of the `user`" in card
+
+
 def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -> None:
     spec = spec_of(data, str(tmp_path / "run"), "per_target")
     write_run(spec)
     export_run(spec.run_dir, str(tmp_path / "out"))
     scorer, dataset = Scorer.load(str(tmp_path / "out")), Dataset(data.uri)
     request = request_of(dataset, 0, 8)
-    received = ("item_mean", "item_count", "mean.item.genres", "count.item.genres")
+    received = ("item_mean", "item_count", "mean.item.genres", "count.item.genres", "log.price", "hashed.log.slot")
     fields = {key: value for key, value in request["candidates"][0].items() if key not in received}
     new = scorer.score({"candidates": [fields | {"id": "never seen"}], "timestamp": request["timestamp"]})
     assert 0 < new[0] < 1
@@ -417,6 +451,10 @@ def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -
     somebody = scorer.score(request | {"user": "never seen"})[0]
     assert somebody != scorer.score(request)[0]
     assert somebody != scorer.score(request | {"user": None})[0]
+
+
+def renamed(item: dict[str, Any], name: str, to: str) -> None:
+    item[to] = item.pop(name)
 
 
 @pytest.mark.parametrize(
@@ -432,6 +470,19 @@ def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -
         (lambda r: r["history"][0].update(request="\ud83d"), "history.0.request: .* half a surrogate pair"),
         (lambda r: r["history"][0].update(request=True), "history.0.request"),
         (lambda r: r["history"][0].pop("label"), "history.0 has no label"),
+        (lambda r: r["candidates"][0].pop("log.rank"), r"candidates.0 has no log\.rank, the logit that the model adds to"),
+        (
+            lambda r: renamed(r["candidates"][0], "log.rank", "log.ranker"),
+            r"log\.ranker is no signal .* mean log\.rank",
+        ),
+        (
+            lambda r: renamed(r["history"][0]["item"], "log.price", "log.Price"),
+            r"log\.Price is no signal .* mean log\.price",
+        ),
+        (
+            lambda r: renamed(r["candidates"][0], "mean.item.genres", "mean.item.genre"),
+            r"candidates\.0\.mean\.item\.genre is no signal of the model, did you mean mean\.item\.genres",
+        ),
         (lambda r: r["candidates"][0].update({"log.price": "cheap"}), "candidates.0.log.price is no number .*'cheap'"),
         (lambda r: r["candidates"][0].update({"log.price": 1e39}), "candidates.0.log.price is no number that float32 holds"),
         (lambda r: r["history"][0]["item"].update({"hashed.log.slot": {}}), "history.0.hashed.log.slot: an object is no text"),

@@ -54,6 +54,9 @@ class _Told(Section):
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the ids, `item_id` and `user_id`, that is hidden in training, so that the model does without those of new ones."""
 
+    rows: int = Field(default=1000, ge=2)
+    """Rows of the embedding table of each id and of each hashed column; two values may share one."""
+
     @property
     def categories(self) -> tuple[str, ...]:
         """Signals with an embedding table."""
@@ -76,7 +79,7 @@ class SinkSpec(_Told):
     signals: tuple[SignalName, ...] = ("feedback", "deviation", "item_mean", "item_count")
     """What a sink tells of its behaviour: the sum of an embedding of each bucket or category and a map of the numbers."""
     buckets: int = Field(default=100, ge=2)
-    """Rows of the embedding table of each bucket or category."""
+    """Rows of the embedding table of each signal that is a bucket, or a category of few values such as `feedback` and `hour`."""
     embedding_size: int = Field(default=256, ge=1)
     """Width of the tables, before the map to the width of the backbone."""
 
@@ -99,8 +102,6 @@ class TargetSpec(_Told):
 
     signals: tuple[SignalName, ...] = ("item_mean", "item_count", "affinity")
     """Numbers, and categories such as `hour`; see docs/signals.md."""
-    buckets: int = Field(default=1000, ge=2)
-    """Rows of the embedding table of each hashed category; two values may share one."""
     embedding_size: int = Field(default=64, ge=1)
     """Width of the tables of categories."""
     dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -22,10 +22,16 @@ def stored(column: Column, texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
     if column.kind != "number":
         trimmed = pc.utf8_trim_whitespace(one_form(texts))
         return pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed), np.zeros(len(texts), np.bool_)
-    values, wrong = numbers(texts)
+    values, wrong = numbers(truth_as_numbers(texts))
     beyond = np.abs(values) > _LARGEST
     values = np.where(beyond, np.nan, values).astype(np.float32)
     return pa.array(values, mask=np.isnan(values)), wrong | beyond
+
+
+def truth_as_numbers(texts: pa.Array) -> pa.Array:
+    """`true` and `false`, in letters of any size, as 1 and 0; the others as they are."""
+    words = pc.utf8_lower(texts)
+    return pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", texts))
 
 
 def known(column: Column, values: pa.Array | pa.ChunkedArray) -> np.ndarray:

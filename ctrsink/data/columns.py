@@ -32,11 +32,11 @@ def signal_tables(dataset: Dataset) -> Iterator[dict[str, pa.Table]]:
         `label`, a float32 column for each number that targets can be told, null where it is unknown, `hour` and `weekday` (UTC).
     """
     names = target_numbers(dataset)
+    told = tuple(column.signal for column in columns_of(names))
     neighbours = dataset.read_neighbours() if dataset.manifest.neighbours else None
     for shard, entry in enumerate(dataset.manifest.shards):
-        columns = tuple(column.signal for column in columns_of(names))
-        events, tokens = dataset.tables(shard, columns, dataset.manifest.text_line is not None)
-        histories = Knowing.of(dataset.manifest, entry, neighbours, columns).histories(events, tokens)
+        events, tokens = dataset.tables(shard, told, dataset.manifest.text_line is not None)
+        histories = Knowing.of(dataset.manifest, entry, neighbours, told).histories(events, tokens)
         lengths = np.diff(events["item"].combine_chunks().offsets.to_numpy())
         owners = np.arange(len(lengths)).repeat(lengths)
         clock = categories(("hour", "weekday"), histories.timestamps, np.zeros(len(owners)), 0.0)

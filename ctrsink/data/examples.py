@@ -145,7 +145,7 @@ def _asked(w: Windows, layout: Layout, rows: Ragged) -> OfAsked:
     """The columns that have a row for each event that is asked."""
     each = list(w.cuts.each(rows.values, rows.offsets[1:]))
     categories = [
-        np.concatenate([_category(name, layout.target_buckets)(events, own) for events, own in each])
+        np.concatenate([_category(name, layout.target_rows)(events, own) for events, own in each])
         for name in layout.target_signals
     ]
     return {
@@ -167,11 +167,11 @@ def _bare(firsts: np.ndarray, asked: np.ndarray, slots: int, layout: Layout) -> 
     return out
 
 
-def _category(name: str, buckets: int) -> Callable[[Events, np.ndarray], np.ndarray]:
-    """The row of its table of embeddings that each event has in the category."""
+def _category(name: str, rows: int) -> Callable[[Events, np.ndarray], np.ndarray]:
+    """The row of its table of embeddings, of `rows` where it is hashed, that each event has in the category."""
     if signal(name).hashed:
-        return lambda events, rows: in_table(events.categories[name][rows], buckets)
-    return lambda events, rows: events.categories[name][rows]
+        return lambda events, own: in_table(events.categories[name][own], rows)
+    return lambda events, own: events.categories[name][own]
 
 
 def _target_numbers(events: Events, rows: np.ndarray) -> np.ndarray:
@@ -206,7 +206,7 @@ def _sinks(w: Windows, layout: Layout, positions: np.ndarray, asked: Ragged) -> 
 
     placed = [name for name in layout.signals if signal(name).kind == "bucket"]
     buckets = iter(_buckets(w, layout, tuple(placed)).T) if placed else iter(())
-    columns = [next(buckets) if name in placed else of_sinks(_category(name, layout.buckets)) for name in layout.signals]
+    columns = [next(buckets) if name in placed else of_sinks(_category(name, layout.rows)) for name in layout.signals]
     return {
         "sink_positions": positions,
         "signals": _stacked(columns, len(positions)),

@@ -21,7 +21,9 @@ class Layout:
     signals: tuple[str, ...] = ()
     """Of sinks: buckets and categories."""
     buckets: int = 1
-    """Values of each of these."""
+    """Values of each of these that is a bucket."""
+    rows: int = 1
+    """Rows of the table of each of these that is hashed."""
     retrieve: int | None = None
     """`per_target`: of the history only this many behaviours, those most similar to the target."""
     retrieve_by: Literal["vectors", "neighbours"] = "vectors"
@@ -29,7 +31,7 @@ class Layout:
     """Of sinks."""
     target_signals: tuple[str, ...] = ()
     """Categories told to targets."""
-    target_buckets: int = 1
+    target_rows: int = 1
     """Rows of the table of each of these that is hashed."""
     target_numbers: tuple[str, ...] = ()
     base: str | None = None
@@ -67,11 +69,12 @@ class Layout:
             targets=data.targets_per_sequence,
             signals=sinks.categories if sinks else (),
             buckets=sinks.buckets if sinks else 1,
+            rows=sinks.rows if sinks else 1,
             retrieve=data.retrieve,
             retrieve_by=data.retrieve_by,
             numbers=numbers,
             target_signals=target.categories if target else (),
-            target_buckets=target.buckets if target else 1,
+            target_rows=target.rows if target else 1,
             target_numbers=target_numbers,
             base=model.base,
             similarity=model.similarity,

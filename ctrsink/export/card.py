@@ -11,6 +11,7 @@ from ctrsink.data.order import Order
 from ctrsink.data.stream import SequenceSource
 from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.metrics import no_better_than_the_mean
+from ctrsink.features.columns import columns_of
 from ctrsink.train.restore import TrainedRun
 
 CARD_NAME = "README.md"
@@ -164,16 +165,30 @@ An item is an object with the fields that the item text above names; timestamps 
 
 def _needs(run: TrainedRun) -> str:
     """What a request must say for the signals; nothing where they need nothing of it."""
-    if not run.layout.events_of_signals:
+    layout, manifest = run.layout, run.dataset.manifest
+    if not layout.events_of_signals:
         return ""
-    fields = [field.column for field in run.dataset.manifest.statistics.fields]
-    also = f", and its {' and '.join(fields)}" if fields else ""
-    label = " Each behaviour says its `label`: 0, 1 or null." if run.dataset.manifest.labelled else ""
-    return (
-        f"\n\nFor the signals an item also says its `id`{also}; an id that was not in the log is a new item. `item_mean` and "
-        "`item_count` of the time of a behaviour may stand beside; else those of the end of the log hold, in `items.parquet`."
-        f"{label}"
-    )
+    columns = columns_of(layout.columns)
+    fields = [field.column for field in manifest.statistics.fields] + [c.name for c in columns if c.of == "item"]
+    also = f", and its {_named(fields)}" if fields else ""
+    counted = _named(["item_mean", "item_count", *(column.signal for column in columns if column.received)])
+    parts = [
+        f"\n\nFor the signals an item also says its `id`{also}; an id that was not in the log is a new item. {counted} of the "
+        "time of a behaviour may stand beside; else those of the end of the log hold, in `items.parquet`."
+    ]
+    if logged := [column.signal for column in columns if column.of == "log"]:
+        parts.append(f"What was logged with an event stands in its item, also in candidates: {_named(logged)}.")
+    if layout.base is not None:
+        parts.append(f"Each candidate must say its `{layout.base}`, the logit that the model adds to, or null.")
+    if "user_id" in layout.names:
+        parts.append("Beside the history stands the id of the `user`.")
+    if manifest.labelled:
+        parts.append("Each behaviour says its `label`: 0, 1 or null.")
+    return " ".join(parts)
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
 
 
 def _limits(run: TrainedRun) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -82,6 +82,7 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
+@lru_cache(maxsize=4096)
 def find(name: str) -> Signal | None:
     """The signal of that name, of the registry or of a column (see features.columns); None: there is none."""
     if name in SIGNALS:

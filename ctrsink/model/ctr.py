@@ -44,13 +44,14 @@ class CTRModel(nn.Module):
         scale = token_scale(backbone)
         if spec.sinks is not None:
             of = spec.sinks
-            tables = [Table(of.buckets, signal(name).identity) for name in of.categories]
+            told = [signal(name) for name in of.categories]
+            tables = [Table(of.rows if found.hashed else of.buckets, found.identity) for found in told]
             self.sinks = SignalEmbedding(tables, of.embedding_size, len(of.numbers), hidden, scale, of.id_dropout)
         if spec.target is not None:
             of = spec.target
             values = max((SIGNALS[name].values or 0 for name in SIGNALS if "target" in SIGNALS[name].sides), default=0)
             told = [signal(name) for name in of.categories]
-            tables = [Table(of.buckets if found.hashed else values, found.identity) for found in told]
+            tables = [Table(of.rows if found.hashed else values, found.identity) for found in told]
             self.target = SignalEmbedding(tables, of.embedding_size, len(of.numbers), hidden, scale, of.id_dropout)
             if of.numbers:
                 self.head = JointHead(hidden, len(of.numbers), of.dropout)

@@ -33,9 +33,19 @@ def check(spec: RunSpec) -> int:
             "a part of %s was appended with prepare.past_events %d: there histories are shorter than data.history %d",
             spec.data.uri, least, spec.data.history,
         )  # fmt: skip
+    _warn_of_shared_rows(spec, manifest)
     vocabulary = _vocabulary(spec, manifest)
     _check_sequences(spec, manifest, vocabulary)
     return vocabulary
+
+
+def _warn_of_shared_rows(spec: RunSpec, manifest: Manifest) -> None:
+    for key, told in (("sinks", spec.model.sinks), ("target", spec.model.target)):
+        if told is not None and "item_id" in told.signals and manifest.item_count >= told.rows:
+            log.warning(
+                "model.%s.rows %d is less than the items of %s: %d of them share embeddings of item_id, with rows %d none would",
+                key, told.rows, spec.data.uri, manifest.item_count, manifest.item_count + 1,
+            )  # fmt: skip
 
 
 def _check_sequences(spec: RunSpec, manifest: Manifest, vocabulary: int) -> None:

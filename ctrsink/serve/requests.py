@@ -51,7 +51,7 @@ class Request(Section):
 
 
 def parse_request(tree: Any, fields: Sequence[str], where: str) -> Request:
-    """Validate one request for a model whose item template names `fields`; the history comes back sorted.
+    """Validate one request for a model that reads `fields` of items; the history comes back sorted.
 
     Raises:
         InputError: naming `where` and the key.
@@ -65,7 +65,7 @@ def parse_request(tree: Any, fields: Sequence[str], where: str) -> Request:
         for field in fields:
             if field not in item:
                 hint = did_you_mean(field, item)
-                raise InputError(f"{where}: {key} has no field {field!r}, which the model's item text needs{hint}")
+                raise InputError(f"{where}: {key} has no field {field!r}, which the model needs{hint}")
             try:
                 text(item[field])
             except ValueError as error:
@@ -107,8 +107,9 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
         place = number if number < known else _met(log["item"], chosen[number - known], event)
         if place is not None:
             item |= {name: log[name][place] for name in received}
-        if (own := number if number < known else event) == place or number < known:
-            item |= {name: log[name][own] for name in logged}
+        # What was logged with this event is of no other item: a candidate that the user did not meet here has none of it.
+        own = number < known or place == event
+        item |= {name: log[name][place] if own and place is not None else None for name in logged}
     history = [
         {"item": items[place]} | {name: log[name][place] for name in ("feedback", "label", "timestamp", "request")}
         for place in range(known)

@@ -80,7 +80,7 @@ class Scorer:
         """See parse_request and told.check."""
         request = parse_request(tree, self.fields, where)
         if self.knowledge is not None:
-            check(request, self.knowledge, where)
+            check(request, self.knowledge, self.layout.base, where)
         return request
 
     def probabilities(self, request: Request, where: str) -> list[float]:

@@ -13,7 +13,7 @@ from ctrsink.data.knowledge import Knowledge
 from ctrsink.data.requests import known_events
 from ctrsink.data.shard import user_hashes
 from ctrsink.data.values import id_text, one_form, text
-from ctrsink.errors import InputError
+from ctrsink.errors import InputError, did_you_mean
 from ctrsink.features.columns import Column
 from ctrsink.features.fields import field_ids
 from ctrsink.features.histories import Histories
@@ -95,8 +95,11 @@ def _requests(request: Request, knowledge: Knowledge) -> pa.Array:
     return pa.array(given, pa.string())
 
 
-def check(request: Request, knowledge: Knowledge, where: str) -> None:
+def check(request: Request, knowledge: Knowledge, base: str | None, where: str) -> None:
     """Refuse what signals cannot be computed from.
+
+    Args:
+        base: the column that has the logit that the model adds to.
 
     Raises:
         InputError: naming `where` and the key.
@@ -105,6 +108,7 @@ def check(request: Request, knowledge: Knowledge, where: str) -> None:
     received = [(column.signal, column.kind == "count") for column in knowledge.columns if column.received]
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
         _check_id(item.get("id"), f"{where}: {key}.id")
+        _check_keys(item, knowledge.columns, f"{where}: {key}")
         for column in knowledge.columns:
             if not column.received:
                 _check_cell(column, item, f"{where}: {key}")
@@ -116,6 +120,11 @@ def check(request: Request, knowledge: Knowledge, where: str) -> None:
                 raise InputError(f"{where}: {key}.{name} is no number: {value!r}")
             if counts and (value or 0) < 0:
                 raise InputError(f"{where}: {key}.{name} is below 0")
+    for i, item in enumerate(request.candidates):
+        if base is not None and base not in item:
+            raise InputError(
+                f"{where}: candidates.{i} has no {base}, the logit that the model adds to: give it, or null where there is none"
+            )
     _check_id(request.user, f"{where}: user")
     for i, behaviour in enumerate(request.history):
         _check_id(behaviour.request, f"{where}: history.{i}.request")
@@ -125,6 +134,19 @@ def check(request: Request, knowledge: Knowledge, where: str) -> None:
                 raise InputError(
                     f"{where}: history.{i} has no label, which the model's signals need: give 0, 1, or null where it was none"
                 )
+
+
+def _check_keys(item: Item, columns: Sequence[Column], where: str) -> None:
+    """Refuse a key that is no signal of the model where one of its kind is missing that is called alike."""
+    missing = [column for column in columns if column.signal not in item and (column.of == "log" or column.received)]
+    if not missing:
+        return
+    known = {column.signal for column in columns}
+    for key in item:
+        given = None if key in known else Column.parse(key)
+        near = [column.signal for column in missing if given is not None and (column.kind, column.of) == (given.kind, given.of)]
+        if hint := did_you_mean(key, near):
+            raise InputError(f"{where}.{key} is no signal of the model{hint}")
 
 
 def _check_cell(column: Column, item: Item, where: str) -> None:

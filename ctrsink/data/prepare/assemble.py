@@ -134,20 +134,18 @@ class Assembly:
         table = self.partition.users(self.slice_ends, first, end).drop_columns("prefix")
         item = pc.cast(pc.index_in(table.column("item"), read_ids(self.items)), pa.int32())
         table = table.set_column(table.column_names.index("item"), "item", item)
-        rule, items, times = (
-            Rule.of(self.partition.spec.statistics),
-            item.combine_chunks().to_numpy(),
-            column_numpy(table, "timestamp", 0),
-        )
+        items, times = item.combine_chunks().to_numpy(), column_numpy(table, "timestamp", 0)
+        rule = Rule.of(self.partition.spec.statistics)
         mean, count = read_received(self.received).before(rule, items, times)
         table = table.append_column("item_mean", pa.array(mean.astype(np.float32), mask=np.isnan(mean)))
         table = table.append_column("item_count", pa.array(count.astype(np.int32)))
+        grouped = {
+            name: read_received(received).before(rule, _column(groups, "group").to_numpy()[items], times)
+            for name, (groups, received) in self.groups.items()
+        }
         for column in columns_of(self.partition.spec.columns):
             if column.received:
-                groups, received = self.groups[column.name]
-                of_event = _column(groups, "group").to_numpy()[items]
-                mean, count = read_received(received).before(rule, of_event, times)
-                values = mean if column.kind == "mean" else count
+                values = grouped[column.name][0 if column.kind == "mean" else 1]
                 stored = pa.array(values, column_field(column).type, mask=np.isnan(values), safe=False)
                 table = table.append_column(column.signal, stored)
         if self.past is None:

@@ -56,11 +56,12 @@ def append(spec: PrepareSpec, to: str, on_bad_row: OnBadRow = "fail", execute: E
         ("statistics.strength", rule.strength, kept.strength),
         ("statistics.user_events", spec.statistics.user_events, kept.user_events),
         ("statistics.fields", spec.statistics.fields, kept.fields),
-        ("columns", spec.columns, base.columns),
+        ("columns", sorted(spec.columns), sorted(base.columns)),
         ("request_is_second", spec.request_is_second, base.request_is_second),
     ):
         if wanted != there:
             raise InputError(f"prepare.{name} is not that of the data set {to} ({there}): what is appended must be like it")
+    spec = spec.model_copy(update={"columns": base.columns})  # in its order
     if spec.neighbours is not None and base.neighbours is None:
         raise InputError(f"the data set {to} has no table of neighbours: leave out prepare.neighbours, or prepare it again")
     columns = open_source(spec.source).columns

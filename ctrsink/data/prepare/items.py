@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ctrsink.config.data import FieldSpec, TextSpec
+from ctrsink.config.data import FieldSpec, PrepareSpec, TextSpec
 from ctrsink.data import tokenize
 from ctrsink.data.arrow import pc, to_ipc
 from ctrsink.data.column_cells import numbered, stored
@@ -15,13 +15,37 @@ from ctrsink.data.manifest import TOKENS_SCHEMA
 from ctrsink.data.prepare.results import write_named
 from ctrsink.data.render import item_texts, template_fields
 from ctrsink.data.values import one_form
-from ctrsink.errors import InputError
-from ctrsink.features.columns import Column
+from ctrsink.errors import InputError, did_you_mean, listed
+from ctrsink.features.columns import Column, columns_of
 from ctrsink.features.fields import field_ids
 
 log = logging.getLogger("ctrsink.data")
 _NAMED = 5  # items, in a message
 _CHUNK = 50_000  # items tokenised at a time: their ids are Python lists for a moment
+_OWN = ("id", "text", "item_mean", "item_count")  # columns of data sets and keys of requests, beside the names of signals
+
+
+def columns_used(spec: PrepareSpec) -> tuple[str, ...]:
+    """Columns of the item table that are used, each once.
+
+    Raises:
+        InputError: one is called as something else is in a data set or a request.
+    """
+    told = [column.name for column in columns_of(spec.columns) if column.of == "item"]
+    of_key = {
+        "text.item": template_fields(spec.text.item),
+        "statistics.fields": [field.column for field in spec.statistics.fields],
+        "columns": told,
+    }
+    for key, names in of_key.items():
+        for name in names:
+            if name in _OWN or Column.parse(name) is not None:
+                mine = "my_" + name.replace(".", "_")
+                raise InputError(
+                    f"prepare.{key} names a column {name!r} of the item table, as something else is called in data sets and "
+                    f"requests: call it otherwise, by prepare.source.items_columns={{{mine}: {name}}}"
+                )
+    return tuple(dict.fromkeys(name for names in of_key.values() for name in names))
 
 
 @dataclass(frozen=True)
@@ -57,16 +81,7 @@ class Items:
 
     @classmethod
     def of(cls, table: pa.Table, text: TextSpec) -> "Items":
-        """Those of an item table (see check_items), with their texts rendered.
-
-        Raises:
-            InputError: the template names a field by a name that a data set's own columns have.
-        """
-        if own := [name for name in template_fields(text.item) if name in ("id", "text")]:
-            raise InputError(
-                f"text.item names a field {own[0]!r}, as a column of data sets and a key of requests is called: call it "
-                f"otherwise, by prepare.source.items_columns={{my_{own[0]}: {own[0]}}}"
-            )
+        """Those of an item table (see check_items), with their texts rendered."""
         fields = {name: table.column(name) for name in table.column_names if name not in ("item", "id", "text")}
         return cls(pa.table({"id": table.column("item"), **fields, "text": pa.array(item_texts(text.item, table), pa.string())}))
 
@@ -119,17 +134,7 @@ class Items:
         Raises:
             InputError: there is no such column, or a cell is no number.
         """
-        found = {}
-        for column in columns:
-            texts = self._texts(column)
-            values, wrong = stored(column, texts)
-            if wrong.any():
-                row = int(wrong.argmax())
-                raise InputError(
-                    f"prepare.columns {column.signal}: item {self.ids[row].as_py()!r} has {texts[row].as_py()!r} there, which is "
-                    f"no number that float32 holds: correct it, or take hashed.item.{column.name}"
-                )
-            found[column.signal] = values
+        found = {column.signal: self._values(column) for column in columns}
         return write_named(folder, "values", to_ipc(pa.table({"": pa.nulls(self.table.num_rows), **found})))
 
     def groups(self, column: Column) -> np.ndarray:
@@ -138,24 +143,38 @@ class Items:
         Raises:
             InputError: there is no such column.
         """
-        return numbered(stored(column, self._texts(column))[0])[0]
+        return numbered(self._values(column))[0]
 
-    def _texts(self, column: Column) -> pa.Array:
-        if column.name not in self.table.column_names:
-            there = ", ".join(self.table.column_names)
-            raise InputError(f"prepare.columns {column.signal}: the item table has no column {column.name!r}; it has {there}")
-        return self.table.column(column.name).combine_chunks()
+    def check(self, spec: PrepareSpec) -> None:
+        """Raise InputError where a column is missing that signals are of, or has cells that are not what its signal is of."""
+        self._require(tuple(field.column for field in spec.statistics.fields), "prepare.statistics.fields")
+        for column in columns_of(spec.columns):
+            if column.of == "item":
+                self._values(column)
+
+    def _values(self, column: Column) -> pa.Array:
+        self._require((column.name,), f"prepare.columns {column.signal}")
+        texts = self.table.column(column.name).combine_chunks()
+        values, wrong = stored(column, texts)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise InputError(
+                f"prepare.columns {column.signal}: item {self.ids[row].as_py()!r} has {texts[row].as_py()!r} there, which is "
+                f"no number that float32 holds: correct it, or take hashed.item.{column.name}"
+            )
+        return values
+
+    def _require(self, names: tuple[str, ...], key: str) -> None:
+        there = [name for name in self.table.column_names if name not in ("id", "text")]
+        for name in names:
+            if name not in there:
+                raise InputError(
+                    f"{key}: the item table has no column {name!r}; it has {listed(there) or 'none but ids'}"
+                    f"{did_you_mean(name, there, ': ')}"
+                )
 
     def write_fields(self, folder: str, fields: tuple[FieldSpec, ...]) -> str:
-        """Write the values of all items in `fields`, as numbers; returns the file, whose name depends on the content.
-
-        Raises:
-            InputError: there is no such column.
-        """
-        for field in fields:
-            if field.column not in self.table.column_names:
-                there = ", ".join(self.table.column_names)
-                raise InputError(f"prepare.statistics.fields names the column {field.column!r}; the item table has {there}")
+        """Write the values of all items in `fields`, as numbers; returns the file, whose name depends on the content."""
         cells = [(field, one_form(self.table.column(field.column).combine_chunks()).to_pylist()) for field in fields]
         rows = (
             [number for field, column in cells for number in field_ids(field.column, field.separator, column[row])]

@@ -15,7 +15,7 @@ from ctrsink.data.events import OnBadRow
 from ctrsink.data.manifest import FORMAT, MANIFEST_NAME, WORK, FileEntry, Manifest, PartEntry, ShardEntry, read_file
 from ctrsink.data.prepare.assemble import Assembly, put
 from ctrsink.data.prepare.execute import run_tasks
-from ctrsink.data.prepare.items import Items
+from ctrsink.data.prepare.items import Items, columns_used
 from ctrsink.data.prepare.job import Job
 from ctrsink.data.prepare.judge import check_totals, warn_of_duplicates, warn_of_forms
 from ctrsink.data.prepare.known import received_of, scales_of_numbers, text_line, write_groups, write_neighbours, write_statistics
@@ -26,7 +26,7 @@ from ctrsink.data.prepare.repeats import Repeats
 from ctrsink.data.prepare.results import write_named
 from ctrsink.data.prepare.survey import Survey, Totals, count_splits, split_times
 from ctrsink.data.prepare.vectors import Encoding
-from ctrsink.data.render import feedback_table, template_fields
+from ctrsink.data.render import feedback_table
 from ctrsink.data.sources import open_source
 from ctrsink.errors import InputError, RunError
 from ctrsink.features.columns import columns_of
@@ -35,6 +35,7 @@ from ctrsink.features.counted import Counted
 log = logging.getLogger("ctrsink.data")
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
 _MAX_SLICES = 1024
+_NO_ITEMS = pa.table({"item": pa.array([], pa.string())})  # of a log without an item table
 
 
 def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
@@ -46,7 +47,8 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     """
     spec, base = job.spec, job.base
     told = columns_of(spec.columns)
-    source = open_source(spec.source, template_fields(spec.text.item), [column.name for column in told if column.of == "log"])
+    logged = tuple(column for column in told if column.of == "log")
+    source = open_source(spec.source, columns_used(spec), [column.name for column in logged])
     listed = source.items()
     blocks = tuple(source.blocks(spec.block_bytes))
     # A tokenizer or an encoder that cannot be had is found before hours of work.
@@ -56,10 +58,11 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     if base is not None:
         old = Items(from_parquet(read_file(job.to, base.items)))
         items = old if listed is None else old.extended(listed, spec.text)
+    (items or Items.of(_NO_ITEMS, spec.text)).check(spec)
     welcome = items.write_ids(job.work) if items is not None and listed is not None else None
     versions = {block.file: storage.info(block.file) for block in blocks}
     slices = _slices(sum(info.bytes for info in versions.values()), spec.shard_events)
-    label_rule = (spec.text, spec.positive_from, spec.statistics, spec.columns)
+    label_rule = (spec.text, spec.positive_from, spec.statistics, logged)
     partition = Partition(
         spec=spec,
         source=source,
@@ -101,7 +104,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     table = spec.neighbours if base is None else None
     counted = Counted(times.train_end, table.user_events) if table else None
     facts = (partition.folder, ranges, times, texts, ids, tokens, vectors, past, spec.duplicates, fields, received_path, counted)
-    facts = (*facts, spec.request_is_second, spec.statistics, values, groups)
+    facts = (*facts, spec.request_is_second, spec.statistics, spec.columns, values, groups)
     assembly = Assembly(
         partition=partition,
         to=job.to,

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from ctrsink.config.data import ColumnSpec
 from ctrsink.data.arrow import pc
+from ctrsink.data.column_cells import truth_as_numbers
 from ctrsink.data.events import RawRows, check_items
 from ctrsink.data.sources.cut import cut_lines
 from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
@@ -157,8 +158,5 @@ def _unless_empty(files: list[tuple[str, int]], read: Callable[[], list[T]]) -> 
 def _with_numbers(raw: RawRows, names: set[str | None]) -> RawRows:
     table = raw.table
     for name in names:
-        cells = table.column(name)
-        words = pc.utf8_lower(cells)
-        cells = pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", cells))
-        table = table.set_column(table.column_names.index(name), name, cells)
+        table = table.set_column(table.column_names.index(name), name, truth_as_numbers(table.column(name)))
     return replace(raw, table=table)
