@@ -117,7 +117,8 @@ def _prepared(to: str, manifest: "Manifest") -> dict[str, Any]:
 def _data_synth(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.data.synth import synth
 
-    truth = synth(args.to, args.events, args.users, args.items, args.seed, args.format)
+    more = {"favourite_days": args.favourite_days, "hidden": args.hidden}
+    truth = synth(args.to, args.events, args.users, args.items, args.seed, args.format, **more)
     return (
         {"log": args.to}
         | {key: truth[key] for key in ("events", "users", "items")}
@@ -278,6 +279,10 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--items", type=_count, metavar="I", help="default: one for 500 events, at least 1000")
     synth.add_argument("--seed", type=int, default=0, metavar="S")
     synth.add_argument("--format", choices=["csv", "parquet"], default="csv", help="of the event files")
+    synth.add_argument(
+        "--favourite-days", type=float, default=3.0, metavar="D", help="that a taste lasts, in the mean (default: 3)"
+    )
+    synth.add_argument("--hidden", action="store_true", help="titles and genres say nothing: what is alike shows in clicks alone")
     inspect = _verb(data, "inspect", _data_inspect, "say what is in a prepared data set")
     inspect.add_argument("uri", metavar="URI")
     inspect.add_argument("--figures", metavar="DIR", help="draw figures into this folder, as PNG")

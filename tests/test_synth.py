@@ -55,6 +55,29 @@ def test_log_is_whole_and_in_order_of_time(made: Path) -> None:
     assert truth["events"] == EVENTS
 
 
+def test_a_hidden_log_has_the_same_events_and_readers_and_texts_that_say_nothing(made: Path, tmp_path: Path) -> None:
+    synth(str(tmp_path / "log"), EVENTS, seed=3, file_events=7_000, hidden=True)
+    assert events_of(tmp_path / "log").equals(events_of(made))
+    plain, dealt = truth_of(made), truth_of(tmp_path / "log")
+    assert dealt["splits"] == plain["splits"]
+    assert dealt["rules"] == plain["rules"] | {"hidden": True}
+    items, other = (csv.read_csv(folder / "items.csv") for folder in (made, tmp_path / "log"))
+    assert sorted(items["genre"].to_pylist()) == sorted(other["genre"].to_pylist())
+    same = np.mean([a == b for a, b in zip(items["genre"].to_pylist(), other["genre"].to_pylist(), strict=True)])
+    assert 0.15 < same < 0.25  # by chance: a fifth
+    # Who believes these texts knows nothing of the click.
+    with pytest.raises(AssertionError):
+        test_the_stated_auc_is_what_a_reader_of_the_history_reaches(tmp_path / "log")
+
+
+def test_tastes_that_last_are_easier_to_tell(made: Path, tmp_path: Path) -> None:
+    synth(str(tmp_path / "log"), EVENTS, seed=3, favourite_days=1000)
+    reached = auc(*read_history(tmp_path / "log", truth_of(tmp_path / "log")))
+    lasting, changing = (truth_of(folder)["splits"]["all"]["auc"]["knows_history"] for folder in (tmp_path / "log", made))
+    assert lasting == pytest.approx(reached, abs=1e-4)
+    assert lasting > changing + 0.02
+
+
 def test_same_seed_same_bytes_and_the_cut_into_files_changes_nothing(made: Path, tmp_path: Path) -> None:
     for form in ("csv", "parquet"):
         for name in ("a", "b"):

@@ -2,7 +2,7 @@
 
 Every user has a favourite genre, which is drawn anew at random moments: what was clicked before such a moment misleads, and the
 longer the gap since an event, the less it says. A click has probability sigmoid(BASE + LIKING * [favourite genre] + quality);
-genre and quality can be read from an item's text.
+genre and quality can be read from an item's text, or, in a `hidden` log, from nothing but who clicked what.
 """
 
 import logging
@@ -29,7 +29,7 @@ Format = Literal["csv", "parquet"]
 START = 1_700_006_400  # 2023-11-15 00:00 UTC
 DAY = 86_400
 SPAN_DAYS = 60
-FAVOURITE_DAYS = 3.0  # mean time until a favourite is drawn anew, from all genres alike
+FAVOURITE_DAYS = 3.0  # mean time until a favourite is drawn anew, from all genres alike; by default
 SESSION_EVENTS = 10.0  # mean, geometric
 PAUSE_SECONDS = 45.0  # mean between two events of a session, exponential
 NIGHT = 0.6  # sessions are (1 + NIGHT) / (1 - NIGHT) times as dense at noon as at midnight
@@ -64,6 +64,8 @@ def synth(
     seed: int = 0,
     form: Format = "csv",
     file_events: int = 1_000_000,
+    favourite_days: float = FAVOURITE_DAYS,
+    hidden: bool = False,
 ) -> dict[str, Any]:
     """Write `events/part-*.csv|parquet` (user, item, timestamp, click; oldest first), `items.csv` and `truth.json` into `to`.
 
@@ -80,21 +82,26 @@ def synth(
         seed: at least 0.
         form: of the event files.
         file_events: events in a file, the last one smaller.
+        favourite_days: mean time until a user's favourite is drawn anew.
+        hidden: titles and genres are dealt out anew among the items, so that they say nothing of what decides on a click; the
+            events are the same, and so are the readers, who know the true ones.
 
     Raises:
-        InputError: `to` is in use or not local, or the seed is negative.
+        InputError: `to` is in use or not local, the seed is negative, or `favourite_days` is not above 0.
     """
     folder = Path(to)
     if seed < 0:
         raise InputError(f"--seed {seed}: it must be 0 or more")
+    if not 0 < favourite_days < float("inf"):
+        raise InputError(f"--favourite-days {favourite_days:g}: it must be above 0")
     if "://" in to:
         raise InputError(f"{to}: the log is written to a local folder only")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{to} exists already: choose another folder, or delete it first")
-    world = _World.make(users or max(1, events // 50), items or max(1000, events // 500), seed)
+    world = _World.make(users or max(1, events // 50), items or max(1000, events // 500), seed, favourite_days)
     truth = _Truth(events)
     with new_folder(folder) as beside:
-        csv.write_csv(world.item_table(), beside / "items.csv")
+        csv.write_csv(world.item_table(np.random.default_rng([seed, 0, 1]) if hidden else None), beside / "items.csv")
         (beside / "events").mkdir()
         tables = _tables(world, truth, events, seed)
         for number, table in enumerate(_recut(tables, file_events)):
@@ -104,7 +111,8 @@ def synth(
             else:
                 pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")
             log.info("wrote %d of %d events", min((number + 1) * file_events, events), events)
-        result = {"seed": seed, "users": int((world.last_time >= 0).sum()), "items": len(world.genre)} | truth.summary()
+        found = {"seed": seed, "users": int((world.last_time >= 0).sum()), "items": len(world.genre)}
+        result = found | truth.summary({"favourite_days": favourite_days, "hidden": hidden})
         (beside / "truth.json").write_text(strict_json.dumps(result, indent=1) + "\n", "utf-8")
     return result
 
@@ -129,9 +137,10 @@ class _World:
     """int8 [users], at `last_time`."""
     belief: np.ndarray
     """float32 [users, 2, genres]: what the readers of the history hold the favourite to be, with and without times."""
+    favourite_days: float
 
     @classmethod
-    def make(cls, users: int, items: int, seed: int) -> "_World":
+    def make(cls, users: int, items: int, seed: int, favourite_days: float) -> "_World":
         chance = np.random.default_rng([seed, 0])
         weights = np.cumsum(np.exp(UNEVEN * chance.standard_normal(users)))
         popularity = np.cumsum(np.arange(1, items + 1) ** -ZIPF)
@@ -145,13 +154,17 @@ class _World:
             last_time=np.full(users, -1),
             favourite=np.zeros(users, np.int8),
             belief=np.full((users, 2, len(NOUNS)), 1 / len(NOUNS), np.float32),
+            favourite_days=favourite_days,
         )
 
-    def item_table(self) -> pa.Table:
+    def item_table(self, dealt: np.random.Generator | None) -> pa.Table:
+        """`item`, `title` and `genre`; true of the items, or dealt out among them."""
         genres, adjectives = list(NOUNS), list(ADJECTIVES)
-        words = zip(self.adjective.tolist(), self.genre.tolist(), self.noun.tolist(), strict=True)
+        of = np.arange(len(self.genre)) if dealt is None else dealt.permutation(len(self.genre))
+        genre, noun, adjective = self.genre[of], self.noun[of], self.adjective[of]
+        words = zip(adjective.tolist(), genre.tolist(), noun.tolist(), strict=True)
         titles = [f"{adjectives[a]} {NOUNS[genres[g]][n]} {item}" for item, (a, g, n) in enumerate(words)]
-        return pa.table({"item": np.arange(len(titles)), "title": titles, "genre": np.array(genres)[self.genre]})
+        return pa.table({"item": np.arange(len(titles)), "title": titles, "genre": np.array(genres)[genre]})
 
 
 @dataclass
@@ -182,9 +195,10 @@ class _Truth:
             counts = np.bincount(cell, minlength=len(SPLITS) * 2 * BINS)
             self.counts[:, reader] += counts.reshape(len(SPLITS), 2, BINS)
 
-    def summary(self) -> dict[str, Any]:
-        rules = {
-            "favourite_days": FAVOURITE_DAYS, "zipf": ZIPF, "session_events": SESSION_EVENTS, "pause_seconds": PAUSE_SECONDS,
+    def summary(self, options: dict[str, Any]) -> dict[str, Any]:
+        """AUC by split and reader; and the rules, of which `options` are some."""
+        rules = options | {
+            "zipf": ZIPF, "session_events": SESSION_EVENTS, "pause_seconds": PAUSE_SECONDS,
             "base": BASE, "liking": LIKING, "genres": list(NOUNS), "quality": ADJECTIVES,
         }  # fmt: skip
         splits = dict(zip(SPLITS, self.counts, strict=True)) | {"all": self.counts.sum(0)}
@@ -288,7 +302,7 @@ class _Chronologies:
     def of(cls, world: _World, user: np.ndarray, timestamp: np.ndarray) -> "_Chronologies":
         first = np.append(True, user[1:] != user[:-1])[: len(user)]
         before = np.where(first, world.last_time[user], np.roll(timestamp, 1))
-        kept = np.where(before >= 0, np.exp((before - timestamp) / (FAVOURITE_DAYS * DAY)), 0.0)
+        kept = np.where(before >= 0, np.exp((before - timestamp) / (world.favourite_days * DAY)), 0.0)
         return cls(user, timestamp, np.flatnonzero(first), first, kept)
 
 

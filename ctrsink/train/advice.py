@@ -3,7 +3,7 @@
 from ctrsink.config import RunSpec
 
 FEW_STEPS = 300
-"""A model that made fewer has seldom learned more than the mean click rate."""
+"""With fewer most models are far from what they could learn."""
 
 
 def advice(spec: RunSpec, sequences: int, steps: int | None) -> list[str]:
@@ -25,8 +25,8 @@ def advice(spec: RunSpec, sequences: int, steps: int | None) -> list[str]:
         smaller = max(1, largest * steps // FEW_STEPS)
         lower = f"lower {_batch_key(spec, -number)} from {largest} to {smaller} or so, or " if smaller < largest else ""
         found.append(
-            f"the run makes {steps} optimiser step{'s' * (steps != 1)}, and with fewer than {FEW_STEPS} a model seldom learns "
-            f"more than the mean click rate: {lower}raise epochs or steps of the stages"
+            f"the run makes {steps} optimiser step{'s' * (steps != 1)}, and with fewer than {FEW_STEPS} most models are "
+            f"far from what they could learn: {lower}raise epochs or steps of the stages"
         )
     return found
 
