@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from benchmarks import loss_compare
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.dense import DenseModel
 from benchmarks.gpu_utilisation import PLAIN, backends
@@ -26,6 +27,7 @@ from ctrsink.config.stages import ReadoutSpec
 from ctrsink.data.dataset import Dataset
 from ctrsink.data.layout import Layout
 from ctrsink.data.stream import SequenceSource
+from ctrsink.errors import InputError
 from ctrsink.model.build import build_model
 from ctrsink.model.groups import set_trainable
 from tests.builders import make_dataset
@@ -262,3 +264,33 @@ sys.stdin.read()
 def test_a_table_aligns_its_columns() -> None:
     lines = markdown(["name", "rate"], [["a", 1234.5], ["longer", None]]).splitlines()
     assert lines == ["| name   |  rate |", "| ------ | ----: |", "| a      | 1,234 |", "| longer |     - |"]
+
+
+def test_loss_compare_names_the_first_number_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two commits of a repository, each with code of its own."""
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", "init", "-q"], check=True)
+    for loss in ("0.1", "0.1000001"):
+        (tmp_path / "loss").write_text(loss)
+        subprocess.run(["git", "add", "loss"], check=True)
+        subprocess.run([*git, "commit", "-qm", loss], check=True)
+    monkeypatch.setattr(loss_compare, "_prepared", lambda *_: None)
+    monkeypatch.setattr(
+        loss_compare, "_numbers", lambda code, *_: ["step 1 loss 1.0", f"step 2 loss {(code / 'loss').read_text()}"]
+    )
+    same, other = (loss_compare.run(old, "HEAD", 10, 2, "blocks") for old in ("HEAD", "HEAD~1"))
+    assert len(same["runs"]) == len(other["runs"]) == 12
+    assert all(row["same"] and row["numbers"] == 2 for row in same["runs"])
+    assert {row["first"] for row in other["runs"]} == {"step 2 loss 0.1 / step 2 loss 0.1000001"}
+    assert "differ: step 2 loss 0.1 / step 2 loss 0.1000001" in loss_compare.text(other)
+    assert subprocess.run(["git", "worktree", "list"], capture_output=True, text=True).stdout.count("\n") == 1
+    with pytest.raises(InputError, match="no run has 'per_item' in its name; they are: per_target, sdpa, default"):
+        loss_compare.run("HEAD", "HEAD", 10, 2, "per_item")
+
+
+@pytest.mark.slow
+def test_loss_compare_finds_a_commit_to_be_itself(repository: Path) -> None:
+    sizes = ["--events", 2000, "--steps", 3, "--only", "per_user, blocks, default"]
+    report = run_benchmark(repository, "loss_compare", "HEAD", "HEAD", *sizes)
+    assert [(row["numbers"], row["same"]) for row in report["runs"]] == [(10, True)]
