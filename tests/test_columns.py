@@ -137,12 +137,31 @@ def test_blocks_are_not_read_again_for_another_column_of_the_item_table(tmp_path
     assert read == [0]
 
 
+def test_shards_of_other_columns_are_not_taken_up_again(tmp_path: Path) -> None:
+    """Where an interrupted preparation left some."""
+    spec, uri = spec_of(tmp_path), str(tmp_path / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctrsink.data.prepare.steps.scales_of_numbers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(spec.model_copy(update={"columns": ("mean.item.brand",)}), uri)
+    prepare(spec.model_copy(update={"columns": ("count.item.brand",)}), uri)
+    events, _ = Dataset(uri).tables(0, ("count.item.brand",))
+    assert events["count.item.brand"].type == pa.list_(pa.int32())
+
+
+def test_a_log_without_an_item_table_is_told_to_bring_one(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, columns=["item.year"], text={"item": "{item}"})
+    source = spec.source.model_copy(update={"items": None})
+    with pytest.raises(InputError, match=r"the item table has no column 'year'; give one by prepare\.source\.items"):
+        prepare(spec.model_copy(update={"source": source}), str(tmp_path / "data"))
+
+
 def interrupted(*_: Any) -> int:
     raise KeyboardInterrupt
 
 
 def test_a_number_may_be_a_truth_value_and_an_endless_one_is_named(tmp_path: Path) -> None:
-    rows = [row | {"price": ("true", "False", "")[place % 3]} for place, row in enumerate(ROWS)]
+    rows = [row | {"price": ("true", " False ", "")[place % 3]} for place, row in enumerate(ROWS)]
     prepare(spec_of(tmp_path, rows), str(tmp_path / "data"))
     assert [told(str(tmp_path / "data"))["log.price"][row["t"]] for row in ROWS[:3]] == [1.0, 0.0, None]
     pq.write_table(
@@ -173,6 +192,7 @@ def test_the_files_for_other_models_have_the_numbers(tmp_path: Path) -> None:
         ({"columns": ["hashed.log.y"]}, r"columns: hashed\.log\.y is the answer"),
         ({"columns": ["log.feel"], "source": {"columns": {"feedback": "feel"}}}, r"columns: log\.feel is the answer"),
         ({"columns": ["hashed.item.id"]}, r"prepare\.columns names a column 'id' .*items_columns=\{my_id: id\}"),
+        ({"columns": ["hashed.item.item"]}, r"prepare\.columns names a column 'item' of the item table, as something else"),
         ({"columns": ["item.item_mean"]}, r"prepare\.columns names a column 'item_mean' of the item table, as something else"),
         ({"columns": ["hashed.item.log.price"]}, r"names a column 'log\.price' .*items_columns=\{my_log_price: log\.price\}"),
         ({"text": {"item": "{title} {item_count}"}}, r"prepare\.text\.item names a column 'item_count'"),

@@ -201,6 +201,6 @@ def test_a_data_set_and_a_model_from_before_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"is of format ctrsink-dataset/2, this version reads ctrsink-dataset/3: prepare"):
             use()
     config = tmp_path / "model" / "config.json"
-    config.write_text(config.read_text().replace("ctrsink-model/2", "ctrsink-model/1"))
-    with pytest.raises(InputError, match=r"has the format ctrsink-model/1, this version reads ctrsink-model/2"):
+    config.write_text(config.read_text().replace("ctrsink-model/3", "ctrsink-model/1"))
+    with pytest.raises(InputError, match=r"has the format ctrsink-model/1, this version reads ctrsink-model/3"):
         Scorer.load(str(tmp_path / "model"))

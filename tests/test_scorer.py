@@ -298,7 +298,7 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("tokenizer.json", lambda b: b.replace(b'"add_prefix_space":false', b'"add_prefix_space":true').replace(
             b'"add_prefix_space": false', b'"add_prefix_space": true'), "not the one the model was trained with"),
         ("config.json", lambda b: b.replace(b'"ctrsink"', b'"llama"'), "of type llama"),
-        ("config.json", lambda b: b.replace(b"ctrsink-model/2", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
+        ("config.json", lambda b: b.replace(b"ctrsink-model/3", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
         ("config.json", lambda b: b.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'), "do not fit"),
         ("config.json", lambda b: b[:-9], "config.json is damaged"),
         ("config.json", lambda b: b.replace(b'"prefix_tokens"', b'"prefix"'), "config.json is damaged .unknown key 'prefix'"),

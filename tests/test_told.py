@@ -34,6 +34,7 @@ from ctrsink.features.registry import SIGNALS, of_kind
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.signals import token_scale
 from ctrsink.report.look import shares_of
+from ctrsink.runtime.preflight import check
 from ctrsink.serve import Scorer, request_of
 from ctrsink.serve.requests import parse_request
 from ctrsink.serve.told import histories_of
@@ -346,6 +347,23 @@ def test_behaviours_of_one_request_did_not_know_one_another(asked_together: Prep
     assert scorer.score(apart)[0] != pytest.approx(expected.probabilities[-1], abs=1e-5)
 
 
+def test_candidates_have_what_was_logged_with_them_in_that_request_and_nothing_of_another(asked_together: Prepared) -> None:
+    dataset, known, alone = Dataset(asked_together.uri), 0, 0
+    for user in range(len(dataset.index["shard"])):
+        shard, row = dataset.locate(user)
+        own = slice(int(shard.offsets[row]), int(shard.offsets[row + 1]))
+        events = dataset.tables(int(dataset.index["shard"][user]), COLUMNS)[0]
+        ranks = events["log.rank"][row].as_py()
+        for event in range(own.stop - own.start):
+            together = shard.known[own] == shard.known[own][event]
+            items = list(dict.fromkeys(shard.items[own].tolist()))
+            for item, candidate in zip(items, request_of(dataset, user, event, items)["candidates"], strict=True):
+                met = [ranks[at] for at in np.flatnonzero((shard.items[own] == item) & together)]
+                assert candidate["log.rank"] in (met or [None])
+                known, alone = known + (candidate["log.rank"] is not None), alone + (not met)
+    assert min(known, alone) > 20
+
+
 @pytest.mark.parametrize("by_text", [False, True])
 def test_a_model_of_data_that_were_appended_to_scores_new_items(data: Prepared, tmp_path: Path, by_text: bool) -> None:
     """The table of neighbours is older than they are. Asked to, what is like them follows from their texts."""
@@ -435,6 +453,24 @@ def test_the_card_says_what_a_request_must_say(data: Prepared, tmp_path: Path) -
     assert "the id of the `user`" in card
 
 
+def test_a_request_may_say_all_columns_of_the_data_set_and_leave_out_what_is_not_told(data: Prepared, tmp_path: Path) -> None:
+    spec = run_spec(
+        data, str(tmp_path / "run"), model={"target": {"signals": ["log.price", "mean.item.genres"]}, "base": "log.rank"}
+    )
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"))
+    scorer, request = Scorer.load(str(tmp_path / "out")), request_of(Dataset(data.uri), 0, 8)
+    expected = scorer.score(request)
+    for item in (*(behaviour["item"] for behaviour in request["history"]), *request["candidates"]):
+        for name in ("hashed.log.slot", "count.item.genres"):
+            item.pop(name)
+    assert scorer.score(request) == expected
+    for behaviour in request["history"]:
+        behaviour["item"].pop("log.rank")
+        behaviour["item"].pop("mean.item.genres")
+    scorer.score(request)
+
+
 def test_items_and_users_never_seen_are_scored(data: Prepared, tmp_path: Path) -> None:
     spec = spec_of(data, str(tmp_path / "run"), "per_target")
     write_run(spec)
@@ -473,16 +509,21 @@ def renamed(item: dict[str, Any], name: str, to: str) -> None:
         (lambda r: r["candidates"][0].pop("log.rank"), r"candidates.0 has no log\.rank, the logit that the model adds to"),
         (
             lambda r: renamed(r["candidates"][0], "log.rank", "log.ranker"),
-            r"log\.ranker is no signal .* mean log\.rank",
+            r"log\.ranker is .*: did you mean log\.rank\?",
         ),
         (
-            lambda r: renamed(r["history"][0]["item"], "log.price", "log.Price"),
-            r"log\.Price is no signal .* mean log\.price",
+            lambda r: renamed(r["history"][0]["item"], "log.price", "Log.price"),
+            r"Log\.price is .*: did you mean log\.price",
         ),
         (
-            lambda r: renamed(r["candidates"][0], "mean.item.genres", "mean.item.genre"),
-            r"candidates\.0\.mean\.item\.genre is no signal of the model, did you mean mean\.item\.genres",
+            lambda r: renamed(r["candidates"][0], "hashed.log.slot", "log.slot"),
+            r"log\.slot is .* mean hashed\.log\.slot",
         ),
+        (
+            lambda r: r["candidates"][0].update({"item.year": 1994}),
+            r"0\.item\.year is no signal .*: did you mean year",
+        ),
+        (lambda r: renamed(r["candidates"][0], "mean.item.genres", "mean.item.genre"), r"mean\.item\.genre is no signal"),
         (lambda r: r["candidates"][0].update({"log.price": "cheap"}), "candidates.0.log.price is no number .*'cheap'"),
         (lambda r: r["candidates"][0].update({"log.price": 1e39}), "candidates.0.log.price is no number that float32 holds"),
         (lambda r: r["history"][0]["item"].update({"hashed.log.slot": {}}), "history.0.hashed.log.slot: an object is no text"),
@@ -586,3 +627,16 @@ def test_shares_are_means_over_the_batches_that_have_them(data: Prepared, tmp_pa
     none = list(evaluation_batches(SequenceSource(bare.dataset, "train", bare.layout, newest=True), 1, 0, 1, 1))
     assert int(none[0].sink_valid.sum()) == 0
     assert shares_of(run, run.model, [*some, *none]) == shares_of(run, run.model, some) != {}
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(6, True), (7, False)])
+def test_items_that_share_an_embedding_are_warned_of(
+    data: Prepared, caplog: pytest.LogCaptureFixture, rows: int, warned: bool
+) -> None:
+    assert Dataset(data.uri).manifest.item_count == 6
+    ids = {"signals": ["item_id"], "rows": rows}
+    spec = run_spec(data, "run", trainable=("sink", "bias", "head", "ids", "lora"), model={"target": ids})
+    with caplog.at_level("WARNING"):
+        check(spec)
+    found = f"model.target.rows {rows}: some of the 6 items of {data.uri} share an embedding of item_id; from rows 7 on none does"
+    assert (found in caplog.text) == warned

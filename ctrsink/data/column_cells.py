@@ -30,7 +30,7 @@ def stored(column: Column, texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 def truth_as_numbers(texts: pa.Array) -> pa.Array:
     """`true` and `false`, in letters of any size, as 1 and 0; the others as they are."""
-    words = pc.utf8_lower(texts)
+    words = pc.utf8_trim_whitespace(pc.utf8_lower(texts))
     return pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", texts))
 
 

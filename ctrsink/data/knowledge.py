@@ -83,6 +83,8 @@ class Knowledge:
     """What the neighbours were made of."""
     columns: tuple[Column, ...]
     """Signals that are columns."""
+    named: tuple[str, ...]
+    """All signals of the data set that stand in an item of a request by their names: columns of the log, outcomes by group."""
     groups: dict[str, "Group"]
     """Of columns of the item table by which outcomes are counted."""
 
@@ -111,6 +113,7 @@ class Knowledge:
         by = {column.name: stored(column, items.column(column.name).combine_chunks())[0] for column in told if column.received}
         return cls(
             columns=told,
+            named=tuple(column.signal for column in columns_of(manifest.columns) if column.by_event),
             groups={name: Group.of(values, totals, kept.strength) for name, values in by.items()},
             ids=items.column("id").combine_chunks(),
             item_mean=mean,
@@ -138,6 +141,8 @@ class Knowledge:
             "request_is_second": self.request_is_second,
             "fields": [field.model_dump(mode="json") for field in self.fields],
         }
+        if self.named:
+            plain["named"] = list(self.named)
         if self.columns:
             plain["columns"] = [column.signal for column in self.columns]
         for name, group in self.groups.items():
@@ -188,6 +193,7 @@ class Knowledge:
             request_is_second=plain["request_is_second"],
             counted=Counted(plain["until"], plain["user_events"]) if "until" in plain else None,
             columns=columns_of(tuple(plain.get("columns", ()))),
+            named=tuple(plain.get("named", ())),
             groups={name: Group.load(table, name, overall) for name, overall in plain.get("groups", {}).items()},
             fields=tuple(FieldSpec.model_validate(field) for field in plain["fields"]),
         )

@@ -15,7 +15,7 @@ from ctrsink.model import attention
 from ctrsink.model.ctr import CTRModel
 from ctrsink.model.limits import guard_length
 
-FORMAT = "ctrsink-model/2"
+FORMAT = "ctrsink-model/3"
 
 
 class CTRSinkConfig(PretrainedConfig):

@@ -43,8 +43,8 @@ def _warn_of_shared_rows(spec: RunSpec, manifest: Manifest) -> None:
     for key, told in (("sinks", spec.model.sinks), ("target", spec.model.target)):
         if told is not None and "item_id" in told.signals and manifest.item_count >= told.rows:
             log.warning(
-                "model.%s.rows %d is less than the items of %s: %d of them share embeddings of item_id, with rows %d none would",
-                key, told.rows, spec.data.uri, manifest.item_count, manifest.item_count + 1,
+                "model.%s.rows %d: some of the %d items of %s share an embedding of item_id; from rows %d on none does",
+                key, told.rows, manifest.item_count, spec.data.uri, manifest.item_count + 1,
             )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
@@ -101,14 +102,15 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
         raise InputError(f"user {shard.users[row]} has {len(log['item'])} events, there is no event {event}")
     chosen = [log["item"][event]] if candidates is None else list(candidates)
     known = int(shard.known[shard.offsets[row] + event])
+    together = np.flatnonzero(shard.known[shard.offsets[row] : shard.offsets[row + 1]] == known)
     items = _items(dataset, [*log["item"][:known], *chosen])
     for number, item in enumerate(items):
         # Where the user met a candidate: how it was received until then. The model's own table is that of the end of the log.
-        place = number if number < known else _met(log["item"], chosen[number - known], event)
+        place = number if number < known else _met(log["item"], chosen[number - known], event, together)
         if place is not None:
             item |= {name: log[name][place] for name in received}
-        # What was logged with this event is of no other item: a candidate that the user did not meet here has none of it.
-        own = number < known or place == event
+        # What was logged with a candidate is known of those that the user met in this request.
+        own = number < known or place in together
         item |= {name: log[name][place] if own and place is not None else None for name in logged}
     history = [
         {"item": items[place]} | {name: log[name][place] for name in ("feedback", "label", "timestamp", "request")}
@@ -118,10 +120,10 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     return {"history": history, "candidates": items[known:], "timestamp": log["timestamp"][event], "user": name}
 
 
-def _met(items: list[int], item: int, event: int) -> int | None:
-    """The user's event with this item from `event` on, else an earlier one; None: there is none."""
+def _met(items: list[int], item: int, event: int, together: np.ndarray) -> int | None:
+    """The user's event with this item: `event`, or one of its request, the next one, or the last; None: there is none."""
     places = [place for place, met in enumerate(items) if met == item]
-    return next((place for place in places if place >= event), places[-1] if places else None)
+    return min(places, key=lambda at: (at != event, at not in together, at < event, abs(at - event)), default=None)
 
 
 def _items(dataset: Dataset, rows: list[int]) -> list[Item]:

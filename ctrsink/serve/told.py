@@ -108,7 +108,7 @@ def check(request: Request, knowledge: Knowledge, base: str | None, where: str) 
     received = [(column.signal, column.kind == "count") for column in knowledge.columns if column.received]
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
         _check_id(item.get("id"), f"{where}: {key}.id")
-        _check_keys(item, knowledge.columns, f"{where}: {key}")
+        _check_keys(item, knowledge, f"{where}: {key}")
         for column in knowledge.columns:
             if not column.received:
                 _check_cell(column, item, f"{where}: {key}")
@@ -136,17 +136,13 @@ def check(request: Request, knowledge: Knowledge, base: str | None, where: str) 
                 )
 
 
-def _check_keys(item: Item, columns: Sequence[Column], where: str) -> None:
-    """Refuse a key that is no signal of the model where one of its kind is missing that is called alike."""
-    missing = [column for column in columns if column.signal not in item and (column.of == "log" or column.received)]
-    if not missing:
-        return
-    known = {column.signal for column in columns}
+def _check_keys(item: Item, knowledge: Knowledge, where: str) -> None:
+    """Refuse a key that has the form of a signal's name and is none: its value would be left out without a word."""
     for key in item:
-        given = None if key in known else Column.parse(key)
-        near = [column.signal for column in missing if given is not None and (column.kind, column.of) == (given.kind, given.of)]
-        if hint := did_you_mean(key, near):
-            raise InputError(f"{where}.{key} is no signal of the model{hint}")
+        if key not in knowledge.named and Column.parse(key.lower()) is not None:
+            fields = [column.name for column in knowledge.columns if column.of == "item"]
+            hint = did_you_mean(key, [*knowledge.named, *fields], ": ")
+            raise InputError(f"{where}.{key} is no signal of the data set that the model was trained on{hint}")
 
 
 def _check_cell(column: Column, item: Item, where: str) -> None:

@@ -38,12 +38,14 @@ def columns_used(spec: PrepareSpec) -> tuple[str, ...]:
         "columns": told,
     }
     for key, names in of_key.items():
+        own = _OWN if key == "text.item" else (*_OWN, "item")  # a template may say the id
         for name in names:
-            if name in _OWN or Column.parse(name) is not None:
+            if name in own or Column.parse(name) is not None:
                 mine = "my_" + name.replace(".", "_")
                 raise InputError(
                     f"prepare.{key} names a column {name!r} of the item table, as something else is called in data sets and "
-                    f"requests: call it otherwise, by prepare.source.items_columns={{{mine}: {name}}}"
+                    f"requests: call it otherwise, by prepare.source.items_columns={{{mine}: {name}}}; "
+                    "a data set that was prepared with it is to be prepared anew"
                 )
     return tuple(dict.fromkeys(name for names in of_key.values() for name in names))
 
@@ -168,10 +170,8 @@ class Items:
         there = [name for name in self.table.column_names if name not in ("id", "text")]
         for name in names:
             if name not in there:
-                raise InputError(
-                    f"{key}: the item table has no column {name!r}; it has {listed(there) or 'none but ids'}"
-                    f"{did_you_mean(name, there, ': ')}"
-                )
+                has = f"it has {listed(there)}{did_you_mean(name, there, ': ')}" if there else "give one by prepare.source.items"
+                raise InputError(f"{key}: the item table has no column {name!r}; {has}")
 
     def write_fields(self, folder: str, fields: tuple[FieldSpec, ...]) -> str:
         """Write the values of all items in `fields`, as numbers; returns the file, whose name depends on the content."""
