@@ -1,6 +1,7 @@
 """Third task: the neighbours of a range of items, from what the users of all shards thought of them."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,9 @@ from ctrsink.data.arrow import from_ipc, to_ipc
 from ctrsink.data.prepare.results import numbers_of, path_of
 from ctrsink.features.histories import Histories
 
-PAIRS = 20_000_000  # of items and users' other items that a task goes through, about
-MOST_TASKS = 64
+PAIRS = 20_000_000  # of items and users' other items that a task goes through, about: this bounds its memory
+MOST_TASKS = 512
+BATCH = 4_000_000  # opinions that a task holds at a time
 _LEAST_COMMON = 2
 
 
@@ -60,25 +62,19 @@ class Pairing:
         return from_ipc(storage.read_bytes(path_of(self.folder, number, "pairs")))
 
     def _neighbours(self, first: int, end: int) -> pa.Table:
-        """Sums over users are taken shard by shard, in their order: the same bytes whoever computes them."""
+        """Sums over users are taken batch by batch, in their order: the same bytes whoever computes them."""
         shape = (end - first, self.items)
         common, product = csr_array(shape, dtype=np.int32), csr_array(shape, dtype=np.float64)
-        for path in self.opinions:
-            user, item, value = (
-                column.to_numpy() for column in from_ipc(storage.read_bytes(path)).select(["user", "item", "value"]).columns
-            )
-            users = int(user.max(initial=-1)) + 1
-            inside = (item >= first) & (item < end)
-            one = csr_array((np.ones(len(user), np.int32), (user, item)), shape=(users, self.items))
-            some = csr_array(
-                (np.ones(int(inside.sum()), np.int32), (item[inside] - first, user[inside])), shape=(end - first, users)
-            )
-            common = common + some @ one
-            one = csr_array((value, (user, item)), shape=one.shape)
-            some = csr_array((value[inside], (item[inside] - first, user[inside])), shape=some.shape)
-            product = product + some @ one
+        for user, item, value in _batches(self.opinions):
+            # Rows are sorted by user, as those of a csr matrix are.
+            begins = np.append(0, np.cumsum(np.bincount(user))).astype(np.int32)
+            inside = np.flatnonzero((item >= first) & (item < end))
+            places, own = (item[inside] - first, user[inside]), (end - first, len(begins) - 1)
+            ones = np.ones(len(user), np.int32)
+            common = common + csr_array((ones[inside], places), own) @ csr_array((ones, item, begins), (own[1], self.items))
+            product = product + csr_array((value[inside], places), own) @ csr_array((value, item, begins), (own[1], self.items))
         found = common.tocoo()
-        rows, columns, counts = (np.asarray(values, np.int64) for values in (*found.coords, found.data))
+        rows, columns, counts = (np.asarray(values, np.int32) for values in (*found.coords, found.data))
         # Those with the most users in common, never the most similar: see ctrsink.features.neighbours.
         kept = np.flatnonzero((counts >= _LEAST_COMMON) & (columns != rows + first))
         order = kept[np.lexsort((columns[kept], -counts[kept], rows[kept]))]
@@ -94,6 +90,25 @@ class Pairing:
             "common": counts.astype(np.int32),
         }
         return pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()})
+
+
+def _batches(paths: tuple[str, ...]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """`user`, `item` and `value` of the opinions of some shards after another, users numbered anew: about BATCH rows at a time.
+
+    Each sum costs as much as all pairs found so far, so there are few of them.
+    """
+    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    users = rows = 0
+    for number, path in enumerate(paths, 1):
+        table = from_ipc(storage.read_bytes(path))
+        user, item, value = (table.column(name).to_numpy() for name in ("user", "item", "value"))
+        held.append((user + users, item, value))
+        users, rows = users + int(user.max(initial=-1)) + 1, rows + len(user)
+        if rows >= BATCH or number == len(paths):
+            if rows:
+                one, two, three = (np.concatenate(columns) for columns in zip(*held, strict=True))
+                yield one, two, three
+            held, users, rows = [], 0, 0
 
 
 def cut_items(paths: tuple[str, ...], items: int) -> tuple[tuple[int, int], ...]:

@@ -35,7 +35,6 @@ from ctrsink.features.counted import Counted
 log = logging.getLogger("ctrsink.data")
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
 _MAX_SLICES = 1024
-_NO_ITEMS = pa.table({"item": pa.array([], pa.string())})  # of a log without an item table
 
 
 def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
@@ -58,7 +57,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     if base is not None:
         old = Items(from_parquet(read_file(job.to, base.items)))
         items = old if listed is None else old.extended(listed, spec.text)
-    (items or Items.of(_NO_ITEMS, spec.text)).check(spec)
+    (items or Items.of(pa.table({"item": pa.array([], pa.string())}), spec.text)).check(spec)
     welcome = items.write_ids(job.work) if items is not None and listed is not None else None
     versions = {block.file: storage.info(block.file) for block in blocks}
     slices = _slices(sum(info.bytes for info in versions.values()), spec.shard_events)
