@@ -184,7 +184,7 @@ def test_sinks_and_targets_start_at_the_scale_of_its_tokens(tmp_path: Path) -> N
         for side, of in (("behaviour", "sinks"), ("target", "target")):
             if side not in told.sides:
                 continue
-            more = {of: {"signals": [name], "buckets": 100}}
+            more = {of: {"signals": [name], "rows": 100}}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
                 model = CTRModel(backbone, ModelSpec.model_validate(spec.model_dump() | {"sinks": None, "target": None} | more))
