@@ -70,13 +70,14 @@ def dense(shards: list[Histories], items: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 2**32), st.integers(1, ITEMS), st.sampled_from([0, ITEMS]))
-def test_pairs_are_the_sums_over_common_users(seed: int, partners: int, dense_items: int) -> None:
+@given(st.integers(0, 2**32), st.integers(1, ITEMS), st.sampled_from([0, ITEMS]), st.sampled_from([1, 10**6]))
+def test_pairs_are_the_sums_over_common_users(seed: int, partners: int, dense_items: int, batch: int) -> None:
     chance = np.random.default_rng(seed)
     shards = [log(chance, 5, ITEMS, 9), log(chance, 4, ITEMS, 9)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_DENSE", dense_items)
         patch.setattr(neighbours, "PAIRS", 40)  # several tasks
+        patch.setattr(neighbours, "BATCH", batch)  # a sum for each shard, or one
         found = build(Path(folder), shards, ITEMS, partners)
         pairs = np.repeat(np.arange(ITEMS), ITEMS), np.tile(np.arange(ITEMS), ITEMS)
         rows, places = found.find(*pairs)

@@ -65,9 +65,8 @@ def test_a_hidden_log_has_the_same_events_and_readers_and_texts_that_say_nothing
     assert sorted(items["genre"].to_pylist()) == sorted(other["genre"].to_pylist())
     same = np.mean([a == b for a, b in zip(items["genre"].to_pylist(), other["genre"].to_pylist(), strict=True)])
     assert 0.15 < same < 0.25  # by chance: a fifth
-    # Who believes these texts knows nothing of the click.
-    with pytest.raises(AssertionError):
-        test_the_stated_auc_is_what_a_reader_of_the_history_reaches(tmp_path / "log")
+    # Who believes these texts is far from the reader who knows what they hide.
+    assert auc(*read_history(tmp_path / "log", dealt)) < dealt["splits"]["all"]["auc"]["knows_history"] - 0.1
 
 
 def test_tastes_that_last_are_easier_to_tell(made: Path, tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ def numbers(cells: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return pc.cast(cells, pa.float64(), safe=False).to_numpy(zero_copy_only=False), wrong
 
 
+def truth_as_numbers(texts: pa.Array) -> pa.Array:
+    """`true` and `false`, in letters of any size, as 1 and 0; the others as they are."""
+    words = pc.utf8_trim_whitespace(pc.utf8_lower(texts))
+    return pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", texts))
+
+
 def moments(cells: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Whole seconds since 1970, rounded down: float64 [N], NaN where a cell is empty or no time; and bool [N], where it is none.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink.data.arrow import pc
-from ctrsink.data.cells import numbers
+from ctrsink.data.cells import numbers, truth_as_numbers
 from ctrsink.data.values import one_form
 from ctrsink.features.columns import UNKNOWN, Column
 from ctrsink.features.fields import hashed
@@ -26,12 +26,6 @@ def stored(column: Column, texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
     beyond = np.abs(values) > _LARGEST
     values = np.where(beyond, np.nan, values).astype(np.float32)
     return pa.array(values, mask=np.isnan(values)), wrong | beyond
-
-
-def truth_as_numbers(texts: pa.Array) -> pa.Array:
-    """`true` and `false`, in letters of any size, as 1 and 0; the others as they are."""
-    words = pc.utf8_trim_whitespace(pc.utf8_lower(texts))
-    return pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", texts))
 
 
 def known(column: Column, values: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -102,7 +102,7 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
         raise InputError(f"user {shard.users[row]} has {len(log['item'])} events, there is no event {event}")
     chosen = [log["item"][event]] if candidates is None else list(candidates)
     known = int(shard.known[shard.offsets[row] + event])
-    together = np.flatnonzero(shard.known[shard.offsets[row] : shard.offsets[row + 1]] == known)
+    together: list[int] = np.flatnonzero(shard.known[shard.offsets[row] : shard.offsets[row + 1]] == known).tolist()
     items = _items(dataset, [*log["item"][:known], *chosen])
     for number, item in enumerate(items):
         # Where the user met a candidate: how it was received until then. The model's own table is that of the end of the log.
@@ -110,8 +110,8 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
         if place is not None:
             item |= {name: log[name][place] for name in received}
         # What was logged with a candidate is known of those that the user met in this request.
-        own = number < known or place in together
-        item |= {name: log[name][place] if own and place is not None else None for name in logged}
+        shown = place if number < known or place in together else None
+        item |= {name: None if shown is None else log[name][shown] for name in logged}
     history = [
         {"item": items[place]} | {name: log[name][place] for name in ("feedback", "label", "timestamp", "request")}
         for place in range(known)
@@ -120,7 +120,7 @@ def request_of(dataset: Dataset, user: int, event: int, candidates: Sequence[int
     return {"history": history, "candidates": items[known:], "timestamp": log["timestamp"][event], "user": name}
 
 
-def _met(items: list[int], item: int, event: int, together: np.ndarray) -> int | None:
+def _met(items: list[int], item: int, event: int, together: list[int]) -> int | None:
     """The user's event with this item: `event`, or one of its request, the next one, or the last; None: there is none."""
     places = [place for place, met in enumerate(items) if met == item]
     return min(places, key=lambda at: (at != event, at not in together, at < event, abs(at - event)), default=None)

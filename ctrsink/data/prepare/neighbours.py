@@ -65,14 +65,10 @@ class Pairing:
         """Sums over users are taken batch by batch, in their order: the same bytes whoever computes them."""
         shape = (end - first, self.items)
         common, product = csr_array(shape, dtype=np.int32), csr_array(shape, dtype=np.float64)
-        for user, item, value in _batches(self.opinions):
-            # Rows are sorted by user, as those of a csr matrix are.
-            begins = np.append(0, np.cumsum(np.bincount(user))).astype(np.int32)
-            inside = np.flatnonzero((item >= first) & (item < end))
-            places, own = (item[inside] - first, user[inside]), (end - first, len(begins) - 1)
-            ones = np.ones(len(user), np.int32)
-            common = common + csr_array((ones[inside], places), own) @ csr_array((ones, item, begins), (own[1], self.items))
-            product = product + csr_array((value[inside], places), own) @ csr_array((value, item, begins), (own[1], self.items))
+        for opinions in _batches(self.opinions, self.items):
+            met = csr_array((np.ones(opinions.nnz, np.int32), opinions.indices, opinions.indptr), opinions.shape)
+            common = common + met[:, first:end].T @ met
+            product = product + opinions[:, first:end].T @ opinions
         found = common.tocoo()
         rows, columns, counts = (np.asarray(values, np.int32) for values in (*found.coords, found.data))
         # Those with the most users in common, never the most similar: see ctrsink.features.neighbours.
@@ -92,23 +88,20 @@ class Pairing:
         return pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()})
 
 
-def _batches(paths: tuple[str, ...]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """`user`, `item` and `value` of the opinions of some shards after another, users numbered anew: about BATCH rows at a time.
+def _batches(paths: tuple[str, ...], items: int) -> Iterator[csr_array]:
+    """The opinions of some shards after another [users, items], float64, about BATCH at a time.
 
     Each sum costs as much as all pairs found so far, so there are few of them.
     """
-    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    users = rows = 0
+    held: list[pa.Table] = []
     for number, path in enumerate(paths, 1):
-        table = from_ipc(storage.read_bytes(path))
-        user, item, value = (table.column(name).to_numpy() for name in ("user", "item", "value"))
-        held.append((user + users, item, value))
-        users, rows = users + int(user.max(initial=-1)) + 1, rows + len(user)
-        if rows >= BATCH or number == len(paths):
-            if rows:
-                one, two, three = (np.concatenate(columns) for columns in zip(*held, strict=True))
-                yield one, two, three
-            held, users, rows = [], 0, 0
+        held.append(from_ipc(storage.read_bytes(path)))
+        if sum(table.num_rows for table in held) >= BATCH or number == len(paths):
+            users = [np.bincount(table.column("user").to_numpy()) for table in held]
+            begins = np.append(0, np.concatenate(users).cumsum())  # rows are sorted by user
+            item, value = (np.concatenate([table.column(name).to_numpy() for table in held]) for name in ("item", "value"))
+            yield csr_array((value, item, begins), (len(begins) - 1, items))
+            held = []
 
 
 def cut_items(paths: tuple[str, ...], items: int) -> tuple[tuple[int, int], ...]:

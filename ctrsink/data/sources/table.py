@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ctrsink.config.data import ColumnSpec
 from ctrsink.data.arrow import pc
-from ctrsink.data.column_cells import truth_as_numbers
+from ctrsink.data.cells import truth_as_numbers
 from ctrsink.data.events import RawRows, check_items
 from ctrsink.data.sources.cut import cut_lines
 from ctrsink.data.sources.delimited import csv_blocks, read_csv_block
