@@ -22,7 +22,7 @@ from ctrsink import logs, storage, strict_json
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.errors import InputError
 from ctrsink.runtime.process import prepare_process
-from ctrsink.train.writer import CheckpointWriter
+from ctrsink.train.checkpoint.writer import CheckpointWriter
 
 VOCABULARY = 49_152
 BUCKET = "checkpoints"
@@ -90,8 +90,8 @@ def measure(spec: RunSpec, trained: str, places: dict[str, str], repeats: int) -
     """A row per place; the first save of each is the warm-up."""
     from ctrsink.config import KeepSpec
     from ctrsink.dist import Topology
-    from ctrsink.model.build import build_model, load_parameters
-    from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, folder_of
+    from ctrsink.families.decoder.build import build_model, load_parameters
+    from ctrsink.train.checkpoint.checkpoint import Checkpoint, find_checkpoint, folder_of
     from ctrsink.train.engine import Engine, EngineState
 
     def engine_of(checkpoint: Checkpoint | None) -> Engine:

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from benchmarks.impressions import Samples, to_batch
 from benchmarks.optional import huggingface, mosaic
 from ctrsink import storage
-from ctrsink.batch import Batch
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.layout import Layout
-from ctrsink.data.stream import SequenceSource, TrainStream
+from ctrsink.sequences.batch import Batch
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.layout import Layout
+from ctrsink.stream.stream import SequenceSource, TrainStream
 
 OURS = "ctrsink"
 SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards

@@ -16,7 +16,7 @@ from benchmarks.memory import Peak
 from benchmarks.raw import synthetic_log
 from benchmarks.report import GIB, bytes_below, machine, machine_line, markdown
 from ctrsink import logs, storage, strict_json
-from ctrsink.data.manifest import MANIFEST_NAME
+from ctrsink.dataset.manifest import MANIFEST_NAME
 from ctrsink.errors import InputError
 
 MIB = 2**20

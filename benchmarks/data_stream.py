@@ -19,7 +19,7 @@ from benchmarks.report import bytes_below, machine
 from benchmarks.stream_figures import first_figures, memory_figures, speed_figures, text
 from benchmarks.stream_jobs import Jobs
 from ctrsink import logs, storage, strict_json
-from ctrsink.data.manifest import read_manifest
+from ctrsink.dataset.manifest import read_manifest
 from ctrsink.errors import InputError
 
 

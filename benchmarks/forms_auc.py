@@ -19,9 +19,9 @@ from benchmarks.training import Trainee, prepare_once, run_of, stream_of, traine
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.layout import Layout
-from ctrsink.data.stream import Step
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.layout import Layout
+from ctrsink.stream.stream import Step
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict

@@ -1,6 +1,6 @@
 """Model FLOPs utilisation of LoRA training of Llama-shaped random models: our attention backends beside plain flash attention.
 
-Contestants alternate step by step. The FLOPs are those that the model needs (see `ctrsink.model.flops`), over the device's
+Contestants alternate step by step. The FLOPs are those that the model needs (see `ctrsink.families.decoder.cost`), over the device's
 dense peak; the bias, elementwise work and anything computed twice count as time, not as FLOPs.
 """
 
@@ -19,13 +19,13 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.shapes import SHAPES, VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.training import Trainee
 from ctrsink import strict_json
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.model.build import build_model
-from ctrsink.model.ctr import CTRModel
-from ctrsink.model.flops import FlopCount
-from ctrsink.model.groups import set_trainable
-from ctrsink.train.hardware import known_peak
+from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.decoder.cost import FlopCount
+from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.train.observe.hardware import known_peak
 
 PLAIN = "flash, no bias"
 

@@ -83,8 +83,8 @@ def measure(args: argparse.Namespace, contestant: str, history: int) -> dict[str
     from benchmarks.dense import DenseModel
     from benchmarks.training import Trainee
     from ctrsink.config.stages import ReadoutSpec
-    from ctrsink.model.build import build_model
-    from ctrsink.model.groups import set_trainable
+    from ctrsink.families.decoder.build import build_model
+    from ctrsink.families.decoder.groups import set_trainable
 
     torch.set_num_threads(args.threads)
     spec = random_spec(shape_of(args.shape, args.layers), True, args.bias_layers, args.attention)

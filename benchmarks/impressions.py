@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.optional import mosaic
-from ctrsink.batch import PAD, SINK, TEXT, Batch
-from ctrsink.data.collate import MULTIPLE
-from ctrsink.data.order import Order
-from ctrsink.data.stream import SequenceSource
+from ctrsink.sequences.batch import PAD, SINK, TEXT, Batch
+from ctrsink.sequences.collate import MULTIPLE
+from ctrsink.stream.order import Order
+from ctrsink.stream.stream import SequenceSource
 
 PARQUET_FILES = 16
 ROW_GROUP = 1000  # also what the Parquet reader of `datasets` hands on at a time

@@ -22,7 +22,7 @@ from benchmarks.training import Trainee, Work, prepare_once, rates, run_of, stre
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.data import DataSpec
-from ctrsink.data.stream import Step
+from ctrsink.stream.stream import Step
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
 
@@ -163,7 +163,7 @@ def spec_of(args: argparse.Namespace, folder: Path, examples: str, precision: st
         "window": args.window,
     }
     if args.model == PUBLISHED_MODEL:
-        from ctrsink.model.pretrained import get_pretrained
+        from ctrsink.families.decoder.pretrained import get_pretrained
 
         path = str(get_pretrained(args.model, folder / "models" / args.model))
         model["backbone"] = {"path": path}

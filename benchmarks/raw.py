@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 
 from ctrsink.config import load_run
-from ctrsink.data.prepare.build import prepare
-from ctrsink.data.synth import synth
+from ctrsink.prepare.build import prepare
+from ctrsink.prepare.synth import synth
 from ctrsink.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -21,9 +21,9 @@ from ctrsink import strict_json
 from ctrsink.config.data import TextSpec, TokenizerSpec
 from ctrsink.config.model import BiasSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.data.layout import Layout
-from ctrsink.data.tokenize import make_tokenizer
-from ctrsink.model.hf import CTRSinkConfig, CTRSinkModel
+from ctrsink.dataset.layout import Layout
+from ctrsink.prepare.tokenize import make_tokenizer
+from ctrsink.families.decoder.hf import CTRSinkConfig, CTRSinkModel
 from ctrsink.serve import Scorer
 from ctrsink.serve.load import Loaded
 from ctrsink.serve.requests import Request

@@ -4,12 +4,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
 from ctrsink.config.stages import Group
-from ctrsink.data.collate import collate
-from ctrsink.data.examples import Chronology, build_sequence
-from ctrsink.data.layout import Layout
+from ctrsink.sequences.collate import collate
+from ctrsink.dataset.events import UserEvents
+from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.dataset.layout import Layout
 from ctrsink.features.ragged import Ragged
 
 VOCABULARY = 1024  # embeddings take no matrix product, so a small one costs what a large one does
@@ -61,6 +62,6 @@ def random_batch(rows: int, history: int, event_tokens: int, sinks: bool, seed: 
     for _ in range(rows):
         times = np.cumsum(np.exp(chance.uniform(0, 14, events)).astype(np.int64))
         labels = chance.integers(0, 2, events).astype(np.int8)
-        chronology = Chronology(chance.integers(0, 64, events), chance.integers(0, 5, events), times, labels)
+        chronology = UserEvents(chance.integers(0, 64, events), chance.integers(0, 5, events), times, labels)
         made.append(build_sequence(chronology, np.array([history]), layout, texts, feedbacks, np.empty(0, np.int64)))
     return collate(made, list(range(rows)))

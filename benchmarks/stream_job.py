@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from benchmarks.contestants import CONTESTANTS, Task, source, write_state
-from ctrsink.batch import Batch
-from ctrsink.data.stream import SequenceSource
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.stream import SequenceSource
 
 
 def speed(task: Task, seed: int, warmup: int, seconds: float) -> dict[str, Any]:

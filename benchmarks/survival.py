@@ -1,7 +1,7 @@
 """What a run survives, and at what price: workers killed at random, workers that come and go, failures one after another.
 
 Every failure is real: `kill -9` of a worker's process, or of a whole Ray node. What a run says that it trained on (see
-ctrsink.train.audit) is held against the data set; its losses against those of a run that was left alone, where there is one. That
+ctrsink.train.observe.audit) is held against the data set; its losses against those of a run that was left alone, where there is one. That
 weights are what they should be shows in the losses alone.
 """
 
@@ -28,14 +28,14 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.training import prepare_once
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
-from ctrsink.data.order import Order
-from ctrsink.data.stream import SequenceSource
+from ctrsink.stream.order import Order
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.runtime.process import stay_on_loopback
-from ctrsink.train.audit import Audit, expected
-from ctrsink.train.checkpoint import list_checkpoints
+from ctrsink.train.observe.audit import Audit, expected
+from ctrsink.train.checkpoint.checkpoint import list_checkpoints
 from ctrsink.train.restore import restore_run
-from ctrsink.train.rundir import request_stop
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.run.folder import request_stop
+from ctrsink.train.observe.telemetry import read_metrics
 
 
 @dataclass(frozen=True)

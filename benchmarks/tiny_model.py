@@ -18,7 +18,7 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.training import Work, prepare_once, rates, stream_of, work_for
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
-from ctrsink.data.stream import Step
+from ctrsink.stream.stream import Step
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.process import prepare_process
@@ -144,8 +144,8 @@ def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: flo
 def _stepper(spec: RunSpec, who: Contestant, topology: Any) -> Callable[[Step], object]:
     import torch
 
-    from ctrsink.model.build import build_model
-    from ctrsink.model.ctr import decoder_layers
+    from ctrsink.families.decoder.build import build_model
+    from ctrsink.families.decoder.model import decoder_layers
 
     stage = spec.stages[-1]
     model = build_model(spec.model, check(spec), spec.seed, spec.train.precision).train()

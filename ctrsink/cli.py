@@ -12,7 +12,7 @@ from ctrsink.errors import InputError, RunError, first_line
 
 if TYPE_CHECKING:
     from ctrsink.config import RunSpec
-    from ctrsink.data.manifest import Manifest
+    from ctrsink.dataset.manifest import Manifest
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
@@ -65,7 +65,7 @@ def _text(value: Any, depth: int = 1) -> str:
 
 
 def _data_get(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.data.download import download
+    from ctrsink.prepare.download import download
 
     return {"data": str(download(args.name, args.to))}
 
@@ -115,7 +115,7 @@ def _prepared(to: str, manifest: "Manifest") -> dict[str, Any]:
 
 
 def _data_synth(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.data.synth import synth
+    from ctrsink.prepare.synth import synth
 
     more = {"favourite_days": args.favourite_days, "hidden": args.hidden}
     truth = synth(args.to, args.events, args.users, args.items, args.seed, args.format, **more)
@@ -127,7 +127,7 @@ def _data_synth(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _data_inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.data.inspect import as_table, inspect, summarise
+    from ctrsink.dataset.inspect import as_table, inspect, summarise
 
     found = inspect(args.uri)
     summary = summarise(found)
@@ -143,19 +143,19 @@ def _data_inspect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _data_signals(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.data.columns import write_signals
+    from ctrsink.dataset.signal_tables import write_signals
 
     return {"signals": args.to} | write_signals(args.uri, args.to)
 
 
 def _data_verify(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.data.verify import verify
+    from ctrsink.dataset.verify import verify
 
     return verify(args.uri, print)
 
 
 def _model_get(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.model.pretrained import get_pretrained
+    from ctrsink.families.decoder.pretrained import get_pretrained
 
     return {"model": str(get_pretrained(args.name, args.to))}
 
@@ -179,17 +179,17 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stop(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.runtime.presence import stop_run
+    from ctrsink.run.presence import stop_run
 
     holder = stop_run(args.run_dir, "ctrsink stop")
     return {"run_dir": args.run_dir, "requested": f"of {holder}: save and stop; it takes a step and a few seconds"}
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.train.rundir import read_run
+    from ctrsink.run.folder import read_run
 
     read_run(args.run_dir)
-    from ctrsink.runtime.evaluate import evaluate_run
+    from ctrsink.train.measure import evaluate_run
 
     return {"run_dir": args.run_dir, "evaluation": evaluate_run(args.run_dir, tuple(args.split), args.checkpoint)}
 
@@ -201,7 +201,7 @@ def _look(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.train.rundir import read_run
+    from ctrsink.run.folder import read_run
 
     read_run(args.run_dir)
     from ctrsink.export.package import export_run
@@ -210,7 +210,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _score(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.data.request_lines import read_lines, require_model
+    from ctrsink.serve.request_lines import read_lines, require_model
 
     lines = read_lines(args.input, args.on_bad_request)
     require_model(args.model)

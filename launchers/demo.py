@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from ctrsink import logs, storage, strict_json
 from ctrsink.config import RunSpec, load_run
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.download import download
-from ctrsink.data.prepare.build import prepare
+from ctrsink.dataset.reader import Dataset
+from ctrsink.prepare.download import download
+from ctrsink.prepare.build import prepare
 from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
@@ -96,7 +96,7 @@ def get_ready(model: str, spec: RunSpec) -> None:
     """Model, log and prepared shards, where they are not there yet."""
     assert spec.prepare is not None
     if model == "smollm2":
-        from ctrsink.model.pretrained import get_pretrained
+        from ctrsink.families.decoder.pretrained import get_pretrained
 
         assert spec.model.backbone.path is not None
         get_pretrained("smollm2-135m", spec.model.backbone.path)

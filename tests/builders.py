@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
-from ctrsink.data.collate import collate
-from ctrsink.data.examples import Chronology, build_sequences
-from ctrsink.data.layout import Layout
-from ctrsink.data.prepare.build import prepare
-from ctrsink.data.sequences import Sequence
-from ctrsink.data.windows import Cuts, Events
+from ctrsink.sequences.collate import collate
+from ctrsink.dataset.events import UserEvents
+from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.dataset.layout import Layout
+from ctrsink.prepare.build import prepare
+from ctrsink.sequences.columns import Sequence
+from ctrsink.dataset.events import Events
+from ctrsink.sequences.windows import Cuts
 from ctrsink.features.categories import categories
 from ctrsink.features.ragged import Ragged
-from ctrsink.model.build import build_model
-from ctrsink.model.ctr import CTRModel
+from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.model import CTRModel
 
 VOCABULARY = 97
 # Token tables: texts of 1 to 4 tokens, feedbacks of 0 to 2.
@@ -33,7 +35,7 @@ VECTORS = np.array([[4, 0, 0], [2, 3, 1], [-2, 1, 3], [1, -3, 2], [0, 0, 0]], np
 
 
 @st.composite
-def chronologies(draw: st.DrawFn, min_events: int = 1, max_events: int = 9) -> Chronology:
+def chronologies(draw: st.DrawFn, min_events: int = 1, max_events: int = 9) -> UserEvents:
     """Any chronology over TEXTS and FEEDBACKS with at least one impression; timestamps may be equal."""
     count = draw(st.integers(min_events, max_events))
 
@@ -43,17 +45,17 @@ def chronologies(draw: st.DrawFn, min_events: int = 1, max_events: int = 9) -> C
     labels = column(-1, 1)
     labels[draw(st.integers(0, count - 1))] = draw(st.integers(0, 1))
     times = np.sort(np.array(column(0, 10**9)) // draw(st.sampled_from([1, 10**8])))
-    return Chronology(np.array(column(0, 4)), np.array(column(0, 2)), times, np.array(labels, np.int8))
+    return UserEvents(np.array(column(0, 4)), np.array(column(0, 2)), times, np.array(labels, np.int8))
 
 
-def random_chronology(chance: np.random.Generator, events: int) -> Chronology:
+def random_chronology(chance: np.random.Generator, events: int) -> UserEvents:
     """Every event an impression, gaps of seconds to years."""
     gaps = np.exp(chance.uniform(0, 18, events)).astype(np.int64)
     labels = chance.integers(0, 2, events).astype(np.int8)
-    return Chronology(chance.integers(0, 5, events), chance.integers(0, 3, events), np.cumsum(gaps), labels)
+    return UserEvents(chance.integers(0, 5, events), chance.integers(0, 3, events), np.cumsum(gaps), labels)
 
 
-def events_of(chronology: Chronology, layout: Layout) -> Events:
+def events_of(chronology: UserEvents, layout: Layout) -> Events:
     """The chronology with what `layout` tells; numbers say what happened, those of targets which item it is."""
     c = chronology
     outcome = 10 * c.texts + c.feedbacks
@@ -72,7 +74,7 @@ def events_of(chronology: Chronology, layout: Layout) -> Events:
     )
 
 
-def told_sequence(chronology: Chronology, targets: np.ndarray, layout: Layout, prefix: np.ndarray = PREFIX) -> Sequence:
+def told_sequence(chronology: UserEvents, targets: np.ndarray, layout: Layout, prefix: np.ndarray = PREFIX) -> Sequence:
     """As build_sequence, of any layout."""
     cuts = Cuts([events_of(chronology, layout)], np.array([1]), np.array([0]), Ragged.of([targets]))
     return build_sequences(cuts, layout, FEEDBACKS, prefix)[0]

@@ -19,7 +19,7 @@ def main(failure: str, rank: int, store: str, data: str, folder: str) -> None:
     import torch.distributed as dist
 
     from ctrsink.config import parse_run
-    from ctrsink.data.tokenize import load_tokenizer
+    from ctrsink.prepare.tokenize import load_tokenizer
     from ctrsink.dist import Topology
     from ctrsink.train.engine import Engine
     from ctrsink.train.loop import Trainer

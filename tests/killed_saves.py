@@ -16,8 +16,8 @@ import torch
 from ctrsink import storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.storage import local, s3
-from ctrsink.train.checkpoint import FILES, Checkpoint, folder_of, save_checkpoint, write_files
-from ctrsink.train.writer import CheckpointWriter
+from ctrsink.train.checkpoint.checkpoint import FILES, Checkpoint, folder_of, save_checkpoint, write_files
+from ctrsink.train.checkpoint.writer import CheckpointWriter
 
 KEEP = KeepSpec(last=1, best="auc")
 AUC = {10: 0.9, 20: 0.5, 30: 0.6, 40: 0.6}

@@ -8,7 +8,7 @@ import numpy as np
 
 from ctrsink.config import dump_run, parse_run
 from ctrsink.config.load import merge
-from ctrsink.data.dataset import Dataset
+from ctrsink.dataset.reader import Dataset
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.evaluator import Predictions, write_evaluation
 from tests.builders import run_tree

@@ -39,7 +39,7 @@ class Ranks:
 
     def engine(self, zero: int, stage: int, parameters: dict[str, torch.Tensor], state: Any = None) -> Any:
         from ctrsink.config import parse_run
-        from ctrsink.model.build import build_model, load_parameters
+        from ctrsink.families.decoder.build import build_model, load_parameters
         from ctrsink.train.engine import Engine
 
         spec = parse_run(tree(zero, self.topology.world), "test")
@@ -52,7 +52,7 @@ class Ranks:
         return [engine.step(self.batches, self.impressions, self.stage, 1.0).loss for _ in range(count)]
 
     def restored(self, run_dir: str, zero: int) -> tuple[Any, Any]:
-        from ctrsink.train.native import load_native, restore
+        from ctrsink.train.checkpoint.native import load_native, restore
 
         found = restore(run_dir, zero, self.topology)
         assert found is not None
@@ -65,7 +65,7 @@ class Ranks:
 
 def same_state(state: Any, path: str) -> bool:
     """Whether an engine's state is that of the portable checkpoint of the same moment, to the bit."""
-    from ctrsink.train.checkpoint import find_checkpoint
+    from ctrsink.train.checkpoint.checkpoint import find_checkpoint
 
     expected = find_checkpoint(path)
     pairs = [(state.moments, expected.moments), (state.parameters, {n: expected.parameters[n] for n in state.parameters})]
@@ -76,8 +76,8 @@ def same_state(state: Any, path: str) -> bool:
 
 def save(ranks: Ranks, folder: Path) -> Iterator[dict[str, Any]]:
     """Two stages, so that step counts differ by group; two checkpoints, native and portable; the losses behind the first."""
-    from ctrsink.train.checkpoint import Checkpoint, save_checkpoint
-    from ctrsink.train.native import save_native
+    from ctrsink.train.checkpoint.checkpoint import Checkpoint, save_checkpoint
+    from ctrsink.train.checkpoint.native import save_native
 
     for zero in SAVED:
         first = ranks.engine(zero, 0, {})
@@ -109,8 +109,8 @@ def failed_save(ranks: Ranks, engine: Any, run: Path) -> str:
     """What is raised where one rank, the second, has a full disk."""
     from ctrsink import storage
     from ctrsink.errors import RunError
-    from ctrsink.train.checkpoint import Checkpoint
-    from ctrsink.train.native import save_native
+    from ctrsink.train.checkpoint.checkpoint import Checkpoint
+    from ctrsink.train.checkpoint.native import save_native
 
     def full(source: object, uri: str) -> None:
         raise RunError(f"{uri}: no space left on device")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
-from ctrsink.data.prepare.execute import Task, in_process
+from ctrsink.prepare.execute import Task, in_process
 from tests.builders import make_log
 
 ROWS = sorted(make_log(0, 60), key=lambda row: row["timestamp"])

@@ -10,7 +10,7 @@ import yaml
 
 from ctrsink.config import PrepareSpec
 from ctrsink.config.load import merge
-from ctrsink.data.prepare.build import prepare
+from ctrsink.prepare.build import prepare
 from tests.data_fixtures import make_events, write_published_100k
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from ctrsink.config import PrepareSpec, RunSpec, parse_run
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare.build import prepare
-from ctrsink.data.tokenize import load_tokenizer
-from ctrsink.model.build import build_model
-from ctrsink.model.groups import trained_as
-from ctrsink.train.checkpoint import Checkpoint, save_checkpoint
-from ctrsink.train.rundir import claim
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.prepare.build import prepare
+from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.groups import trained_as
+from ctrsink.train.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from ctrsink.run.folder import claim
 from tests.data_fixtures import make_events, prepare_spec, table_source
 
 LLAMA = {

@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from ctrsink import logs
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.layout import Layout
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.layout import Layout
 from ctrsink.dist import Topology
 from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.evaluator import Predictions, evaluate_splits
 from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
-from ctrsink.train.advice import advice
+from ctrsink.train.observe.advice import advice
 from tests.builders import run_tree
 from tests.runs import prepared_data
 from tests.runs import run_tree as short_run

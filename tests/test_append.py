@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from ctrsink.config.data import PrepareSpec, SplitSpec, StatisticsSpec, TextSpec
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.manifest import WORK, Manifest, read_file, read_manifest
-from ctrsink.data.prepare.build import append, prepare
-from ctrsink.data.prepare.execute import Task, in_process
-from ctrsink.data.tokenize import load_tokenizer
-from ctrsink.data.verify import verify
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.manifest import WORK, Manifest, read_file, read_manifest
+from ctrsink.prepare.build import append, prepare
+from ctrsink.prepare.execute import Task, in_process
+from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.dataset.verify import verify
 from ctrsink.errors import InputError, RunError
 from tests.prepared_in_tasks import HALF, ROWS, Interrupted, contents, spec_of, write_log
 

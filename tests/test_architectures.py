@@ -12,14 +12,14 @@ from torch import nn
 from transformers import AutoModel
 
 import ctrsink.serve  # makes the model type known  # noqa: F401
-from ctrsink.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
+from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
 from ctrsink.config.model import BiasSpec, LoraSpec, ModelSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.data.stream import SequenceSource
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.export.package import export_run
-from ctrsink.model.build import build_model, load_parameters
-from ctrsink.model.ctr import CTRModel
-from ctrsink.model.groups import group_of, set_trainable
+from ctrsink.families.decoder.build import build_model, load_parameters
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.decoder.groups import group_of, set_trainable
 from ctrsink.train.restore import restore_run
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
@@ -86,7 +86,7 @@ def test_without_a_bias_sinks_are_nothing_but_vectors(kind: str) -> None:
     vectors: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        vectors.append(kwargs["attention_plan"].packing.unpack(kwargs["inputs_embeds"][0]))
+        vectors.append(kwargs["attention_inputs"].packing.unpack(kwargs["inputs_embeds"][0]))
 
     handle = model.backbone.register_forward_pre_hook(keep, with_kwargs=True)
     biased = model.hidden_states(batch, ALL)

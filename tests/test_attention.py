@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 
-from ctrsink.batch import FEEDBACK, PREFIX, SINK, TEXT, Batch
+from ctrsink.sequences.batch import FEEDBACK, PREFIX, SINK, TEXT, Batch
 from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.model import attention
-from ctrsink.model.bias import InterSinkBias
-from ctrsink.model.ctr import CTRModel
-from ctrsink.model.packing import Packing
-from ctrsink.model.rows import target_rows, visible
+from ctrsink.attention import sdpa
+from ctrsink.families.decoder.bias import InterSinkBias
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.attention.packing import Packing
+from ctrsink.attention.rule_dense import target_rows, visible
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
@@ -46,7 +46,7 @@ def dense_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """softmax(q k^T * scaling + bias + mask) v with a whole [B, H, L, L] bias; the mask is the test's own."""
-    plan = kwargs["attention_plan"]
+    plan = kwargs["attention_inputs"]
     rows = plan.sinks
     query, key, value = (plan.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
     b, heads, length, _ = query.shape
@@ -71,7 +71,7 @@ def dense_attention(
 
 
 def dense_at_asked(
-    plan: attention.SdpaPlan, asked: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor, length: int
+    plan: sdpa.SdpaInputs, asked: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor, length: int
 ) -> torch.Tensor:
     """The bias [B, H, M, K] of those asked (positions, validity: [B, M]) at the sinks, in its places of [B, H, L, L]."""
     positions, valid = asked
@@ -381,7 +381,7 @@ def test_a_layer_that_drops_keywords_is_an_error() -> None:
     model = tiny_model(tiny_spec())
     layer = attention_layers(model)[1]
     forward = layer.forward
-    layer.forward = lambda *args, attention_plan=None, **kwargs: forward(*args, **kwargs)
+    layer.forward = lambda *args, attention_inputs=None, **kwargs: forward(*args, **kwargs)
     with pytest.raises(RuntimeError, match="the attention of 1 of 2 layers knew nothing of sinks"):
         model(random_batch(5, layout_of(), (4,)), ALL)
 

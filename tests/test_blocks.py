@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.model import blocks
-from ctrsink.model.ctr import CTRModel
-from ctrsink.model.rows import visible
+from ctrsink.attention import blocks
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.attention.rule_dense import visible
 from tests.builders import form_batch, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
@@ -85,7 +85,7 @@ def test_any_batch_and_any_size_of_block_equal_sdpa(
 def test_gradients_are_exact_in_double_precision(queries: int) -> None:
     model = tiny_model(tiny_spec(attention="blocks", kv_heads=2, bias=BiasSpec(layers=0.5))).double()
     batch = form_batch("per_user", 1, (3, 2))
-    made = blocks.plan(batch, sinks_only=False, window=2)
+    made = blocks.inputs(batch, sinks_only=False, window=2)
     torch.manual_seed(0)
     length, slots, targets = len(made.packing.places), batch.sink_valid.shape[1], batch.readout_valid.shape[1]
     shapes = [(4, length, 3), (2, length, 3), (2, length, 3), (2, slots, slots), (2, 4, targets, slots)]
@@ -109,7 +109,7 @@ def test_a_window_leaves_out_the_keys_that_no_query_of_a_block_sees(monkeypatch:
     monkeypatch.setattr(blocks, "QUERIES", 4)
     batch = random_batch(0, layout_of(history=40, targets=20), (60,))
     length = batch.tokens
-    made = blocks.plan(batch, sinks_only=False, window=2).blocks
+    made = blocks.inputs(batch, sinks_only=False, window=2).blocks
     assert sum(block.hidden.numel() for block in made) < length * 30
     shown = torch.zeros(length, length, dtype=torch.bool)
     for block in made:

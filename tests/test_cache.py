@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.config.data import CacheSpec
-from ctrsink.data.cache import Cache
-from ctrsink.data.manifest import FileEntry
+from ctrsink.dataset.cache import Cache
+from ctrsink.dataset.manifest import FileEntry
 from ctrsink.errors import InputError
 from tests.services.faulty_proxy import Fault, FaultyProxy
 
@@ -130,8 +130,8 @@ def test_a_folder_that_cannot_be_used_is_done_without(
 
 FULL = """
 import resource, signal, sys
-from ctrsink.data.cache import Cache
-from ctrsink.data.manifest import FileEntry
+from ctrsink.dataset.cache import Cache
+from ctrsink.dataset.manifest import FileEntry
 import logging
 logging.basicConfig(format="%(message)s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -200,8 +200,8 @@ def test_files_of_others_in_the_folder_are_left_alone(proxy: FaultyProxy, uri: s
 
 READER = """
 import sys
-from ctrsink.data.cache import Cache
-from ctrsink.data.manifest import FileEntry
+from ctrsink.dataset.cache import Cache
+from ctrsink.dataset.manifest import FileEntry
 cache = Cache(sys.argv[1], int(sys.argv[2]))
 print("ready", flush=True)
 sys.stdin.readline()

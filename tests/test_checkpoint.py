@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from ctrsink import kept, storage
 from ctrsink.errors import InputError
-from ctrsink.train.checkpoint import (
+from ctrsink.train.checkpoint.checkpoint import (
     FILES,
     MARKER,
     Checkpoint,
@@ -23,7 +23,7 @@ from ctrsink.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from ctrsink.train.tensor_file import to_safetensors
+from ctrsink.train.checkpoint.tensor_file import to_safetensors
 
 
 def make(step: int) -> Checkpoint:

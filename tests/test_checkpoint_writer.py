@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.errors import InputError, RunError, StorageUnavailable
-from ctrsink.train.checkpoint import BEST, FOLDER, MARKER, Checkpoint, find_checkpoint, folder_of, latest_checkpoint, step_of
-from ctrsink.train.checkpoint import list_checkpoints as folders_of
-from ctrsink.train.retention import Keeper, best_of, to_delete
-from ctrsink.train.writer import CheckpointWriter
+from ctrsink.train.checkpoint.checkpoint import BEST, FOLDER, MARKER, Checkpoint, find_checkpoint, folder_of, latest_checkpoint, step_of
+from ctrsink.train.checkpoint.checkpoint import list_checkpoints as folders_of
+from ctrsink.train.checkpoint.retention import Keeper, best_of, to_delete
+from ctrsink.train.checkpoint.writer import CheckpointWriter
 from tests.conftest import BUCKET
 from tests.killed_saves import KEEP, make, numbers
 
@@ -224,7 +224,7 @@ def test_a_full_disk_keeps_nothing_half_written(tmp_path: Path, monkeypatch: pyt
 END = """
 import sys
 from ctrsink.config.train import KeepSpec
-from ctrsink.train.writer import CheckpointWriter
+from ctrsink.train.checkpoint.writer import CheckpointWriter
 from tests.killed_saves import make
 writer = CheckpointWriter(sys.argv[1], KeepSpec())
 writer.save(make(10))

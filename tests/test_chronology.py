@@ -8,11 +8,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ctrsink.config.data import SplitSpec, TextSpec
-from ctrsink.data import chronology
-from ctrsink.data.chronology import NO_LABEL, PAST, PREFIXES
-from ctrsink.data.manifest import INDEX_SCHEMA, SPLITS
-from ctrsink.data.prepare.survey import Survey, Totals, count_splits, count_times, split_times
-from ctrsink.data.render import feedback_ids, feedback_minima, feedback_table
+from ctrsink.dataset import splits
+from ctrsink.dataset.splits import NO_LABEL, PAST, PREFIXES
+from ctrsink.dataset.manifest import INDEX_SCHEMA, SPLITS
+from ctrsink.prepare.survey import Survey, Totals, count_splits, count_times, split_times
+from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table
 
 logs = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 30)), min_size=1, max_size=80)  # user, timestamp
 
@@ -20,7 +20,7 @@ logs = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 30)), min_
 @given(logs)
 def test_chronologies_hold_every_event_once_in_order(events: list[tuple[str, int]]) -> None:
     users, times = [u for u, _ in events], np.array([t for _, t in events])
-    found = chronology.chronologies(pa.array(users), times)
+    found = splits.chronologies(pa.array(users), times)
     assert sorted(found.order) == list(range(len(events)))
     assert sorted(found.users) == sorted(set(users))
     for number, user in enumerate(found.users):
@@ -32,13 +32,13 @@ def test_chronologies_hold_every_event_once_in_order(events: list[tuple[str, int
 def test_order_of_users_does_not_depend_on_the_log(events: list[tuple[str, int]], chance: random.Random) -> None:
     shuffled = list(events)
     chance.shuffle(shuffled)
-    orders = [chronology.chronologies(pa.array([u for u, _ in e]), np.array([t for _, t in e])).users for e in (events, shuffled)]
+    orders = [splits.chronologies(pa.array([u for u, _ in e]), np.array([t for _, t in e])).users for e in (events, shuffled)]
     assert orders[0] == orders[1]
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(1, 50))
 def test_shards_are_ranges_of_prefixes_with_enough_events(events: list[int], shard_events: int) -> None:
-    shards = chronology.cut_shards(np.array(events), shard_events)
+    shards = splits.cut_shards(np.array(events), shard_events)
     assert [prefix for first, end in shards for prefix in range(first, end)] == (list(range(len(events))) if sum(events) else [])
     for number, (first, end) in enumerate(shards):
         assert sum(events[first:end]) > 0
@@ -48,8 +48,8 @@ def test_shards_are_ranges_of_prefixes_with_enough_events(events: list[int], sha
 
 @given(st.lists(st.text("abcdefgh", max_size=3), min_size=1, max_size=60))
 def test_users_come_prefix_by_prefix(users: list[str]) -> None:
-    ordered = chronology.chronologies(pa.array(users), np.zeros(len(users))).users
-    prefixes = chronology.prefixes(pa.array(ordered)).tolist()
+    ordered = splits.chronologies(pa.array(users), np.zeros(len(users))).users
+    prefixes = splits.prefixes(pa.array(ordered)).tolist()
     assert prefixes == sorted(prefixes)
 
 
@@ -73,7 +73,7 @@ def test_splits_follow_time_and_shares(blocks: list[list[int]], share: tuple[int
     cuts = split_times(totals, lambda: iter(surveys), spec)
     ranks = [min(s * len(impressions) // 100, len(impressions) - 1) for s in (share[0], sum(share))]
     assert [cuts.train_end, cuts.valid_end] == [impressions[rank][0] for rank in ranks]
-    split = chronology.split_of(np.array([t for t, _ in impressions]), cuts)
+    split = splits.split_of(np.array([t for t, _ in impressions]), cuts)
     for number, counts in enumerate(count_splits(iter(surveys), cuts).values()):
         own = [label for (_, label), s in zip(impressions, split, strict=True) if s == number]
         assert (counts.impressions, counts.positives) == (len(own), sum(own))
@@ -89,11 +89,11 @@ def survey_of(times: list[int], labels: list[int]) -> Survey:
 @given(logs, st.integers(0, 15), st.integers(0, 15), st.randoms())
 def test_index_counts_every_event(events: list[tuple[str, int]], train_end: int, valid: int, chance: random.Random) -> None:
     times = np.array([t for _, t in events])
-    found = chronology.chronologies(pa.array([u for u, _ in events]), times)
-    cuts = chronology.SplitTimes(train_end=train_end, valid_end=train_end + valid)
-    split = np.where(times[found.order] < 5, PAST, chronology.split_of(times[found.order], cuts))
+    found = splits.chronologies(pa.array([u for u, _ in events]), times)
+    cuts = splits.SplitTimes(train_end=train_end, valid_end=train_end + valid)
+    split = np.where(times[found.order] < 5, PAST, splits.split_of(times[found.order], cuts))
     label = np.array([chance.choice([NO_LABEL, 0, 1]) for _ in events], np.int8)
-    index = chronology.user_index(found.offsets, split, label, 7)
+    index = splits.user_index(found.offsets, split, label, 7)
     assert index.schema.equals(INDEX_SCHEMA)
     assert index.column("shard").to_pylist() == [7] * len(found.users)
     assert index.column("row").to_pylist() == list(range(len(found.users)))
@@ -108,8 +108,8 @@ def test_index_counts_every_event(events: list[tuple[str, int]], train_end: int,
 def test_labels_come_from_the_log_or_from_feedback() -> None:
     logged = np.array([1, 0, NO_LABEL], np.int8)
     feedback = np.array([4.0, 3.5, np.nan], np.float32)
-    assert chronology.labels(logged, feedback, True, 4.0).tolist() == [1, 0, NO_LABEL]
-    assert chronology.labels(np.full(3, NO_LABEL, np.int8), feedback, False, 4.0).tolist() == [1, 0, NO_LABEL]
+    assert splits.labels(logged, feedback, True, 4.0).tolist() == [1, 0, NO_LABEL]
+    assert splits.labels(np.full(3, NO_LABEL, np.int8), feedback, False, 4.0).tolist() == [1, 0, NO_LABEL]
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-5, 5, width=32)), min_size=1, max_size=50))

@@ -14,7 +14,7 @@ import yaml
 from transformers import LlamaConfig, LlamaModel
 
 from ctrsink.config.data import TokenizerSpec
-from ctrsink.data.tokenize import make_tokenizer
+from ctrsink.prepare.tokenize import make_tokenizer
 from tests.command_line import Result, call, call_process, content, good, refused
 from tests.runs import prepared_data, run_tree
 

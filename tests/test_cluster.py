@@ -20,9 +20,9 @@ from ctrsink.export.package import export_run
 from ctrsink.runtime.start import start
 from ctrsink.serve.requests import request_of
 from ctrsink.serve.scorer import Scorer
-from ctrsink.train.checkpoint import find_checkpoint
+from ctrsink.train.checkpoint.checkpoint import find_checkpoint
 from ctrsink.train.restore import restore_run
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.conftest import BUCKET
 from tests.runs import prepared_data, run_tree
 from tests.services.ray_cluster import RayCluster

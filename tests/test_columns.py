@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from ctrsink.config import ReadoutSpec, parse_run
 from ctrsink.config.data import PrepareSpec, SourceSpec
 from ctrsink.config.model import ModelSpec
-from ctrsink.data.column_cells import known, stored
-from ctrsink.data.columns import write_signals
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.prepare.build import append, prepare
-from ctrsink.data.prepare.partition import Partition
-from ctrsink.data.prepare.statistics import Received, Rule
-from ctrsink.data.values import column_texts
+from ctrsink.dataset.column_cells import known, stored
+from ctrsink.dataset.signal_tables import write_signals
+from ctrsink.dataset.reader import Dataset
+from ctrsink.prepare.build import append, prepare
+from ctrsink.prepare.partition import Partition
+from ctrsink.prepare.statistics import Received, Rule
+from ctrsink.dataset.values import column_texts
 from ctrsink.errors import InputError
 from ctrsink.features.columns import UNKNOWN, Column, in_table
 from tests.builders import form_batch, tiny_model, tiny_spec
@@ -117,7 +117,7 @@ def test_an_append_goes_on(tmp_path: Path) -> None:
 
 
 def test_wrong_items_are_found_before_the_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctrsink.data.prepare.partition.Partition.__call__", lambda *_: pytest.fail("the log was read"))
+    monkeypatch.setattr("ctrsink.prepare.partition.Partition.__call__", lambda *_: pytest.fail("the log was read"))
     for columns in (["item.brand"], ["mean.item.brnd"]):
         with pytest.raises(InputError, match=r"prepare\.columns"):
             prepare(spec_of(tmp_path, columns=columns), str(tmp_path / "data"))
@@ -129,7 +129,7 @@ def test_blocks_are_not_read_again_for_another_column_of_the_item_table(tmp_path
     spec = spec_of(tmp_path)
     for columns in (("log.price", "item.year"), ("log.price", "hashed.item.brand")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ctrsink.data.prepare.assemble.Assembly.__call__", interrupted)
+            patch.setattr("ctrsink.prepare.assemble.Assembly.__call__", interrupted)
             own = Partition.__call__
             patch.setattr(Partition, "__call__", lambda self, n, own=own: read.append(n) or own(self, n))
             with pytest.raises(KeyboardInterrupt):
@@ -141,7 +141,7 @@ def test_shards_of_other_columns_are_not_taken_up_again(tmp_path: Path) -> None:
     """Where an interrupted preparation left some."""
     spec, uri = spec_of(tmp_path), str(tmp_path / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ctrsink.data.prepare.steps.scales_of_numbers", interrupted)
+        patch.setattr("ctrsink.prepare.steps.scales_of_numbers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(spec.model_copy(update={"columns": ("mean.item.brand",)}), uri)
     prepare(spec.model_copy(update={"columns": ("count.item.brand",)}), uri)

@@ -12,8 +12,8 @@ import yaml
 from ctrsink.config import load_run, parse_run
 from ctrsink.config.load import merge
 from ctrsink.errors import InputError
-from ctrsink.model.build import check_model
-from ctrsink.train.rundir import CONFIG_NAME, read_run
+from ctrsink.families.decoder.build import check_model
+from ctrsink.run.folder import CONFIG_NAME, read_run
 from tests import runs
 from tests.builders import run_tree
 from tests.command_line import call, refused

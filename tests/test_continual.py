@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from ctrsink.config import PrepareSpec, RunSpec, parse_run
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.prepare.build import append, prepare
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
-from ctrsink.runtime.evaluate import evaluate_run
+from ctrsink.train.measure import evaluate_run
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.start import start
-from ctrsink.train.checkpoint import find_checkpoint
+from ctrsink.train.checkpoint.checkpoint import find_checkpoint
 from ctrsink.train.loop import Trainer
-from ctrsink.train.rundir import claim, identities
+from ctrsink.run.folder import claim, identities
 from ctrsink.train.same_data import require_same_data
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.data_fixtures import make_events, write_published_100k
 from tests.runs import run_tree
 
@@ -124,7 +124,7 @@ def test_an_append_after_the_claim_is_noticed_where_it_changes_the_order(tmp_pat
 RANK = """
 import sys
 import torch.distributed as dist
-from ctrsink.data.manifest import read_manifest
+from ctrsink.dataset.manifest import read_manifest
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.train.same_data import require_same_data

@@ -10,11 +10,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ctrsink.config.data import PrepareSpec, TokenizerSpec
-from ctrsink.data import tokenize
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.encoder import Encoder
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.prepare import tokenize
+from ctrsink.dataset.reader import Dataset
+from ctrsink.prepare.encoder import Encoder
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.prepare.build import append, prepare
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer

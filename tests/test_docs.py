@@ -14,7 +14,7 @@ from ctrsink.cli import main
 from ctrsink.config import load_study
 from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec, SplitSpec
 from ctrsink.config.model import SinkSpec
-from ctrsink.data.manifest import read_manifest
+from ctrsink.dataset.manifest import read_manifest
 from ctrsink.features.registry import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink.config.data import SplitSpec
-from ctrsink.data import chronology
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dataset import splits
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.prepare.build import append, prepare
 from tests.command_line import call, good
 from tests.prepared_in_tasks import HALF, ROWS, Interrupted, contents, spec_of, write_log
 from tests.runs import run_tree
@@ -30,7 +30,7 @@ def test_a_duplicate_has_all_the_values_of_an_event_before_it(log: list[tuple[An
     names = ("user", "timestamp", "item", "feedback", "label", "request")
     types = (pa.string(), pa.int64(), pa.string(), pa.float32(), pa.int8(), pa.string())
     columns = [pa.chunked_array([[row[i] for row in log]], kind) for i, kind in enumerate(types)]
-    found = chronology.duplicates(pa.table(columns, names=list(names)))
+    found = splits.duplicates(pa.table(columns, names=list(names)))
     assert found.tolist() == [row in log[:number] for number, row in enumerate(log)]
 
 
@@ -117,4 +117,4 @@ def test_equal_events_at_other_times_are_no_duplicates() -> None:
         "feedback": pa.array([np.nan] * 3, pa.float32(), from_pandas=True), "label": pa.array([1, 1, 1], pa.int8()),
         "request": ["r", "r", "s"],
     })  # fmt: skip
-    assert chronology.duplicates(table).tolist() == [False] * 3
+    assert splits.duplicates(table).tolist() == [False] * 3

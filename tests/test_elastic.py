@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink import storage
-from ctrsink.batch import Batch
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.manifest import MANIFEST_NAME, SPLITS, FileEntry
-from ctrsink.data.order import Order, deal
-from ctrsink.data.stream import SequenceSource, Step, TrainStream, evaluation_batches
+from ctrsink.sequences.batch import Batch
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.manifest import MANIFEST_NAME, SPLITS, FileEntry
+from ctrsink.stream.order import Order, deal
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches
 from tests.builders import layout_of, make_dataset
 
 LAYOUTS = {"per_target": layout_of("per_target", 4), "per_user": layout_of("per_user", 3, 2)}
@@ -229,8 +229,8 @@ def test_memory_stays_over_10000_batches(uri: str) -> None:
     """Shards come and go all the time: three of them are held, and every epoch reads them all."""
     program = f"""
 from pathlib import Path
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.stream import SequenceSource, TrainStream
+from ctrsink.dataset.reader import Dataset
+from ctrsink.stream.stream import SequenceSource, TrainStream
 from tests.test_elastic import LAYOUTS
 stream = TrainStream(SequenceSource(Dataset({uri!r}, keep_shards=3), "train", LAYOUTS["per_target"]), 0, 1, 8, 1, 0, 1)
 pages = []

@@ -15,14 +15,14 @@ from transformers import AutoModel, AutoTokenizer
 from ctrsink import storage
 from ctrsink.config import EvaluateSpec
 from ctrsink.config.data import EncoderSpec
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.encoder import Encoder
-from ctrsink.data.layout import Layout
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare import vectors
-from ctrsink.data.prepare.build import append, prepare
-from ctrsink.data.stream import SequenceSource
-from ctrsink.data.verify import verify
+from ctrsink.dataset.reader import Dataset
+from ctrsink.prepare.encoder import Encoder
+from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.prepare import vectors
+from ctrsink.prepare.build import append, prepare
+from ctrsink.stream.stream import SequenceSource
+from ctrsink.dataset.verify import verify
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict

@@ -11,15 +11,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ctrsink.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
+from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
 from ctrsink.config.data import PrepareSpec
-from ctrsink.data.collate import MULTIPLE, collate
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Chronology, build_sequence
-from ctrsink.data.layout import Layout
-from ctrsink.data.prepare.build import prepare
-from ctrsink.data.sequences import Sequence
-from ctrsink.data.signals import signal_ids
+from ctrsink.sequences.collate import MULTIPLE, collate
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.events import UserEvents
+from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.dataset.layout import Layout
+from ctrsink.prepare.build import prepare
+from ctrsink.sequences.columns import Sequence
+from ctrsink.features.buckets import signal_ids
 from ctrsink.errors import InputError
 from ctrsink.features.ragged import Ragged
 from tests import builders
@@ -60,7 +61,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Chronology, np.ndarray, Layout, np.ndarray]:
+def cases(draw: st.DrawFn) -> tuple[UserEvents, np.ndarray, Layout, np.ndarray]:
     """A chronology, the targets of one of its pieces or requests, a layout, a prefix."""
     chronology, layout = draw(builders.chronologies()), draw(layouts())
     if layout.examples == "per_request":
@@ -72,7 +73,7 @@ def cases(draw: st.DrawFn) -> tuple[Chronology, np.ndarray, Layout, np.ndarray]:
 
 
 @st.composite
-def requests(draw: st.DrawFn, chronology: Chronology) -> tuple[Chronology, np.ndarray]:
+def requests(draw: st.DrawFn, chronology: UserEvents) -> tuple[UserEvents, np.ndarray]:
     """The chronology with its events from some impression on shown at one moment, and up to four targets among them."""
     impressions = np.flatnonzero(chronology.labels >= 0)
     asked = int(draw(st.sampled_from(impressions.tolist())))
@@ -98,7 +99,7 @@ def plain_similarity(one: int, other: int) -> float:
     return sum(a * b for a, b in zip(VECTORS[one].tolist(), VECTORS[other].tolist(), strict=True))
 
 
-def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: list[int]) -> dict[str, list[Any]]:
+def plain(chronology: UserEvents, targets: list[int], layout: Layout, prefix: list[int]) -> dict[str, list[Any]]:
     """The sequence, position by position."""
     names = ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids", "sink_positions")
     out: dict[str, list[Any]] = {name: [] for name in names}
@@ -163,7 +164,7 @@ def plain(chronology: Chronology, targets: list[int], layout: Layout, prefix: li
 
 
 @given(cases())
-def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[Chronology, np.ndarray, Layout, np.ndarray]) -> None:
+def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[UserEvents, np.ndarray, Layout, np.ndarray]) -> None:
     chronology, targets, layout, prefix = case
     built = told_sequence(chronology, targets, layout, prefix)
     expected = plain(chronology, targets.tolist(), layout, prefix.tolist())
@@ -181,7 +182,7 @@ def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[Chronology, np.n
 
 @given(cases())
 def test_nothing_the_target_may_not_know_lies_before_its_readout(
-    case: tuple[Chronology, np.ndarray, Layout, np.ndarray],
+    case: tuple[UserEvents, np.ndarray, Layout, np.ndarray],
 ) -> None:
     """Everything that happened at a target or later is changed: its input up to the readout stays."""
     chronology, targets, layout, prefix = case
@@ -190,7 +191,7 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
     for slot, target in enumerate(targets):
         later = np.arange(len(chronology.texts)) > target
         now = later | (np.arange(len(chronology.texts)) == target)
-        changed = Chronology(
+        changed = UserEvents(
             texts=np.where(later, (chronology.texts + 1) % 5, chronology.texts),
             feedbacks=np.where(now, (chronology.feedbacks + 1) % 3, chronology.feedbacks),
             timestamps=np.where(later, chronology.timestamps + 10**6, chronology.timestamps),
@@ -219,7 +220,7 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
 
 @given(builders.chronologies(), st.integers(0, 6), st.sampled_from(FREE), st.data())
 def test_per_user_with_one_target_is_per_target_but_for_aligned(
-    chronology: Chronology, history: int, signals: tuple[str, ...], data: st.DataObject
+    chronology: UserEvents, history: int, signals: tuple[str, ...], data: st.DataObject
 ) -> None:
     target = data.draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
     more: dict[str, Any] = {"numbers": ("deviation",), "text_history": data.draw(st.none() | st.integers(0, 6))}

@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoTokenizer
 
 import ctrsink.serve  # makes the model type known
 from ctrsink import storage
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.layout import Layout
-from ctrsink.data.stream import SequenceSource
-from ctrsink.data.tokenize import fingerprint
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.layout import Layout
+from ctrsink.stream.stream import SequenceSource
+from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
 from ctrsink.export.merge import merge_lora

@@ -9,7 +9,7 @@ import pytest
 
 from ctrsink.config.train import RuntimeSpec, WorkersSpec
 from ctrsink.runtime.ray_train import placing
-from ctrsink.train.checkpoint import find_checkpoint
+from ctrsink.train.checkpoint.checkpoint import find_checkpoint
 from tests.runs import prepared_data
 
 

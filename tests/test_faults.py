@@ -11,9 +11,9 @@ import torch
 
 from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
-from ctrsink.data.cache import Cache
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.stream import SequenceSource, Step, TrainStream
+from ctrsink.dataset.cache import Cache
+from ctrsink.dataset.reader import Dataset
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream
 from ctrsink.errors import InputError, StorageUnavailable
 from tests.builders import layout_of, make_dataset
 from tests.services.faulty_proxy import Fault, FaultyProxy

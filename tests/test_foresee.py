@@ -9,12 +9,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.data.chronology import longest_runs
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.foresee import longer_than, most_positions, suspects
-from ctrsink.data.layout import Layout
-from ctrsink.data.manifest import SPLITS, read_manifest
-from ctrsink.data.stream import SequenceSource, TrainStream
+from ctrsink.dataset.splits import longest_runs
+from ctrsink.dataset.reader import Dataset
+from ctrsink.stream.foresee import longer_than, most_positions, suspects
+from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.manifest import SPLITS, read_manifest
+from ctrsink.stream.stream import SequenceSource, TrainStream
 from ctrsink.errors import InputError
 from ctrsink.runtime import start as starting
 from tests.builders import make_dataset

@@ -13,23 +13,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TokenizerSpec
 from ctrsink.config.model import BiasSpec, ModelSpec, SinkSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.data.collate import collate
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.examples import Chronology, build_sequences
-from ctrsink.data.layout import Layout
-from ctrsink.data.prepare.build import prepare
-from ctrsink.data.stream import SequenceSource, TrainStream
-from ctrsink.data.windows import Cuts, Events, split_requests
+from ctrsink.sequences.collate import collate
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.events import UserEvents
+from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.dataset.layout import Layout
+from ctrsink.prepare.build import prepare
+from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.dataset.events import Events
+from ctrsink.sequences.windows import Cuts, split_requests
 from ctrsink.dist import Topology
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.features.ragged import Ragged
-from ctrsink.model.build import build_model
-from ctrsink.model.ctr import CTRModel
+from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.model import CTRModel
 from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, events_of, make_log, tiny_spec, told_sequence
 
 SIGNALS: tuple[str, ...] = ("time_gap", "recency_rank", "previous_gap")
@@ -62,7 +64,7 @@ def model_of(
 
 
 @st.composite
-def asked(draw: st.DrawFn) -> Chronology:
+def asked(draw: st.DrawFn) -> UserEvents:
     """A chronology some of whose neighbours were shown together, most of them at one moment."""
     chronology = draw(chronologies(max_events=8))
     count = len(chronology.texts)
@@ -90,12 +92,12 @@ def layout_of(examples: str, targets: int = 1, history: int = 4, similarity: str
     )
 
 
-def cuts_of(chronology: Chronology, targets: np.ndarray) -> Cuts:
+def cuts_of(chronology: UserEvents, targets: np.ndarray) -> Cuts:
     events = events_of(chronology, layout_of("per_request"))
     return Cuts([events], np.array([1]), np.array([0]), Ragged.of([targets]))
 
 
-def both_forms(chronology: Chronology, history: int) -> tuple[Batch, Batch]:
+def both_forms(chronology: UserEvents, history: int) -> tuple[Batch, Batch]:
     """All impressions, one sequence each and one per request."""
     targets = np.flatnonzero(chronology.labels >= 0)
     layout = layout_of("per_target", history=history, similarity="vectors")
@@ -126,7 +128,7 @@ def results(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.
     st.sampled_from(READOUTS),
 )
 def test_per_request_equals_per_target_in_logits_and_gradients(
-    chronology: Chronology, history: int, kind: str, temporal: bool, window: int | None, readout: ReadoutSpec
+    chronology: UserEvents, history: int, kind: str, temporal: bool, window: int | None, readout: ReadoutSpec
 ) -> None:
     model = model_of(kind, temporal, window, similarity="vectors")
     apart, together = both_forms(chronology, history)
@@ -142,7 +144,7 @@ def test_per_request_equals_per_target_in_logits_and_gradients(
 
 
 @given(st.lists(st.tuples(asked(), st.integers(1, 4)), min_size=1, max_size=3), st.data())
-def test_requests_are_split_as_by_a_plain_loop(users: list[tuple[Chronology, int]], data: st.DataObject) -> None:
+def test_requests_are_split_as_by_a_plain_loop(users: list[tuple[UserEvents, int]], data: st.DataObject) -> None:
     """Pieces of several users, in one or several shards."""
     shards: list[Events] = []
     sizes: list[int] = []

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import Qwen2Config, Qwen2Model
 
-from ctrsink.batch import PAD, SINK, TEXT, Batch
+from ctrsink.sequences.batch import PAD, SINK, TEXT, Batch
 from ctrsink.config.model import BackboneSpec, BiasSpec, ModelSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.model import attention
-from ctrsink.model.ctr import CTRModel
+from ctrsink.attention import sdpa
+from ctrsink.families.decoder.model import CTRModel
 
 GOLDEN = Path(os.environ.get("CTRSINK_GOLDEN", Path(__file__).parent / "golden" / "ctr_sink_qwen2_a.safetensors"))
 # The names of the published modules, and ours.
@@ -35,7 +35,7 @@ def golden() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def build(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> CTRModel:
-    config = Qwen2Config(**meta["config"], attn_implementation=attention.BACKEND)
+    config = Qwen2Config(**meta["config"], attn_implementation=sdpa.BACKEND)
     table = tensors["sink_embedding.0.weight"]
     spec = ModelSpec(
         backbone=BackboneSpec(config={"model_type": "qwen2"}),

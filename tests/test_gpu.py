@@ -11,7 +11,7 @@ import yaml
 
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 from tests.runs import prepared_data, run_tree
 

@@ -20,7 +20,7 @@ from cluster.local.ray_node import RAY
 from ctrsink.config import parse_run
 from ctrsink.config.load import merge
 from ctrsink.runtime.start import start
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.runs import prepared_data, run_tree
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -75,7 +75,7 @@ def submitted(hosts: Hosts, folder: Path, name: str, **changes: Any) -> Job:
 
 
 def require_same_losses(hosts: Hosts, name: str, alone: list[float]) -> None:
-    read = f"import json; from ctrsink.train.telemetry import read_metrics as r; print(json.dumps(r('s3://{BUCKET}/{name}')))"
+    read = f"import json; from ctrsink.train.observe.telemetry import read_metrics as r; print(json.dumps(r('s3://{BUCKET}/{name}')))"
     rows = json.loads(on_head(hosts, read).splitlines()[-1])
     assert [row["step"] for row in rows] == list(range(1, len(alone) + 1))
     torch.testing.assert_close([row["loss"] for row in rows], alone, atol=1e-5, rtol=0)

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctrsink.config.data import SourceSpec, SplitSpec, TextSpec
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare.build import append, prepare
-from ctrsink.data.values import column_texts
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.prepare.build import append, prepare
+from ctrsink.dataset.values import column_texts
 from ctrsink.errors import InputError
 from tests.value_fixtures import SHOP, log_rows, spec_for, write_jsonl
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
-from ctrsink.data.inspect import HISTORIES, Counts, distribution, inspect, summarise
-from ctrsink.data.manifest import SPLITS, read_manifest
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dataset.inspect import HISTORIES, Counts, distribution, inspect, summarise
+from ctrsink.dataset.manifest import SPLITS, read_manifest
+from ctrsink.prepare.build import append, prepare
 from tests.builders import make_dataset
 from tests.command_line import call, good, refused
 from tests.conftest import BUCKET

@@ -16,8 +16,8 @@ import torch
 from ctrsink import storage
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
-from ctrsink.train.checkpoint import MARKER, SHARDS, find_checkpoint, folder_of, latest_checkpoint
-from ctrsink.train.native import restore
+from ctrsink.train.checkpoint.checkpoint import MARKER, SHARDS, find_checkpoint, folder_of, latest_checkpoint
+from ctrsink.train.checkpoint.native import restore
 from tests.conftest import BUCKET
 from tests.native_ranks import LOADED
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink import storage
-from ctrsink.data.arrow import to_ipc, to_parquet
-from ctrsink.data.prepare import neighbours
-from ctrsink.data.prepare.neighbours import Pairing, cut_items, mean_square, opinions
-from ctrsink.data.shard import read_neighbours
+from ctrsink.dataset.arrow import to_ipc, to_parquet
+from ctrsink.prepare import neighbours
+from ctrsink.prepare.neighbours import Pairing, cut_items, mean_square, opinions
+from ctrsink.dataset.shard import read_neighbours
 from ctrsink.evaluate.metrics import auc
 from ctrsink.features import neighbours as features
 from ctrsink.features.histories import Histories

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink.data.budget import fill
-from ctrsink.data.order import Order, deal, mix64, shuffled
+from ctrsink.stream.budget import fill
+from ctrsink.features.mix64 import mix64
+from ctrsink.stream.order import Order, deal, shuffled
 
 PINNED = [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1, 0x1FDD7128F310C389]
 PINNED_KEYS = [0x050CA5B836845D32, 0xE7D99AD10F09A79B, 0xE8E009F71ABD7C08]

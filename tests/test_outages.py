@@ -12,8 +12,8 @@ from ctrsink import storage
 from ctrsink.config import parse_run
 from ctrsink.errors import StorageUnavailable
 from ctrsink.runtime.start import start
-from ctrsink.train.checkpoint import MARKER, find_checkpoint, list_checkpoints
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.checkpoint.checkpoint import MARKER, find_checkpoint, list_checkpoints
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.conftest import BUCKET
 from tests.runs import prepared_data, run_tree
 from tests.services.faulty_proxy import Fault, FaultyProxy

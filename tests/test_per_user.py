@@ -11,16 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
+from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
 from ctrsink.config import parse_run
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.data.collate import collate
-from ctrsink.data.examples import Chronology, build_sequence
-from ctrsink.data.layout import Layout
+from ctrsink.sequences.collate import collate
+from ctrsink.dataset.events import UserEvents
+from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
-from ctrsink.model.ctr import CTRModel
-from ctrsink.model.temporal import TemporalBias
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.decoder.temporal import TemporalBias
 from tests.builders import FEEDBACKS, TEXTS, layout_of, random_batch, random_chronology, run_tree, tiny_model, tiny_spec
 from tests.builders import PREFIX as START
 from tests.test_attention import input_gradient, run, run_dense
@@ -80,11 +81,11 @@ def test_in_one_layer_a_target_sees_the_events_of_its_window_only(readout: Reado
     assert (twice[(gap > 3) & (gap <= 6) & (kinds == SINK)] > 0).all()
 
 
-def chronology_of(events: int, seed: int = 3) -> Chronology:
+def chronology_of(events: int, seed: int = 3) -> UserEvents:
     return random_chronology(np.random.default_rng(seed), events)
 
 
-def piece(chronology: Chronology, first: int, count: int, layout: Layout) -> Batch:
+def piece(chronology: UserEvents, first: int, count: int, layout: Layout) -> Batch:
     targets = np.arange(first, first + count)
     return collate([build_sequence(chronology, targets, layout, TEXTS, FEEDBACKS, START)], [0])
 
@@ -98,7 +99,7 @@ def test_what_is_older_than_the_history_never_leaks(window: int | None, seed: in
     chance = np.random.default_rng(seed)
     oldest = first - history
     older = np.arange(14) < oldest
-    changed = Chronology(
+    changed = UserEvents(
         np.where(older, chance.integers(0, 5, 14), chronology.texts),
         np.where(older, chance.integers(0, 3, 14), chronology.feedbacks),
         np.where(np.arange(14) < oldest - 1, chronology.timestamps - 10**8, chronology.timestamps),

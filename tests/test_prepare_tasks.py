@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ctrsink import storage
 from ctrsink.config.data import SplitSpec
-from ctrsink.data.manifest import read_manifest
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.prepare.build import append, prepare
 from ctrsink.errors import InputError
 from tests.builders import run_tree
 from tests.prepared_in_tasks import HALF, ROWS, Counting, Interrupted, contents, spec_of, write_log

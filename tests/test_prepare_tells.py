@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.config.data import TextSpec
-from ctrsink.data.tokenize import LONGEST_WORD, until_endless_word
+from ctrsink.prepare.tokenize import LONGEST_WORD, until_endless_word
 from tests.command_line import call, good, refused
 from tests.data_fixtures import write_table
 from tests.prepared_in_tasks import HALF, ROWS, spec_of, write_log

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from ctrsink.errors import InputError
-from ctrsink.runtime import presence
-from ctrsink.runtime.presence import held
-from ctrsink.train.rundir import PRESENCE_NAME
+from ctrsink.run import presence
+from ctrsink.run.presence import held
+from ctrsink.run.folder import PRESENCE_NAME
 from tests.command_line import call, refused
 from tests.runs import prepared_data, train_process
 

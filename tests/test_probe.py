@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from ctrsink.batch import PAD, PREFIX, SINK, Batch
+from ctrsink.sequences.batch import PAD, PREFIX, SINK, Batch
 from ctrsink.config.model import BiasSpec, LoraSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.model.ctr import BACKENDS, CTRModel
-from ctrsink.model.flops import FlopCount, visible_pairs
-from ctrsink.model.groups import set_trainable
-from ctrsink.model.rows import visible
-from ctrsink.train.probe import probe
+from ctrsink.families.decoder.model import BACKENDS, CTRModel
+from ctrsink.families.decoder.cost import FlopCount, visible_pairs
+from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.attention.rule_dense import visible
+from ctrsink.train.observe.probe import probe
 from tests.builders import form_batch, layout_of, random_batch, tiny_model, tiny_spec
 from tests.test_flex import EXAMPLES
 
@@ -30,7 +30,7 @@ def dense_shares(model: CTRModel, batch: Batch, readout: ReadoutSpec, monkeypatc
     shares: list[float] = []
 
     def watching(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        plan = kwargs["attention_plan"]
+        plan = kwargs["attention_inputs"]
         q, k = (plan.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key))
         logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) * kwargs["scaling"]
         per_head = []

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config import parse_run
 from ctrsink.config.load import merge
-from ctrsink.data.manifest import read_manifest
-from ctrsink.model.build import build_model
+from ctrsink.dataset.manifest import read_manifest
+from ctrsink.families.decoder.build import build_model
 from ctrsink.runtime.start import start
-from ctrsink.train.rundir import claim, identities
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.run.folder import claim, identities
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.builders import layout_of, random_batch
 from tests.runs import run_tree
 from tests.test_forms import make_requests
@@ -30,9 +30,9 @@ from ctrsink.runtime.process import prepare_process
 prepare_process("cpu", 1, int(rank))
 import torch.distributed as dist
 from ctrsink.config import parse_run
-from ctrsink.data.tokenize import load_tokenizer
+from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.dist import Topology
-from ctrsink.model.build import build_model
+from ctrsink.families.decoder.build import build_model
 from ctrsink.train.engine import Engine
 from ctrsink.train.loop import Trainer
 from tests.test_ranks import uneven_batches

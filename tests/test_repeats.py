@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable
-from ctrsink.runtime.repeats import TIMES, forget, given_up, record
+from ctrsink.run.repeats import TIMES, forget, given_up, record
 
 
 @pytest.mark.parametrize("world", [1, 4])

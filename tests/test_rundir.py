@@ -10,7 +10,7 @@ import pytest
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.load import merge
 from ctrsink.errors import InputError
-from ctrsink.train.rundir import CONFIG_NAME, DATA_NAME, claim, first_difference, read_result, read_run, write_result
+from ctrsink.run.folder import CONFIG_NAME, DATA_NAME, claim, first_difference, read_result, read_run, write_result
 from tests.builders import run_tree
 from tests.conftest import BUCKET
 
@@ -127,7 +127,7 @@ RACE = """
 import os, sys
 from ctrsink import storage
 from ctrsink.errors import InputError
-from ctrsink.train.rundir import claim
+from ctrsink.run.folder import claim
 from tests.test_rundir import run_in
 for base in sys.argv[1:]:
     for number in range(10):

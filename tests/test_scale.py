@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.runs import prepared_data
 from tests.scale_ranks import CASES
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.data.dataset import Dataset
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import Predictions, predict

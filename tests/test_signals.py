@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink.data.signals import log_bucket, signal_ids
+from ctrsink.features.buckets import log_bucket, signal_ids
 
 CENTURY = int(100 * 365.25 * 86400)
 ALL: tuple[str, ...] = ("recency_rank", "time_gap", "previous_gap", "random", "none")

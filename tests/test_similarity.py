@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.config import parse_run
-from ctrsink.data.examples import Chronology, build_sequence
-from ctrsink.data.layout import Layout
-from ctrsink.data.signals import signal_ids
-from ctrsink.data.windows import Cuts, Events, windows_of
+from ctrsink.dataset.events import UserEvents
+from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.dataset.layout import Layout
+from ctrsink.features.buckets import signal_ids
+from ctrsink.dataset.events import Events
+from ctrsink.sequences.windows import Cuts, windows_of
 from ctrsink.errors import InputError
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
@@ -70,7 +72,7 @@ def test_buckets_are_linear_and_leave_zero_to_the_unknown(cosine: list[float], b
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Chronology, int, Layout, np.ndarray]:
+def cases(draw: st.DrawFn) -> tuple[UserEvents, int, Layout, np.ndarray]:
     chronology = draw(chronologies())
     target = draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
     signals: tuple[str, ...] = draw(st.sampled_from([(), ("similarity",), ("previous_gap", "similarity", "recency_rank")]))
@@ -89,7 +91,7 @@ def cases(draw: st.DrawFn) -> tuple[Chronology, int, Layout, np.ndarray]:
 
 @given(cases())
 def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whole_history(
-    case: tuple[Chronology, int, Layout, np.ndarray],
+    case: tuple[UserEvents, int, Layout, np.ndarray],
 ) -> None:
     chronology, target, layout, vectors = case
     prefix = np.array([90])
@@ -102,7 +104,7 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
     rows = np.array([*(window[i] for i in chosen), target])
     columns = (getattr(chronology, name)[rows] for name in ("texts", "feedbacks", "timestamps", "labels"))
     plain = dataclasses.replace(layout, retrieve=None, signals=("none",) if layout.signals else ())
-    expected = build_sequence(Chronology(*columns), np.array([len(rows) - 1]), plain, TEXTS, FEEDBACKS, prefix)
+    expected = build_sequence(UserEvents(*columns), np.array([len(rows) - 1]), plain, TEXTS, FEEDBACKS, prefix)
     for name in ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions", "labels"):
         assert getattr(built, name).tolist() == getattr(expected, name).tolist()
     assert built.targets.tolist() == [target]

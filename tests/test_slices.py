@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink.data.columns import signal_columns
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dataset.signal_tables import signal_columns
+from ctrsink.dataset.reader import Dataset
+from ctrsink.prepare.build import append, prepare
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.evaluator import names_of
 from ctrsink.evaluate.slices import DAY, by_day, facts, groupings

@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ctrsink.config.data import ColumnSpec, SourceSpec
-from ctrsink.data.events import RawRows
-from ctrsink.data.sources import Source, open_source
+from ctrsink.prepare.check_rows import RawRows
+from ctrsink.prepare.sources import Source, open_source
 from ctrsink.errors import InputError
 
 BIG = 1 << 30

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctrsink.config.data import ColumnSpec, SourceSpec
-from ctrsink.data.sources import open_source
-from ctrsink.data.sources.files import HEAD, read_head
+from ctrsink.prepare.sources import open_source
+from ctrsink.prepare.sources.files import HEAD, read_head
 from ctrsink.errors import InputError
 from tests.whole_log import read_source
 

@@ -10,7 +10,7 @@ from ray.util import placement_group, remove_placement_group
 
 from ctrsink.config import parse_run
 from ctrsink.config.train import RuntimeSpec
-from ctrsink.data.dataset import Dataset
+from ctrsink.dataset.reader import Dataset
 from ctrsink.runtime import places, stalls
 from ctrsink.runtime.ray_train import connect
 from ctrsink.runtime.stalls import Stalls

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink.data.arrow import to_parquet
-from ctrsink.data.prepare.statistics import Received, Rule, latest, totals_as_counts
+from ctrsink.dataset.arrow import to_parquet
+from ctrsink.prepare.statistics import Received, Rule, latest, totals_as_counts
 from ctrsink.errors import InputError
 
 ITEMS = 4

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.batch import FEEDBACK, SINK, Batch
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.layout import Layout
-from ctrsink.data.manifest import SPLITS, FileEntry, read_file
-from ctrsink.data.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
+from ctrsink.sequences.batch import FEEDBACK, SINK, Batch
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.manifest import SPLITS, FileEntry, read_file
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
 from ctrsink.errors import InputError
 from tests.builders import layout_of, make_dataset, make_log
 
@@ -219,8 +219,8 @@ def test_evaluation_opens_each_shard_once_even_if_few_fit_in_memory(uri: str, mo
         opened.append(entry.path)
         return read_file(uri, entry)
 
-    monkeypatch.setattr("ctrsink.data.stream.WINDOW", 2)
-    monkeypatch.setattr("ctrsink.data.dataset.read_file", read)
+    monkeypatch.setattr("ctrsink.stream.stream.WINDOW", 2)
+    monkeypatch.setattr("ctrsink.dataset.reader.read_file", read)
     dataset = Dataset(uri, keep_shards=3)
     for _ in evaluation_batches(source_of(dataset, "train", "per_target"), 4, 0, 1, None):
         pass
@@ -238,7 +238,7 @@ def test_evaluation_of_a_sample_opens_each_shard_once(uri: str, monkeypatch: pyt
         opened.append(entry.path)
         return read_file(uri, entry)
 
-    monkeypatch.setattr("ctrsink.data.dataset.read_file", read)
+    monkeypatch.setattr("ctrsink.dataset.reader.read_file", read)
     for rank in range(world):
         dataset = Dataset(uri, keep_shards=2)
         assert len(dataset.manifest.shards) > 4
@@ -262,7 +262,7 @@ def test_the_end_of_the_program_does_not_wait_for_a_read_that_hangs(tmp_path: Pa
     uri = make_dataset(tmp_path)
     (tmp_path / "program.py").write_text(
         "import sys, threading\n"
-        "from ctrsink.data.dataset import Dataset\n"
+        "from ctrsink.dataset.reader import Dataset\n"
         "dataset = Dataset(sys.argv[1])\n"
         "dataset.read_ahead((1, 2))\n"
         "print(*(thread.name for thread in threading.enumerate()))\n"
@@ -327,11 +327,11 @@ def test_processes_make_the_same_steps_and_leave_the_random_numbers_alone(uri: s
 def test_a_process_does_not_run_the_program_that_started_it(tmp_path: Path) -> None:
     """A script without a guard around its work would start again in each process, and bring Ray and DeepSpeed there."""
     (tmp_path / "heavy.py").touch()
-    (tmp_path / "loaded.py").write_text("import sys\nimport ctrsink.data.stream\ndef names(i):\n    return list(sys.modules)\n")
+    (tmp_path / "loaded.py").write_text("import sys\nimport ctrsink.stream.stream\ndef names(i):\n    return list(sys.modules)\n")
     (tmp_path / "program.py").write_text(
         "print('started')\n"
         "import heavy, loaded\n"
-        "from ctrsink.data.ahead import in_processes\n"
+        "from ctrsink.stream.ahead import in_processes\n"
         "(found,) = in_processes(loaded.names, 1, 1)\n"
         "print(sorted({'ray', 'deepspeed', 'heavy', 'loaded', 'torch'} & set(found)))\n"
     )
@@ -359,7 +359,7 @@ def test_the_next_shards_are_read_while_a_block_is_consumed(uri: str, monkeypatc
         opened.append(entry.path)
         return read_file(uri, entry)
 
-    monkeypatch.setattr("ctrsink.data.dataset.read_file", read)
+    monkeypatch.setattr("ctrsink.dataset.reader.read_file", read)
     dataset = Dataset(uri, keep_shards=4)
     stream = TrainStream(source_of(dataset), 5, 2, 1, 1, 0, 1)
     now = {int(s) for s in np.unique(dataset.index["shard"][stream.step(0).micro_batches[0].targets[:, 0, 0].numpy()])}

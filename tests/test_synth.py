@@ -15,7 +15,7 @@ import pytest
 from pyarrow import csv
 
 from ctrsink.config.data import ColumnSpec
-from ctrsink.data.synth import binned_auc, synth
+from ctrsink.prepare.synth import binned_auc, synth
 from ctrsink.evaluate.metrics import auc
 from tests.command_line import call, content, good, refused
 
@@ -92,7 +92,7 @@ def test_same_seed_same_bytes_and_the_cut_into_files_changes_nothing(made: Path,
 def test_log_of_several_blocks_is_in_order_with_a_truth_of_the_split_that_prepare_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctrsink.data.synth.BLOCK_EVENTS", 4_000)
+    monkeypatch.setattr("ctrsink.prepare.synth.BLOCK_EVENTS", 4_000)
     synth(str(tmp_path / "log"), EVENTS)
     events, truth = events_of(tmp_path / "log"), truth_of(tmp_path / "log")
     timestamp, click = events["timestamp"].to_numpy(), events["click"].to_numpy()
@@ -188,7 +188,7 @@ def test_a_folder_in_use_is_left_as_it_is(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
     program = """
 import resource, sys
-from ctrsink.data import synth
+from ctrsink.prepare import synth
 synth.BLOCK_EVENTS = 50_000
 synth.synth(sys.argv[1] + "/first", 200_000, users=1000, file_events=100_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,7 +12,7 @@ import yaml
 
 from ctrsink.cli import _text
 from ctrsink.errors import InputError
-from ctrsink.runtime import presence
+from ctrsink.run import presence
 from ctrsink.serve.scorer import score_file
 from tests.command_line import call, content, good, refused
 from tests.runs import prepared_data, run_tree

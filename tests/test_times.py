@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from ctrsink.config.data import SourceSpec, SplitSpec
 from ctrsink.config.times import EARLIEST, LATEST
-from ctrsink.data.cells import iso, moments
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.manifest import SPLITS, read_manifest
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dataset.cells import iso, moments
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.manifest import SPLITS, read_manifest
+from ctrsink.prepare.build import append, prepare
 from ctrsink.errors import InputError
 from tests.command_line import call, good, refused
 from tests.data_fixtures import write_table

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 import pytest
 
 from ctrsink.config.data import EncoderSpec, FieldSpec, NeighboursSpec, StatisticsSpec
-from ctrsink.data.columns import signal_columns
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.knowledge import Knowledge
-from ctrsink.data.prepare.build import append, prepare
+from ctrsink.dataset.signal_tables import signal_columns
+from ctrsink.dataset.reader import Dataset
+from ctrsink.serve.knowledge import Knowledge
+from ctrsink.prepare.build import append, prepare
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer, request_of

@@ -8,10 +8,10 @@ import torch
 
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.errors import InputError
-from ctrsink.runtime.evaluate import evaluate_run
+from ctrsink.train.measure import evaluate_run
 from ctrsink.runtime.start import start
-from ctrsink.train.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.checkpoint.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.runs import prepared_data, run_tree
 
 

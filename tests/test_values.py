@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink.config.data import SourceSpec, TextSpec
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.prepare.build import prepare
-from ctrsink.data.prepare.items import Items
-from ctrsink.data.render import item_texts
-from ctrsink.data.sources import open_source
-from ctrsink.data.values import column_texts, text
+from ctrsink.dataset.reader import Dataset
+from ctrsink.prepare.build import prepare
+from ctrsink.prepare.items import Items
+from ctrsink.prepare.render import item_texts
+from ctrsink.prepare.sources import open_source
+from ctrsink.dataset.values import column_texts, text
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer, request_of, score_file

@@ -14,9 +14,9 @@ from pyarrow import csv
 from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, TokenizerSpec
-from ctrsink.data.manifest import Manifest, read_manifest
-from ctrsink.data.prepare.build import append, prepare
-from ctrsink.data.synth import synth
+from ctrsink.dataset.manifest import Manifest, read_manifest
+from ctrsink.prepare.build import append, prepare
+from ctrsink.prepare.synth import synth
 from tests.builders import make_dataset
 from tests.command_line import Result, call, content, good, refused
 from tests.conftest import BUCKET

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ctrsink.config import parse_run
 from ctrsink.runtime.gauges import gauge_of
 from ctrsink.runtime.start import start
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.observe.telemetry import read_metrics
 from tests.runs import prepared_data, run_tree
 from tests.services.ray_cluster import RayCluster
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, SourceSpec, StatisticsSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.data.prepare.build import prepare
+from ctrsink.prepare.build import prepare
 from ctrsink.dist import Topology
 from ctrsink.evaluate.evaluator import Predictions, predict
 from ctrsink.features.registry import SIGNALS

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from ctrsink.config.data import SourceSpec
-from ctrsink.data.events import OnBadRow, check_events
-from ctrsink.data.prepare.places import Places
-from ctrsink.data.sources import open_source
+from ctrsink.prepare.check_rows import OnBadRow, check_events
+from ctrsink.prepare.places import Places
+from ctrsink.prepare.sources import open_source
 from ctrsink.errors import InputError
 
 

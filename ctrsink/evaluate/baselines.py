@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ctrsink.data.dataset import Dataset
+from ctrsink.dataset.reader import Dataset
 from ctrsink.evaluate.evaluator import Predictions
 
 

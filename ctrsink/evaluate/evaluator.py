@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import torch
 
 from ctrsink import kept, storage, strict_json
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.layout import Layout
-from ctrsink.data.stream import SequenceSource, evaluation_batches
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.layout import Layout
+from ctrsink.stream.stream import SequenceSource, evaluation_batches
 from ctrsink.dist import Topology, gather_rows
 from ctrsink.errors import Diverged
 from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from ctrsink.data.dataset import Dataset
+from ctrsink.dataset.reader import Dataset
 
 DAY = 86_400
 PERIODS = 10

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink.data.inspect import DAY, HISTORIES, Inspection
+from ctrsink.dataset.inspect import DAY, HISTORIES, Inspection
 from ctrsink.report.drawing import BLUE, ORANGE, draw_figures
 
 POINTS = 120

@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ctrsink import storage
-from ctrsink.data.arrow import from_parquet
+from ctrsink.dataset.arrow import from_parquet
 from ctrsink.evaluate.metrics import auc, no_better_than_the_mean, normalised_entropy
-from ctrsink.train.telemetry import read_metrics
+from ctrsink.train.observe.telemetry import read_metrics
 
 
 def compare_runs(run_dirs: dict[str, str], to: str, split: str = "test") -> str:

@@ -18,7 +18,7 @@ def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -
     import torch.distributed as dist
 
     from ctrsink.train.loop import Trainer
-    from ctrsink.train.surroundings import Surroundings
+    from ctrsink.train.host_hooks import Surroundings
 
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

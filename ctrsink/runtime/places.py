@@ -8,7 +8,7 @@ import ray
 from ray.util import placement_group_table
 
 from ctrsink.config.train import RuntimeSpec
-from ctrsink.runtime.every import Every
+from ctrsink.run.periodic import Every
 from ctrsink.runtime.stalls import PATIENCE_S
 
 log = logging.getLogger("ctrsink.train")

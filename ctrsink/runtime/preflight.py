@@ -3,9 +3,9 @@
 import logging
 
 from ctrsink.config import RunSpec
-from ctrsink.data.manifest import Manifest, read_manifest
+from ctrsink.dataset.manifest import Manifest, read_manifest
 from ctrsink.errors import InputError, first_line
-from ctrsink.train.mlflow_run import require_mlflow
+from ctrsink.train.observe.mlflow_run import require_mlflow
 
 log = logging.getLogger("ctrsink.train")
 
@@ -50,12 +50,12 @@ def _warn_of_shared_rows(spec: RunSpec, manifest: Manifest) -> None:
 
 def _check_sequences(spec: RunSpec, manifest: Manifest, vocabulary: int) -> None:
     """Refuse what would end the run at some later step: a sequence too long for the backbone, or one that shows its answers."""
-    from ctrsink.data.cache import Cache
-    from ctrsink.data.dataset import Dataset
-    from ctrsink.data.foresee import longer_than, suspects
-    from ctrsink.data.layout import Layout
-    from ctrsink.model.build import backbone_config
-    from ctrsink.model.limits import length_limit, too_long
+    from ctrsink.dataset.cache import Cache
+    from ctrsink.dataset.reader import Dataset
+    from ctrsink.stream.foresee import longer_than, suspects
+    from ctrsink.dataset.layout import Layout
+    from ctrsink.families.decoder.build import backbone_config
+    from ctrsink.families.decoder.supported import length_limit, too_long
 
     limit, reason = length_limit(backbone_config(spec.model, vocabulary)) or (None, "")
     layout = Layout.of(spec.data, spec.model, manifest)
@@ -72,12 +72,12 @@ def _check_sequences(spec: RunSpec, manifest: Manifest, vocabulary: int) -> None
 def _vocabulary(spec: RunSpec, manifest: Manifest) -> int:
     from transformers import AutoTokenizer  # takes a second and more: what is refused above is refused at once
 
-    from ctrsink.data.tokenize import fingerprint, load_tokenizer
+    from ctrsink.prepare.tokenize import fingerprint, load_tokenizer
 
     backbone = spec.model.backbone
     if backbone.path is None:
         vocabulary = len(load_tokenizer(spec.data.uri))
-        from ctrsink.model.build import check_model  # seconds of imports, that no refusal above waits for
+        from ctrsink.families.decoder.build import check_model  # seconds of imports, that no refusal above waits for
 
         check_model(spec.model, vocabulary)
         return vocabulary

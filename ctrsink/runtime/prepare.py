@@ -3,10 +3,10 @@
 from ctrsink import storage
 from ctrsink.config import RunSpec
 from ctrsink.config.data import PrepareSpec
-from ctrsink.data.events import OnBadRow
-from ctrsink.data.manifest import Manifest, read_manifest, require_none
-from ctrsink.data.prepare.execute import Execute, in_process
-from ctrsink.data.sources.files import require_there
+from ctrsink.prepare.check_rows import OnBadRow
+from ctrsink.dataset.manifest import Manifest, read_manifest, require_none
+from ctrsink.prepare.execute import Execute, in_process
+from ctrsink.prepare.sources.files import require_there
 from ctrsink.runtime.process import stay_on_loopback
 
 
@@ -15,7 +15,7 @@ def prepare_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow, overwrite: 
     if not overwrite:
         require_none(to or spec.data.uri)
     section, to, execute = _place(spec, to)
-    from ctrsink.data.prepare.build import prepare  # imports torch: what can be refused without is refused before
+    from ctrsink.prepare.build import prepare  # imports torch: what can be refused without is refused before
 
     return prepare(section, to, on_bad_row, overwrite, execute)
 
@@ -24,7 +24,7 @@ def append_run(spec: RunSpec, to: str | None, on_bad_row: OnBadRow) -> Manifest:
     """Append the log of `spec.prepare`, which must be there, to the data set `to`, else `spec.data.uri`; see build.append."""
     read_manifest(to or spec.data.uri)
     section, to, execute = _place(spec, to)
-    from ctrsink.data.prepare.build import append
+    from ctrsink.prepare.build import append
 
     return append(section, to, on_bad_row, execute)
 

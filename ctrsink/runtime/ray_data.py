@@ -6,7 +6,7 @@ import ray
 from ray.data import DataContext, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 
-from ctrsink.data.prepare.execute import Execute, Task
+from ctrsink.prepare.execute import Execute, Task
 from ctrsink.errors import InputError, RunError
 from ctrsink.runtime.ray_train import connect
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ctrsink.runtime.every import Every
+from ctrsink.run.periodic import Every
 
 PATIENCE_S = 60.0
 BEFORE = "the data set and the last checkpoint to be read"

@@ -9,12 +9,12 @@ from pydantic import Field, ValidationError
 
 from ctrsink.config.base import Section
 from ctrsink.config.explain import explain
-from ctrsink.data.arrow import from_parquet
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.events import LARGEST_FEEDBACK
-from ctrsink.data.manifest import read_file
-from ctrsink.data.render import template_fields
-from ctrsink.data.values import text
+from ctrsink.dataset.arrow import from_parquet
+from ctrsink.dataset.reader import Dataset
+from ctrsink.prepare.check_rows import LARGEST_FEEDBACK
+from ctrsink.dataset.manifest import read_file
+from ctrsink.prepare.render import template_fields
+from ctrsink.dataset.values import text
 from ctrsink.errors import InputError, did_you_mean
 from ctrsink.features.columns import columns_of
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctrsink.data.column_cells import known, stored
-from ctrsink.data.events import LARGEST_FEEDBACK
-from ctrsink.data.knowledge import Knowledge
-from ctrsink.data.requests import known_events
-from ctrsink.data.shard import user_hashes
-from ctrsink.data.values import id_text, one_form, text
+from ctrsink.dataset.column_cells import known, stored
+from ctrsink.prepare.check_rows import LARGEST_FEEDBACK
+from ctrsink.serve.knowledge import Knowledge
+from ctrsink.dataset.known import known_events
+from ctrsink.dataset.shard import user_hashes
+from ctrsink.dataset.values import id_text, one_form, text
 from ctrsink.errors import InputError, did_you_mean
 from ctrsink.features.columns import Column
 from ctrsink.features.fields import field_ids

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ctrsink import storage, strict_json
-from ctrsink.data.dataset import Dataset
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.evaluate.intervals import by_draws, by_seeds, deviation
 from ctrsink.evaluate.resampling import METRICS, Resampled, draws

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink import kept, storage, strict_json
-from ctrsink.data.dataset import Dataset
+from ctrsink.dataset.reader import Dataset
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.columns_alone import Fitted, stacked
 from ctrsink.evaluate.evaluator import names_of, write_predictions
 from ctrsink.evaluate.metrics import all_metrics
 from ctrsink.studies.measured import BASELINE_NAME, Impressions, Measured, rows_of
-from ctrsink.train.rundir import write_result
+from ctrsink.run.folder import write_result
 
 Tables = Mapping[str, pa.Table]
 """By split, with at least `user`, `event` and `label`."""

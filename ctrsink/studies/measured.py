@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from ctrsink import kept, storage
 from ctrsink.config import RunSpec
-from ctrsink.data.arrow import from_parquet, pc
+from ctrsink.dataset.arrow import from_parquet, pc
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
-from ctrsink.train.rundir import CONFIG_NAME, first_difference, read_result, read_run
+from ctrsink.run.folder import CONFIG_NAME, first_difference, read_result, read_run
 
 BASELINE_NAME = "baseline.json"
 """In place of config.yaml where no run made the predictions: `name`, `seed` (null: chance plays no part), `data`."""

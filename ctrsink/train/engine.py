@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ctrsink.batch import Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.config.run import RunSpec
 from ctrsink.config.stages import Group, ReadoutSpec, StageSpec
 from ctrsink.dist import Topology, all_max, all_sum
-from ctrsink.model.ctr import CTRModel
-from ctrsink.model.groups import set_trainable, trained_as
-from ctrsink.train.lean_deepspeed import (
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.decoder.groups import set_trainable, trained_as
+from ctrsink.train.deepspeed_import import (
     deepspeed,
     groups,
     safe_get_full_fp32_param,

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 from ctrsink.config import ReadoutSpec, RunSpec
-from ctrsink.data.cache import Cache
-from ctrsink.data.dataset import Dataset
-from ctrsink.data.layout import Layout
-from ctrsink.data.stream import SequenceSource
-from ctrsink.data.tokenize import load_tokenizer
-from ctrsink.model.build import build_model, load_parameters
-from ctrsink.model.ctr import CTRModel
-from ctrsink.train.checkpoint import Checkpoint, Step, find_checkpoint, require_data
-from ctrsink.train.rundir import identities, read_run
+from ctrsink.dataset.cache import Cache
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.layout import Layout
+from ctrsink.stream.stream import SequenceSource
+from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.families.decoder.build import build_model, load_parameters
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.train.checkpoint.checkpoint import Checkpoint, Step, find_checkpoint, require_data
+from ctrsink.run.folder import identities, read_run
 from ctrsink.train.stages import StageController
 
 

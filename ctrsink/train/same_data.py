@@ -6,10 +6,10 @@ import numpy as np
 
 from ctrsink import storage
 from ctrsink.config import RunSpec
-from ctrsink.data.manifest import Manifest
+from ctrsink.dataset.manifest import Manifest
 from ctrsink.dist import Topology, gather_rows
 from ctrsink.errors import InputError
-from ctrsink.train.rundir import DATA_NAME, identities
+from ctrsink.run.folder import DATA_NAME, identities
 
 
 def require_same_data(spec: RunSpec, manifest: Manifest, topology: Topology) -> None:

@@ -1,0 +1,1 @@
+"""Who sees whom in a packed row, and the backends that compute it."""

@@ -1,1 +1,0 @@
-"""From the raw log to batches: sources, preparation, the stream of sequences."""

@@ -1,0 +1,1 @@
+"""The prepared data set: its format on disk, and reading it."""

@@ -1,0 +1,205 @@
+"""From a ModelSpec to a CTRModel: backbone from a hub id, a folder or a configuration; LoRA; everything from one seed."""
+
+import warnings
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from ctrsink.config.model import LoraSpec, ModelSpec
+from ctrsink.errors import InputError, did_you_mean, first_line
+from ctrsink.families.decoder.model import BACKENDS, CTRModel, decoder_layers
+from ctrsink.families.decoder.supported import check_config, check_flex, check_layers, guard_length
+
+_TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
+_COMMON_FIELDS = frozenset({"head_dim", "rope_theta", "rope_scaling"})  # understood also where a configuration does not list them
+_MOST_PARAMETERS = 10**13
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "fp32") -> CTRModel:
+    """A CTRModel whose every random weight comes from `seed`, so that all ranks and all restarts build the same one.
+
+    Args:
+        vocabulary: size of the tokenizer; used by a backbone from `config`, checked against a pretrained one.
+        precision: of the backbone's weights and of matrix products; sink, bias, head and LoRA are fp32.
+
+    Raises:
+        InputError: the backbone cannot be loaded or is of a kind that cannot carry sinks.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = _backbone(spec, vocabulary, DTYPES[precision])
+        check_layers(decoder_layers(backbone))
+        guard_length(backbone)
+        if spec.attention == "flex":
+            check_flex(backbone.config)
+        if spec.lora is not None:
+            add_lora(backbone, spec.lora)
+        model = CTRModel(backbone, spec)
+    model.mixed_precision = precision == "bf16"
+    if spec.gradient_checkpointing:
+        # The newer name where there is one: the older warns, and goes away in transformers 6.
+        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def check_model(spec: ModelSpec, vocabulary: int) -> None:
+    """Build the model that `spec` describes without its memory, to refuse now what would fail in a worker.
+
+    A backbone from `path` is not looked at: its configuration was good for those who trained it.
+
+    Raises:
+        InputError: it cannot be built, has a weight without numbers, or more of them than any machine holds.
+    """
+    if spec.backbone.config is None:
+        return
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on weights of size 0
+            model = build_model(spec, vocabulary, 0)
+    except InputError:
+        raise
+    except Exception as error:  # transformers and torch raise anything, and the configuration is all they were given
+        raise InputError(
+            f"model.backbone.config: the model cannot be built ({type(error).__name__}: {_one_line(error)})"
+        ) from None
+    text: Any = model.backbone.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if heads % shared:
+        raise InputError(f"model.backbone.config: {heads} num_attention_heads cannot share {shared} num_key_value_heads evenly")
+    sizes = {name: value.numel() for name, value in model.named_parameters()}
+    if (empty := next((name for name, size in sizes.items() if not size), None)) is not None:
+        raise InputError(f"model.backbone.config: the weights {empty} would be empty: a size is 0")
+    if sum(sizes.values()) > _MOST_PARAMETERS:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise InputError(
+            f"model: {sum(sizes.values()):.3g} parameters are more than any machine holds, {sizes[largest]:.3g} of them in "
+            f"{largest}: lower its sizes"
+        )
+
+
+def backbone_config(spec: ModelSpec, vocabulary: int) -> PretrainedConfig:
+    """The configuration of the backbone, before any weight is made or read.
+
+    Raises:
+        InputError: there is none, it has a field that its architecture does not know, or its attention cannot carry sinks.
+    """
+    source = spec.backbone
+    if source.config is not None:
+        try:
+            config = _from_fields(source.config, vocabulary)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(f"model.backbone.config: {_one_line(error)}") from None
+        check_config(config, own_fields=True)
+        return config
+    assert source.path is not None  # BackboneSpec has exactly one of the two
+    try:
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
+    check_config(config, own_fields=False)
+    return config
+
+
+def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
+    source, config = spec.backbone, backbone_config(spec, vocabulary)
+    if source.config is not None:
+        try:
+            return AutoModel.from_config(config, attn_implementation=BACKENDS[spec.attention], dtype=dtype)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(f"model.backbone.config: {_one_line(error)}") from None
+    assert source.path is not None
+    try:
+        backbone = AutoModel.from_pretrained(
+            source.path,
+            config=config,
+            attn_implementation=BACKENDS[spec.attention],
+            dtype=dtype,
+            use_safetensors=True,
+            revision=source.revision or "main",
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
+    if vocabulary > backbone.get_input_embeddings().weight.shape[0]:
+        raise InputError(
+            f"model.backbone.path {source.path} has {backbone.get_input_embeddings().weight.shape[0]} token embeddings, "
+            f"the data set's tokenizer {vocabulary}: prepare the data with the model's tokenizer"
+        )
+    return backbone
+
+
+def _from_fields(fields: dict[str, Any], vocabulary: int) -> PretrainedConfig:
+    """Transformers keeps a field that it does not know without a word, and builds another model than was meant."""
+    fields = dict(fields)
+    default = AutoConfig.for_model(fields.pop("model_type"))
+    for name in fields.keys() & _TOKENIZER_FIELDS:
+        raise ValueError(f"{name} comes from the tokenizer: leave it out")
+    for name in fields.keys() - _COMMON_FIELDS:
+        if not hasattr(default, name):
+            raise ValueError(f"{default.model_type} has no field {name}{did_you_mean(name, default.to_dict())}")
+    tokens = dict.fromkeys(_TOKENIZER_FIELDS) | {"vocab_size": vocabulary}
+    return AutoConfig.for_model(default.model_type, **fields, **tokens)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
+    """Put adapters in place on the layers that `spec.targets` names; the backbone keeps its class.
+
+    Raises:
+        InputError: a target names no layer, or one that cannot be adapted.
+    """
+    found = linear_layers(backbone)
+    targets = found if spec.targets is None else list(spec.targets)
+    # PEFT is content when one of several names exists, and would leave the layers of the others as they are.
+    if wrong := [target for target in targets if not _is_adaptable(backbone, target)]:
+        raise InputError(f"model.lora.targets {wrong}: the linear layers of {type(backbone).__name__} are {', '.join(found)}")
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    try:
+        inject_adapter_in_model(config, backbone)
+    except ValueError as error:
+        raise InputError(f"model.lora.targets {targets}: {first_line(error)}") from None
+    for name, parameter in backbone.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    for module in backbone.modules():
+        if isinstance(module, LoraLayer):
+            # PEFT would widen bfloat16 inputs to fp32, only for autocast to narrow them again to what they were.
+            module.cast_input_dtype_enabled = False
+
+
+def _is_adaptable(backbone: nn.Module, target: str) -> bool:
+    """Whether modules have this name, and all of them are such as PEFT adapts; `mlp` is a group of them."""
+    named = [module for name, module in backbone.named_modules() if f".{name}".endswith(f".{target}")]
+    return bool(named) and all(isinstance(module, nn.Linear | nn.Embedding) for module in named)
+
+
+def linear_layers(backbone: nn.Module) -> list[str]:
+    """Names of the linear layers of a decoder layer, `q_proj` and so on, in their order; Phi-3 has `qkv_proj` instead."""
+    modules = (pair for layer in decoder_layers(backbone) for pair in layer.named_modules())
+    return list(dict.fromkeys(name.split(".")[-1] for name, module in modules if isinstance(module, nn.Linear)))
+
+
+def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    """Put checkpointed values into `model`, in fp32.
+
+    Raises:
+        InputError: a name does not exist there, or has another shape.
+    """
+    named = dict(model.named_parameters())
+    for name, value in parameters.items():
+        if name not in named or named[name].shape != value.shape:
+            found = tuple(named[name].shape) if name in named else "absent"
+            raise InputError(f"the checkpoint does not fit the model: {name} is {tuple(value.shape)} there and {found} here")
+        named[name].data = value.clone()

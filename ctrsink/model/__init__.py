@@ -1,1 +1,0 @@
-"""The CTR model: sinks, inter-sink bias, attention, readout, head."""

@@ -1,0 +1,131 @@
+"""First task: a block of the log becomes a file of its events by user, which any shard can read its slice of, and a survey."""
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from ctrsink import storage
+from ctrsink.config.data import PrepareSpec
+from ctrsink.dataset import splits
+from ctrsink.dataset.arrow import column_numpy, from_ipc, to_ipc
+from ctrsink.prepare.check_rows import EVENTS_SCHEMA, check_events
+from ctrsink.dataset.manifest import column_field
+from ctrsink.prepare.results import path_of
+from ctrsink.prepare.statistics import Rule, outcomes, write_received
+from ctrsink.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
+from ctrsink.prepare.render import feedback_minima
+from ctrsink.prepare.sources.raw_log import Block, Source
+from ctrsink.features.columns import Column, columns_of
+
+
+@dataclass(frozen=True)
+class Partition:
+    """All that the first tasks need."""
+
+    spec: PrepareSpec
+    source: Source
+    blocks: tuple[Block, ...]
+    folder: str
+    slices: int
+    """A block's file is cut into this many, a power of two, by the first bits of the prefix."""
+    items: str | None
+    """File of the ids of the item table."""
+
+    def __call__(self, number: int) -> int:
+        """Read block `number`; returns that number, once its survey is written, last."""
+        raw = self.source.read(self.blocks[number])
+        checked = check_events(raw, self.source.columns, read_ids(self.items) if self.items else None, self.told)
+        events = checked.events
+        prefix = splits.prefixes(events.column("user").combine_chunks())
+        order = np.argsort(prefix, kind="stable")
+        content, ends = _sliced(events.take(pa.array(order)), prefix[order], self.slices)
+        seconds, counts = count_times(column_numpy(events, "timestamp", 0), self.labels(events))
+        survey = Survey(
+            rows=checked.rows,
+            file_rows=raw.file_rows,
+            header_lines=raw.header_lines,
+            problem=checked.problem,
+            reasons=checked.reasons,
+            prefix_events=np.bincount(prefix, minlength=splits.PREFIXES),
+            seconds=seconds,
+            counts=counts,
+            feedback=feedback_minima(self.spec.text, column_numpy(events, "feedback", np.nan)),
+            items=None if self.items else events.column("item").unique().to_pylist(),
+            slice_ends=ends,
+            forms=checked.forms,
+        )
+        storage.write_bytes(path_of(self.folder, number, "events"), content)
+        write_received(self.folder, number, self.received(events))
+        write_survey(self.folder, number, survey)
+        return number
+
+    def done(self) -> set[int]:
+        """Blocks that an earlier preparation has read already."""
+        return surveyed(self.folder)
+
+    @property
+    def told(self) -> tuple[Column, ...]:
+        """Columns of the log that are signals."""
+        return tuple(column for column in columns_of(self.spec.columns) if column.of == "log")
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the events of a block: EVENTS_SCHEMA, the columns that are signals, the prefix."""
+        return pa.schema([*EVENTS_SCHEMA, *map(column_field, self.told), pa.field("prefix", pa.uint16())])
+
+    def survey(self, number: int) -> Survey:
+        return read_survey(self.folder, number)
+
+    def labels(self, events: pa.Table) -> np.ndarray:
+        """See splits.labels."""
+        return splits.labels(
+            column_numpy(events, "label", splits.NO_LABEL),
+            column_numpy(events, "feedback", np.nan),
+            self.source.columns.label is not None,
+            self.spec.positive_from,
+        )
+
+    def users(self, slice_ends: tuple[np.ndarray, ...], first: int, end: int) -> pa.Table:
+        """Events of all blocks whose prefix is in [first, end), in the order of the log; see `events`."""
+        return pa.concat_tables([self.events(block, ends, first, end) for block, ends in enumerate(slice_ends)])
+
+    def received(self, events: pa.Table) -> pa.Table:
+        """Counts of the outcomes of events, see Rule.count."""
+        feedback, rated = column_numpy(events, "feedback", np.nan), self.source.columns.feedback is not None
+        return Rule.of(self.spec.statistics).count(
+            events.column("item").combine_chunks(),
+            column_numpy(events, "timestamp", 0),
+            outcomes(feedback, self.labels(events), rated),
+        )
+
+    def events(self, number: int, slice_ends: np.ndarray, first: int, end: int) -> pa.Table:
+        """Events of block `number` whose prefix is in [first, end), in `schema`; `slice_ends` as in its Survey."""
+        width = splits.PREFIXES // self.slices
+        a, b = first // width, (end - 1) // width
+        starts = np.concatenate([[0], slice_ends])
+        if starts[a] == starts[b + 1]:
+            return self.schema.empty_table()
+        content = storage.read_range(path_of(self.folder, number, "events"), int(starts[a]), int(starts[b + 1]))
+        cuts = [int(c - starts[a]) for c in starts[a : b + 2]]
+        pieces = [from_ipc(content[x:y]) for x, y in itertools.pairwise(cuts) if y > x]
+        table = pa.concat_tables(pieces)
+        prefix = column_numpy(table, "prefix", 0)
+        low = int(np.searchsorted(prefix, first))
+        return table.slice(low, int(np.searchsorted(prefix, end - 1, side="right")) - low)
+
+
+def _sliced(events: pa.Table, prefix: np.ndarray, slices: int) -> tuple[bytes, np.ndarray]:
+    """Arrow streams one after another, a slice each (none where it is empty), and where each ends."""
+    table = events.append_column("prefix", pa.array(prefix, pa.uint16()))
+    edges = np.searchsorted(prefix, np.arange(slices + 1) * (splits.PREFIXES // slices))
+    pieces = [to_ipc(table.slice(a, b - a)) if b > a else b"" for a, b in zip(edges.tolist(), edges[1:].tolist(), strict=False)]
+    return b"".join(pieces), np.cumsum([len(piece) for piece in pieces])
+
+
+@lru_cache(maxsize=2)
+def read_ids(path: str) -> pa.Array:
+    """Ids of all items, in the order of the item table; a file of that name never changes."""
+    return from_ipc(storage.read_bytes(path)).column("item").combine_chunks()

@@ -1,0 +1,1 @@
+"""The folder of a run: whose it is and what is in it."""

@@ -1,0 +1,1 @@
+"""Numbers of sequences in an order that depends on no rank, and the batches that they become."""

@@ -1,0 +1,298 @@
+"""The stream: position in, micro-batches out; the same global batches whatever the number of ranks and loader processes."""
+
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from ctrsink import kept
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.ahead import in_processes, read_ahead
+from ctrsink.stream.budget import fill
+from ctrsink.sequences.collate import collate_rows
+from ctrsink.dataset.reader import Dataset, Shard
+from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.manifest import SPLITS
+from ctrsink.stream.order import Order, deal
+from ctrsink.sequences.columns import Sequences
+from ctrsink.sequences.windows import Cuts, split_requests
+from ctrsink.errors import InputError
+from ctrsink.features.ragged import Ragged, ranges
+
+BUILT_AT_ONCE = 512  # sequences of a rank, about
+WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
+
+
+class SequenceSource:
+    """The sequences of one split, numbered shard by shard, user by user, piece by piece.
+
+    Args:
+        newest: only those of the data set's newest part: what is evaluated, as the run may have trained on days after the others.
+
+    Raises:
+        InputError: there is none.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, layout: Layout, newest: bool = False) -> None:
+        self.dataset, self.split, self.layout = dataset, split, layout
+        self._impressions = dataset.index[f"{split}_impressions"]
+        dataset.use(layout)
+        newest = newest and len(dataset.manifest.parts) > 1
+        if newest:
+            self._impressions = np.where(dataset.index["shard"] < dataset.newest.start, 0, self._impressions)
+        pieces = -(-self._impressions // layout.targets)
+        self._starts = np.append(0, np.cumsum(pieces, dtype=np.int64))
+        shards = np.bincount(dataset.index["shard"], pieces, len(dataset.manifest.shards))
+        self.per_shard = tuple(int(n) for n in shards)
+        before = ("past", *SPLITS[: SPLITS.index(split)])  # pyright: ignore[reportArgumentType]
+        self._past: np.ndarray = np.add.reduce([dataset.index[f"{name}_events"] for name in before])
+        if not sum(self.per_shard):
+            raise InputError(f"{'the newest part of ' * newest}the data set {dataset.uri} has no impression in its {split} split")
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Number of shards of each part of the data set."""
+        owners = [shard.part for shard in self.dataset.manifest.shards]
+        return tuple(owners.count(number) for number in range(len(self.dataset.manifest.parts)))
+
+    def owners(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """User (row of the index) and number of the piece of each sequence."""
+        users = np.searchsorted(self._starts, ids, side="right") - 1
+        return users, ids - self._starts[users]
+
+    def impressions(self, ids: np.ndarray) -> np.ndarray:
+        """Targets of each sequence, known without opening a shard."""
+        return self._targets(*self.owners(ids))
+
+    def some(self) -> np.ndarray:
+        """One sequence, of a user whose history is long: what a measurement of memory takes, int64 [1]."""
+        ids = np.arange(min(256, sum(self.per_shard)))
+        return ids[[self.lengths(ids).argmax()]]
+
+    def lengths(self, ids: np.ndarray) -> np.ndarray:
+        """Events of each sequence, about: exact where every event is an impression."""
+        users, pieces = self.owners(ids)
+        past = self._past[users] + pieces * self.layout.targets
+        return self._targets(users, pieces) + np.minimum(self.layout.retrieve or self.layout.history, past)
+
+    def longest(self, ids: np.ndarray) -> int:
+        """Positions of the longest of these sequences; candidates behind one history begin at the same position.
+
+        Raises:
+            InputError: one of them cannot be built, see build_sequences.
+        """
+        return int(self._sequences(ids)[0].columns.position_ids.max()) + 1
+
+    def build(self, ids: np.ndarray, counted: np.ndarray | None = None) -> Batch:
+        """The sequences `ids` as one batch; where `counted` is False a row only fills it."""
+        return self.build_all([ids], [counted])[0]
+
+    def build_all(self, batches: list[np.ndarray], counted: list[np.ndarray | None]) -> list[Batch]:
+        """As `build`, of several batches, none of them empty; together they take less time."""
+        ids = np.concatenate(batches)
+        built, of, users = self._sequences(ids)
+        rows = of.argsort(kind="stable")
+        firsts = np.cumsum([0, *(len(batch) for batch in batches)])
+        bounds = np.searchsorted(of[rows], firsts).tolist()
+        out = []
+        for first, a, b, which in zip(firsts.tolist(), bounds, bounds[1:], counted, strict=False):
+            own = of[rows[a:b]]
+            out.append(collate_rows(built, rows[a:b], users[own], None if which is None else which[own - first]))
+        return out
+
+    def build_within(
+        self, groups: list[np.ndarray], counted: list[np.ndarray | None], tokens: int
+    ) -> list[tuple[list[Batch], Batch]]:
+        """Each group of ids as batches of `tokens` at most, and a batch that is not counted, of the group's shortest sequence.
+
+        A group that is not counted has no other.
+        """
+        built, of, users = self._sequences(np.concatenate(groups))
+        lengths = np.diff(built.positions)
+        ends = np.cumsum([len(group) for group in groups])
+        out = []
+        all_rows = np.split(of.argsort(kind="stable"), np.searchsorted(np.sort(of), ends)[:-1])
+        for rows, which in zip(all_rows, counted, strict=True):
+            parts = [rows[chosen] for chosen in fill(lengths[rows], tokens)] if which is None else []
+            shortest = rows[[lengths[rows].argmin()]]
+            none = collate_rows(built, shortest, users[of[shortest]], np.zeros(1, np.bool_))
+            out.append(([collate_rows(built, part, users[of[part]]) for part in parts], none))
+        return out
+
+    def _sequences(self, ids: np.ndarray) -> tuple[Sequences, np.ndarray, np.ndarray]:
+        """The sequences of all ids, in any order; which id (its place in `ids`) each is of; the user of each id."""
+        users, pieces = self.owners(ids)
+        shards = self.dataset.index["shard"][users]
+        by_shard = shards.argsort(kind="stable")
+        numbers, starts = np.unique(shards[by_shard], return_index=True)
+        self.dataset.use(self.layout)  # another source may have used it since
+        opened = self.dataset.shards(numbers.tolist())
+        cuts = self._cuts(opened, np.append(starts[1:], len(ids)) - starts, users[by_shard], pieces[by_shard])
+        owner = np.arange(len(ids))
+        if self.layout.examples == "per_request":
+            cuts, owner = split_requests(cuts)
+        return build_sequences(cuts, self.layout, self.dataset.feedbacks, self.dataset.prefix), by_shard[owner], users
+
+    def _cuts(self, shards: list[Shard], sizes: np.ndarray, users: np.ndarray, pieces: np.ndarray) -> Cuts:
+        """These pieces of users, `sizes[i]` of them in `shards[i]`."""
+        rows, past = self.dataset.index["row"][users], self._past[users]
+        bounds = np.append(0, sizes.cumsum())
+        spans = [slice(a, b) for a, b in pairwise(bounds.tolist())]
+        begins = np.concatenate([shard.offsets[rows[span]] for shard, span in zip(shards, spans, strict=True)])
+        # Searched for in their own type: numpy would convert the whole list otherwise.
+        opens = (begins + past).astype(np.int32)
+        firsts = np.concatenate([shard.impressions.searchsorted(opens[span]) for shard, span in zip(shards, spans, strict=True)])
+        counts = self._targets(users, pieces)
+        offsets = np.append(0, counts.cumsum())
+        places = ranges(firsts + pieces * self.layout.targets, counts)
+        found = [shard.impressions[places[a:b]] for shard, (a, b) in zip(shards, pairwise(offsets[bounds].tolist()), strict=True)]
+        return Cuts(list(shards), sizes, begins, Ragged(np.concatenate(found).astype(np.int64), offsets))
+
+    def _targets(self, users: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+        return np.minimum(self.layout.targets, self._impressions[users] - pieces * self.layout.targets)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in one optimiser step."""
+
+    micro_batches: list[Batch]
+    impressions: int
+    """Of the global batch, over all ranks."""
+    position: int
+    """Of the stream after this step."""
+    filler: Batch | None = None
+    """Under a token budget ranks may need different numbers of micro-batches: this one is not counted and evens them out."""
+
+
+class TrainStream:
+    """Steps of a global batch each, striped over ranks; iterating goes on from the position, which is the whole state.
+
+    Every rank gets the same number of steps with the same number of micro-batches in each. A global batch that ranks and
+    micro-batches do not divide is dealt out so that micro-batches differ by one sequence at most, and one without any holds a
+    row that is not counted. The stream runs over epoch after epoch, and a batch may reach into the next, so nothing is left out
+    at an epoch's end; in `chronological` order it ends, and what does not fill a last batch stays for the time when a part
+    was appended.
+
+    Args:
+        source: what it deals out.
+        seed, shuffle_shards: see Order.
+        batch_size: sequences of a global batch.
+        accumulation: micro-batches of a rank in a step.
+        rank, world: this rank and their number.
+        order: epochs over everything, or one pass over part after part.
+        workers: processes that build batches; 0 for a thread. The steps are the same.
+        tokens: of a micro-batch at most; their number in a step then follows from the sequences, not from `accumulation`.
+    """
+
+    def __init__(
+        self,
+        source: SequenceSource,
+        seed: int,
+        shuffle_shards: int,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        order: Literal["shuffled", "chronological"] = "shuffled",
+        workers: int = 0,
+        tokens: int | None = None,
+    ) -> None:
+        self.source = source
+        self.order = Order(source.per_shard, seed, shuffle_shards, source.parts if order == "chronological" else ())
+        self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
+        self.workers, self.tokens = workers, tokens
+        self.position = 0
+        """Sequences consumed since the run began, over all epochs: of steps that were handed out, not of those built ahead."""
+
+    def state_dict(self) -> dict[str, int]:
+        """All that another stream, at any number of ranks, needs to go on behind the last step that was handed out."""
+        return kept.stamped({"position": self.position})
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there, in constant time; call it before iterating.
+
+        Raises:
+            InputError: it is the state of a newer version.
+        """
+        self.position = kept.opened(state, "the state of the stream")["position"]
+
+    def __iter__(self) -> Generator[Step, None, None]:
+        """Steps from the position on; without end but in chronological order."""
+        left = sys.maxsize if not self.order.parts else (self.order.total - self.position) // self.batch_size
+        for step in self.steps(self.position, max(0, left)):
+            self.position = step.position
+            yield step
+
+    def steps(self, position: int, count: int) -> Iterator[Step]:
+        """`count` steps from `position` on, built while the caller computes; the stream's own position stays."""
+        # Many sequences are built in little more time than few; the first step comes alone, because it is waited for.
+        size = max(1, BUILT_AT_ONCE * self.world // self.batch_size)
+        chunks = min(count, 1 + -(-(count - 1) // size))
+        make = partial(self._chunk, position, count, size)
+        for chunk in in_processes(make, chunks, self.workers) if self.workers else read_ahead(make, chunks):
+            yield from chunk
+
+    def step(self, position: int) -> Step:
+        """The step that starts at `position`."""
+        return self._build([position])[0]
+
+    def shards_of(self, position: int) -> list[str]:
+        """Files that the step from `position` on reads, for messages."""
+        users, _ = self.source.owners(self.order.ids(position, self.batch_size))
+        shards = self.source.dataset.manifest.shards
+        return [shards[number].events_file.path for number in np.unique(self.source.dataset.index["shard"][users]).tolist()]
+
+    def _chunk(self, position: int, count: int, size: int, number: int) -> list[Step]:
+        """Of `count` steps the first, for number 0, or the next `size` of the others."""
+        first, end = (0, 1) if number == 0 else (1 + (number - 1) * size, 1 + number * size)
+        return self._build([position + step * self.batch_size for step in range(first, min(end, count))])
+
+    def _build(self, positions: list[int]) -> list[Step]:
+        chosen: list[np.ndarray] = []
+        counted: list[np.ndarray | None] = []
+        impressions: list[int] = []
+        for position in positions:
+            ids = self.order.ids(position, self.batch_size)
+            lengths = self.source.lengths(ids)
+            shortest = ids[[lengths.argmin()]]  # costs least
+            for dealt in deal(lengths, self.world, self.accumulation if self.tokens is None else 1)[self.rank]:
+                some = bool((dealt >= 0).any())
+                chosen.append(ids[dealt[dealt >= 0]] if some else shortest)
+                counted.append(None if some else np.zeros(1, np.bool_))
+            impressions.append(int(self.source.impressions(ids).sum()))
+        if self.tokens is not None:
+            own = self.source.build_within(chosen, counted, self.tokens)
+        else:
+            batches = self.source.build_all(chosen, counted)
+            own = [(batches[i : i + self.accumulation], None) for i in range(0, len(batches), self.accumulation)]
+        self.source.dataset.read_ahead(self.order.shards_after(positions[-1] + self.batch_size - 1))
+        ends = [position + self.batch_size for position in positions]
+        return [Step(made, count, end, filler) for (made, filler), count, end in zip(own, impressions, ends, strict=True)]
+
+
+def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:
+    """Every sequence of the split once over all ranks (or a fixed random `sample`), equally many batches on each rank."""
+    ids = Order(source.per_shard, None if sample is None else 0, len(source.per_shard)).ids(0, sum(source.per_shard))[:sample]
+    ids = np.sort(ids)
+    ids = ids[np.lexsort((-source.lengths(ids), _windows(source, ids, WINDOW * batch_size * world)))]
+    rounds = -(-len(ids) // (batch_size * world))
+    # Filled up with the last, whose shard is open.
+    padded = np.pad(ids, (0, rounds * batch_size * world - len(ids)), "edge").reshape(rounds, batch_size, world)[:, :, rank]
+    counted = (np.arange(padded.size * world) < len(ids)).reshape(rounds, batch_size, world)[:, :, rank]
+    return read_ahead(lambda i: source.build(padded[i], counted[i]), rounds)
+
+
+def _windows(source: SequenceSource, ids: np.ndarray, size: int) -> np.ndarray:
+    """The window of each of the ascending ids, within which like lengths may meet, int64 [N].
+
+    It has `size` sequences at most, and half of the shards that are held: a batch may reach into the next window.
+    """
+    shards = np.searchsorted(np.cumsum(source.per_shard), ids, side="right")
+    opened = np.cumsum(np.diff(shards, prepend=shards[:1]) > 0)
+    return opened // max(1, source.dataset.keep_shards // 2) + np.arange(len(ids)) // size

@@ -1,0 +1,225 @@
+"""The portable checkpoint: safetensors by parameter name, loadable at any number of workers and any ZeRO stage; no pickle.
+
+A folder per checkpoint; `complete.json`, with size and sha256 of each file, is written last. Without it, or with a file that
+does not match, the folder is no checkpoint. A native checkpoint (see `native`) has the same parameters and state; its moments are
+DeepSpeed's shards, of which only presence and size are looked at here.
+"""
+
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load
+
+from ctrsink import kept, storage, strict_json
+from ctrsink.errors import InputError, RunError
+from ctrsink.run.listing import FOLDER, folder_of, list_checkpoints, step_of
+from ctrsink.train.checkpoint.tensor_file import to_safetensors
+
+PARAMETERS, MOMENTS, STATE = FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
+MARKER = "complete.json"
+SHARDS = "shards"
+"""Folder in a native checkpoint."""
+BEST = "best.json"
+"""Beside the checkpoints: step, metric and value of the best one."""
+Step = int | Literal["best"] | None
+"""A checkpoint as the user names it: its step, the best by `train.keep.best`, or (None) the newest whole one."""
+log = logging.getLogger("ctrsink.train")
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint's file is missing or is not what was written; an outage of the storage is not this."""
+
+
+@dataclass
+class Checkpoint:
+    """State of a run after `step` optimiser steps."""
+
+    step: int
+    position: int
+    """Of the stream: sequences consumed since the run began."""
+    parameters: dict[str, torch.Tensor]
+    """fp32 values of every parameter that any stage so far has trained."""
+    moments: dict[str, torch.Tensor]
+    steps: dict[str, int]
+    """See EngineState."""
+    dataset: str
+    """Identity of the data set, see Manifest.identity."""
+    seconds: float = 0.0
+    """Spent in training steps so far."""
+    controller: dict[str, Any] = field(default_factory=dict)
+    """State of the stage controller, as JSON has it."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Of the last validation before it; empty where there was none. nan, and None once saved: the sample has no such metric."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """Audit of what was trained on: counts and a checksum."""
+    native: dict[str, int] = field(default_factory=dict)
+    """`world` and `zero_stage` of the shards that hold the moments; empty in a portable checkpoint."""
+    precision: str = ""
+    """What the run trains in, which `train.precision: auto` leaves open; empty in a checkpoint from before there was that."""
+
+
+def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
+    """Write `checkpoint` below `run_dir` and return its folder.
+
+    Raises:
+        RunError: the disk is full or fails; nothing of the checkpoint is left on it.
+    """
+    folder = folder_of(run_dir, checkpoint.step)
+    try:
+        entries = write_files(folder, checkpoint, FILES)
+        write_marker(folder, entries)
+    except RunError:
+        with suppress(Exception):
+            storage.delete(folder)
+        raise
+    return folder
+
+
+def write_files(folder: str, checkpoint: Checkpoint, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Write these of a checkpoint's `FILES`; returns their entries in the marker. One file is held in memory at a time."""
+    entries = {}
+    for name in names:
+        content = _content(checkpoint, name)
+        entries[name] = {"bytes": len(content), "sha256": storage.sha256(content)}
+        storage.write_bytes(storage.join(folder, name), content)
+    return entries
+
+
+def write_marker(folder: str, entries: dict[str, dict[str, Any]]) -> None:
+    """Make the folder a checkpoint of the files in `entries`; all of them must have been written."""
+    storage.write_bytes(storage.join(folder, MARKER), json.dumps(kept.stamped(entries)).encode())
+
+
+def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
+    if name == STATE:
+        names = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments")]
+        return strict_json.dumps(kept.stamped({name: getattr(checkpoint, name) for name in names})).encode()
+    return to_safetensors(checkpoint.parameters if name == PARAMETERS else checkpoint.moments)
+
+
+def latest_checkpoint(run_dir: str, before: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; each newer one that is not is named in a warning. None where none was ever finished.
+
+    Args:
+        before: only of earlier steps: the finished one of this step turned out to be damaged.
+
+    Raises:
+        InputError: checkpoints were finished, but none is whole any more: to start anew is the user's to say.
+    """
+    finished = before is not None
+    for folder in list_checkpoints(run_dir):
+        if before is not None and step_of(folder) >= before:
+            continue
+        try:
+            return load_checkpoint(folder)
+        except DamagedCheckpoint as error:
+            finished = finished or storage.exists(storage.join(folder, MARKER))
+            log.warning("%s; looking for one before it", error)
+    if finished:
+        raise InputError(f"{run_dir} has no whole checkpoint left: restore one, or delete {FOLDER}/ there to start anew")
+    return None
+
+
+def find_checkpoint(run_dir: str, step: Step = None) -> Checkpoint:
+    """The checkpoint of `step`, the best, or the newest whole one.
+
+    Raises:
+        InputError: there is none, or that of `step` is damaged.
+    """
+    if step == "best":
+        step = _best_step(run_dir)
+    if step is not None:
+        folders = list_checkpoints(run_dir)
+        if folder_of(run_dir, step) not in folders:
+            steps = ", ".join(str(step_of(folder)) for folder in reversed(folders)) or "none"
+            raise InputError(f"{run_dir} has no checkpoint of step {step}: choose one of those it has ({steps})")
+        return load_checkpoint(folder_of(run_dir, step))
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise InputError(f"{run_dir} holds no whole checkpoint yet: train it first")
+    return checkpoint
+
+
+def _best_step(run_dir: str) -> int:
+    path = storage.join(run_dir, FOLDER, BEST)
+    try:
+        return int(kept.opened(json.loads(storage.read_bytes(path)), path)["step"])
+    except FileNotFoundError:
+        hint = "train with train.keep.best and a validation, or name a step"
+        raise InputError(f"{run_dir} knows no best checkpoint: {hint}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged: name a step instead") from None
+
+
+def require_data(run_dir: str, checkpoint: Checkpoint, datasets: tuple[str, ...], uri: str) -> None:
+    """Refuse a data set other than the one that the checkpoint was trained on.
+
+    Raises:
+        InputError: the data set at `uri` is another; `datasets` says what it may have been, see rundir.identities.
+    """
+    if checkpoint.dataset not in datasets:
+        raise InputError(
+            f"{run_dir} was trained on another data set than the one now in {uri}: "
+            "give the old one back, or choose another run_dir"
+        )
+
+
+def load_checkpoint(folder: str) -> Checkpoint:
+    """Read a checkpoint and check it against its marker.
+
+    Raises:
+        InputError: it is incomplete or altered, or of a newer version.
+    """
+    entries = read_marker(folder)
+    shards = {name: size for name, (size, _) in entries.items() if name not in FILES}
+    if shards:
+        found = {f"{SHARDS}/{one.path}": one.bytes for one in storage.find(storage.join(folder, SHARDS))}
+        for name, size in shards.items():
+            if found.get(name) != size:
+                what = f"{name} has another size" if name in found else f"{name} is missing"
+                raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {what}")
+    contents: dict[str, bytes] = {}
+    for name in FILES:
+        if name not in entries:
+            continue
+        content = _read(folder, name)
+        if (len(content), storage.sha256(content)) != entries[name]:
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its hash")
+        contents[name] = content
+    moments = load(contents[MOMENTS]) if MOMENTS in contents else {}
+    try:
+        state = kept.opened(json.loads(contents[STATE]), storage.join(folder, STATE))
+        return Checkpoint(parameters=load(contents[PARAMETERS]), moments=moments, **state)
+    except (ValueError, TypeError):
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE} is not what was written") from None
+
+
+def read_marker(folder: str) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of each file of a checkpoint, by its path in the folder.
+
+    Raises:
+        DamagedCheckpoint: there is no marker, or it is not what was written.
+        InputError: it is of a newer version.
+    """
+    try:
+        entries = kept.opened(json.loads(_read(folder, MARKER)), storage.join(folder, MARKER))
+        found = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        others = found.keys() - FILES
+        if not {PARAMETERS, STATE} <= found.keys() or (MOMENTS in found) == bool(others):
+            raise ValueError
+        if any(not name.startswith(f"{SHARDS}/") or storage.leads_out(name) for name in others):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None
+    return found
+
+
+def _read(folder: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(folder, name))
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"the checkpoint {folder} is incomplete: {name} is missing") from None

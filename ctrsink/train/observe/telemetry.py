@@ -1,0 +1,172 @@
+"""What a run says of itself: a progress line, metrics.jsonl, TensorBoard, MLflow and gauges, all from the first rank."""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ctrsink import storage, strict_json
+from ctrsink.sequences.batch import Batch
+from ctrsink.config import RunSpec
+from ctrsink.errors import InputError, RunError
+from ctrsink.families.decoder.cost import FlopCount
+from ctrsink.train.observe.mlflow_run import MlflowRun
+from ctrsink.run.folder import BOARD_NAME, METRICS_NAME, flatten
+
+log = logging.getLogger("ctrsink.train")
+
+
+class Telemetry:
+    """Collects rows of metrics; `flush` puts them into the run's folder, where they are whole at any moment.
+
+    Args:
+        spec: the run; its folder is local or s3://.
+        step: optimiser steps that the run continues from; rows of later steps, written before it was cut off, are dropped.
+        gauges: see Surroundings.
+
+    Raises:
+        InputError: MLflow is asked for and not installed.
+    """
+
+    def __init__(self, spec: RunSpec, step: int, gauges: Callable[[dict[str, Any]], None] | None = None) -> None:
+        run_dir = spec.run_dir
+        self._gauges = gauges
+        self._mlflow: MlflowRun | None = None
+        if spec.train.mlflow is not None:
+            self._mlflow = MlflowRun(spec.train.mlflow, run_dir, spec.name, flatten(spec.model_dump(mode="json")))
+        self._path = storage.join(run_dir, METRICS_NAME)
+        self._board_uri = storage.join(run_dir, BOARD_NAME)
+        self._remote = storage.is_remote(run_dir)
+        self._board_dir = tempfile.mkdtemp(prefix="ctrsink-tensorboard-") if self._remote else self._board_uri
+        self._board = SummaryWriter(self._board_dir, purge_step=step + 1 if step else None)
+        self._rows = [row for row in read_metrics(run_dir) if row["step"] <= step] if step else []
+        self._board_failed = False
+        self._flushed = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._flush: Future[None] = Future()
+        self._flush.set_result(None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Record a row; it has the keys `step` and `stage`. Flushed every five seconds at most, on S3 every minute."""
+        self._rows.append(row)
+        with self._board_may_fail():
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, row["step"])
+        if self._gauges is not None:
+            self._gauges(row)
+        if self._mlflow is not None:
+            self._mlflow.add(row)
+        if time.monotonic() - self._flushed > (60 if self._remote else 5) and self._flush.done():
+            self.flush()
+
+    def flush(self) -> "Future[None]":
+        """Write everything, in a thread of its own: a slow storage does not hold the training up.
+
+        A storage that fails is tried again at the next flush and does not end the training; what comes back never raises.
+        """
+        self._flushed = time.monotonic()
+        self._flush = self._thread.submit(self._write, "".join(strict_json.dumps(row) + "\n" for row in self._rows))
+        return self._flush
+
+    def _write(self, rows: str) -> None:
+        if not rows:  # of a run that never made a step nothing is to be left
+            return
+        with self._board_may_fail():
+            self._board.flush()
+        try:
+            storage.write_bytes(self._path, rows.encode())
+            if self._remote:
+                storage.upload_dir(self._board_dir, self._board_uri)
+        except (InputError, RunError, OSError) as error:
+            log.warning("metrics are not written, they are tried again with the next ones: %s", error)
+
+    @contextmanager
+    def _board_may_fail(self) -> Generator[None, None, None]:
+        """TensorBoard raises the failure of its own thread again at every later call: it is told of once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._board_failed:
+                log.warning("TensorBoard's files are not written: %s", error)
+            self._board_failed = True
+
+    def close(self, finished: bool) -> None:
+        """Write everything; `finished`: the run is at its end, nothing will go on with it."""
+        self.flush().result()
+        self._thread.shutdown()
+        if self._mlflow is not None:
+            self._mlflow.close(finished)
+        with self._board_may_fail():
+            self._board.close()
+        if self._remote:
+            shutil.rmtree(self._board_dir, ignore_errors=True)
+
+
+def read_metrics(run_dir: str) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl; none where there is no such file."""
+    try:
+        text = storage.read_bytes(storage.join(run_dir, METRICS_NAME)).decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Pace:
+    """Rates since the last report: impressions/s, tokens/s, TFLOP/s, share of time that waited for data.
+
+    Args:
+        flops: what the model needs, with what is trained now.
+        sinks_only: as in `ctrsink.attention.rule_dense.visible`.
+    """
+
+    def __init__(self, flops: FlopCount, sinks_only: bool) -> None:
+        self._count, self._sinks_only = flops, sinks_only
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start = time.monotonic()
+        self._impressions = self._tokens = self._flops = 0
+        self._steps = 0
+        self._waited = 0.0
+
+    def count(self, impressions: int, micro_batches: list[Batch], waited: float) -> None:
+        """One optimiser step: impressions of the whole global batch; micro-batches and seconds of waiting of this rank."""
+        self._impressions += impressions
+        self._tokens += sum(batch.tokens for batch in micro_batches)
+        self._flops += sum(self._count.step(batch, self._sinks_only).total for batch in micro_batches)
+        self._waited += waited
+        self._steps += 1
+
+    def report(self, steps_left: int | None) -> dict[str, float]:
+        """Rates since the last report, and seconds left at this pace if the steps left are known; starts anew."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        row = {
+            "impressions_per_s": self._impressions / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "tflops": self._flops / seconds / 1e12,
+            "data_wait": self._waited / seconds,
+        }
+        if steps_left is not None:
+            row["seconds_left"] = max(0, steps_left) * seconds / max(1, self._steps)
+        self._begin()
+        return row
+
+
+def progress_line(row: dict[str, Any], total: int | None) -> str:
+    """One line for people, from a row of metrics; `total` steps, if that is known."""
+    line = f"step {row['step']}{f'/{total}' if total is not None else ''} stage {row['stage']} loss {row['loss']:.4f} "
+    line += f"{row['impressions_per_s']:.0f} impressions/s {row['tokens_per_s']:.0f} tokens/s data wait {row['data_wait']:.1%}"
+    if "valid/auc" in row:
+        line += f" valid AUC {row['valid/auc']:.4f}"
+    if "seconds_left" in row:
+        minutes, seconds = divmod(round(row["seconds_left"]), 60)
+        line += f" left {minutes}:{seconds:02d}"
+    return line
