@@ -19,11 +19,11 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.shapes import SHAPES, VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.training import Trainee
 from ctrsink import strict_json
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch
 
 Wrap = Callable[[CTRModel], nn.Module]
 # Whether it has sinks, whether it has the bias, and what becomes of the model.

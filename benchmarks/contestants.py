@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from benchmarks.impressions import Samples, to_batch
 from benchmarks.optional import huggingface, mosaic
 from ctrsink import storage
-from ctrsink.sequences.batch import Batch
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.reader import Dataset
+from ctrsink.sequences.batch import Batch
 from ctrsink.stream.stream import SequenceSource, TrainStream
 
 OURS = "ctrsink"

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.families.decoder.bias import InterSinkBias
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.model import CTRModel, decoder_layers
+from ctrsink.sequences.batch import Batch
 
 
 class DenseModel(nn.Module):

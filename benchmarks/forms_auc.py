@@ -19,13 +19,13 @@ from benchmarks.training import Trainee, prepare_once, run_of, stream_of, traine
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
-from ctrsink.stream.stream import Step
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.runtime.preflight import check
+from ctrsink.stream.stream import Step
 
 TRAINED = ("sink", "bias", "head", "backbone")
 BATCH = {"per_target": 64, "per_user": 8}  # sequences of a step

@@ -19,12 +19,12 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.shapes import SHAPES, VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.training import Trainee
 from ctrsink import strict_json
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.cost import FlopCount
 from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch
 from ctrsink.train.observe.hardware import known_peak
 
 PLAIN = "flash, no bias"

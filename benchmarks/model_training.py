@@ -22,9 +22,9 @@ from benchmarks.training import Trainee, Work, prepare_once, rates, run_of, stre
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.data import DataSpec
-from ctrsink.stream.stream import Step
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
+from ctrsink.stream.stream import Step
 
 # The published code with SmolLM2-135M on two cores of another machine (an Intel with AMX): batches of 8, two histories of 50
 # behaviours per impression, each padded to 512 tokens, half of the layers on tokens, fp32.

@@ -7,8 +7,8 @@ from benchmarks.dense import DenseModel
 from benchmarks.shapes import random_batch
 from benchmarks.training import Trainee, Work, work_for
 from ctrsink.config import RunSpec
-from ctrsink.stream.stream import Step
 from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.stream.stream import Step
 
 IMPRESSIONS = 8
 HISTORIES = 2  # of an impression: liked and disliked items, encoded apart

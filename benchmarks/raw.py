@@ -5,9 +5,9 @@ from pathlib import Path
 import yaml
 
 from ctrsink.config import load_run
+from ctrsink.errors import InputError
 from ctrsink.prepare.build import prepare
 from ctrsink.prepare.synth import synth
-from ctrsink.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

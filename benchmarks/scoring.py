@@ -22,8 +22,8 @@ from ctrsink.config.data import TextSpec, TokenizerSpec
 from ctrsink.config.model import BiasSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.dataset.layout import Layout
-from ctrsink.prepare.tokenize import make_tokenizer
 from ctrsink.families.decoder.hf import CTRSinkConfig, CTRSinkModel
+from ctrsink.prepare.tokenize import make_tokenizer
 from ctrsink.serve import Scorer
 from ctrsink.serve.load import Loaded
 from ctrsink.serve.requests import Request

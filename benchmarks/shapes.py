@@ -4,14 +4,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
 from ctrsink.config.stages import Group
-from ctrsink.sequences.collate import collate
 from ctrsink.dataset.events import UserEvents
-from ctrsink.families.decoder.encode import build_sequence
 from ctrsink.dataset.layout import Layout
+from ctrsink.families.decoder.encode import build_sequence
 from ctrsink.features.ragged import Ragged
+from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.collate import collate
 
 VOCABULARY = 1024  # embeddings take no matrix product, so a small one costs what a large one does
 TRAINED: tuple[Group, ...] = ("head", "lora", "sink", "bias")

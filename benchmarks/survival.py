@@ -28,14 +28,14 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.training import prepare_once
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
+from ctrsink.run.folder import request_stop
+from ctrsink.runtime.process import stay_on_loopback
 from ctrsink.stream.order import Order
 from ctrsink.stream.stream import SequenceSource
-from ctrsink.runtime.process import stay_on_loopback
-from ctrsink.train.observe.audit import Audit, expected
 from ctrsink.train.checkpoint.checkpoint import list_checkpoints
-from ctrsink.train.restore import restore_run
-from ctrsink.run.folder import request_stop
+from ctrsink.train.observe.audit import Audit, expected
 from ctrsink.train.observe.telemetry import read_metrics
+from ctrsink.train.restore import restore_run
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.training import Work, prepare_once, rates, stream_of, work_for
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
-from ctrsink.stream.stream import Step
 from ctrsink.errors import InputError
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.process import prepare_process
+from ctrsink.stream.stream import Step
 
 ENGINES = ("deepspeed", "torch", "torch, fused Adam")
 COMPILE = ("nothing", "layers", "backbone")

@@ -13,17 +13,17 @@ import yaml
 
 from benchmarks.raw import CONFIGS
 from ctrsink import storage
-from ctrsink.sequences.batch import Batch
 from ctrsink.config import RunSpec, load_run
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import MANIFEST_NAME
-from ctrsink.prepare.build import prepare
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.prepare.build import prepare
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream
 
 
 @dataclass(frozen=True)

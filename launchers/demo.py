@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 from ctrsink import logs, storage, strict_json
 from ctrsink.config import RunSpec, load_run
 from ctrsink.dataset.reader import Dataset
-from ctrsink.prepare.download import download
-from ctrsink.prepare.build import prepare
 from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
 from ctrsink.export.package import export_run
+from ctrsink.prepare.build import prepare
+from ctrsink.prepare.download import download
 from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
 from ctrsink.serve import Scorer

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
-from ctrsink.sequences.collate import collate
-from ctrsink.dataset.events import UserEvents
-from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
-from ctrsink.prepare.build import prepare
-from ctrsink.sequences.columns import Sequence
-from ctrsink.dataset.events import Events
-from ctrsink.sequences.windows import Cuts
+from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.families.decoder.model import CTRModel
 from ctrsink.features.categories import categories
 from ctrsink.features.ragged import Ragged
-from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.model import CTRModel
+from ctrsink.prepare.build import prepare
+from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.collate import collate
+from ctrsink.sequences.columns import Sequence
+from ctrsink.sequences.windows import Cuts
 
 VOCABULARY = 97
 # Token tables: texts of 1 to 4 tokens, feedbacks of 0 to 2.

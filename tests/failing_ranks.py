@@ -19,8 +19,8 @@ def main(failure: str, rank: int, store: str, data: str, folder: str) -> None:
     import torch.distributed as dist
 
     from ctrsink.config import parse_run
-    from ctrsink.prepare.tokenize import load_tokenizer
     from ctrsink.dist import Topology
+    from ctrsink.prepare.tokenize import load_tokenizer
     from ctrsink.train.engine import Engine
     from ctrsink.train.loop import Trainer
     from tests.runs import run_tree

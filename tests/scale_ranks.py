@@ -46,9 +46,9 @@ def main(rank: int, world: int, store: str, data: str, folder: str) -> None:
     import torch.distributed as dist
 
     from ctrsink.config import parse_run
-    from ctrsink.prepare.tokenize import load_tokenizer
     from ctrsink.dist import Topology
     from ctrsink.families.decoder.build import build_model
+    from ctrsink.prepare.tokenize import load_tokenizer
     from ctrsink.train.loop import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)

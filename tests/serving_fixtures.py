@@ -8,12 +8,12 @@ import torch
 
 from ctrsink.config import PrepareSpec, RunSpec, parse_run
 from ctrsink.dataset.manifest import read_manifest
-from ctrsink.prepare.build import prepare
-from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.groups import trained_as
-from ctrsink.train.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from ctrsink.prepare.build import prepare
+from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.run.folder import claim
+from ctrsink.train.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tests.data_fixtures import make_events, prepare_spec, table_source
 
 LLAMA = {

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from ctrsink import logs
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.evaluator import Predictions, evaluate_splits

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from ctrsink.config.data import PrepareSpec, SplitSpec, StatisticsSpec, TextSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.manifest import WORK, Manifest, read_file, read_manifest
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.verify import verify
+from ctrsink.errors import InputError, RunError
 from ctrsink.prepare.build import append, prepare
 from ctrsink.prepare.execute import Task, in_process
 from ctrsink.prepare.tokenize import load_tokenizer
-from ctrsink.dataset.verify import verify
-from ctrsink.errors import InputError, RunError
 from tests.prepared_in_tasks import HALF, ROWS, Interrupted, contents, spec_of, write_log
 
 

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import AutoModel
 
 import ctrsink.serve  # makes the model type known  # noqa: F401
-from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
 from ctrsink.config.model import BiasSpec, LoraSpec, ModelSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.export.package import export_run
 from ctrsink.families.decoder.build import build_model, load_parameters
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.groups import group_of, set_trainable
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import restore_run
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run

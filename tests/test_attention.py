@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 
-from ctrsink.sequences.batch import FEEDBACK, PREFIX, SINK, TEXT, Batch
-from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
-from ctrsink.config.stages import ReadoutSpec
 from ctrsink.attention import sdpa
-from ctrsink.families.decoder.bias import InterSinkBias
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.attention.packing import Packing
 from ctrsink.attention.rule_dense import target_rows, visible
+from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.families.decoder.bias import InterSinkBias
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import FEEDBACK, PREFIX, SINK, TEXT, Batch
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")

@@ -24,12 +24,12 @@ from benchmarks.shapes import VOCABULARY, random_batch, random_spec, shape_of, t
 from benchmarks.stream_figures import text
 from ctrsink.config.data import DataSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
-from ctrsink.stream.stream import SequenceSource
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.stream.stream import SequenceSource
 from tests.builders import make_dataset
 
 MIB = 2**20

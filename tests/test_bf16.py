@@ -8,8 +8,8 @@ import torch
 from ctrsink.config import parse_run
 from ctrsink.dist import Topology
 from ctrsink.runtime.start import start
-from ctrsink.train.observe import hardware
 from ctrsink.train.checkpoint.checkpoint import find_checkpoint
+from ctrsink.train.observe import hardware
 from ctrsink.train.observe.hardware import has_bf16, precision_of
 from ctrsink.train.restore import restore_run
 from tests.runs import prepared_data, run_tree

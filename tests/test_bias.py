@@ -6,10 +6,10 @@ from dataclasses import fields
 import pytest
 import torch
 
-from ctrsink.sequences.batch import PAD, Batch
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.families.decoder.bias import InterSinkBias
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import PAD, Batch
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, POOL = ReadoutSpec(over="all"), ReadoutSpec(over="sinks", form="pool")

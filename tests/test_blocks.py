@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.sequences.batch import Batch
+from ctrsink.attention import blocks
+from ctrsink.attention.rule_dense import visible
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.attention import blocks
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.attention.rule_dense import visible
+from ctrsink.sequences.batch import Batch
 from tests.builders import form_batch, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")

@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.errors import InputError, RunError, StorageUnavailable
-from ctrsink.train.checkpoint.checkpoint import BEST, FOLDER, MARKER, Checkpoint, find_checkpoint, folder_of, latest_checkpoint, step_of
+from ctrsink.train.checkpoint.checkpoint import (
+    BEST,
+    FOLDER,
+    MARKER,
+    Checkpoint,
+    find_checkpoint,
+    folder_of,
+    latest_checkpoint,
+    step_of,
+)
 from ctrsink.train.checkpoint.checkpoint import list_checkpoints as folders_of
 from ctrsink.train.checkpoint.retention import Keeper, best_of, to_delete
 from ctrsink.train.checkpoint.writer import CheckpointWriter

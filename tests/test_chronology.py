@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from ctrsink.config.data import SplitSpec, TextSpec
 from ctrsink.dataset import splits
-from ctrsink.dataset.splits import NO_LABEL, PAST, PREFIXES
 from ctrsink.dataset.manifest import INDEX_SCHEMA, SPLITS
-from ctrsink.prepare.survey import Survey, Totals, count_splits, count_times, split_times
+from ctrsink.dataset.splits import NO_LABEL, PAST, PREFIXES
 from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table
+from ctrsink.prepare.survey import Survey, Totals, count_splits, count_times, split_times
 
 logs = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 30)), min_size=1, max_size=80)  # user, timestamp
 

@@ -21,8 +21,8 @@ from ctrsink.runtime.start import start
 from ctrsink.serve.requests import request_of
 from ctrsink.serve.scorer import Scorer
 from ctrsink.train.checkpoint.checkpoint import find_checkpoint
-from ctrsink.train.restore import restore_run
 from ctrsink.train.observe.telemetry import read_metrics
+from ctrsink.train.restore import restore_run
 from tests.conftest import BUCKET
 from tests.runs import prepared_data, run_tree
 from tests.services.ray_cluster import RayCluster

@@ -15,14 +15,14 @@ from ctrsink.config import ReadoutSpec, parse_run
 from ctrsink.config.data import PrepareSpec, SourceSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.dataset.column_cells import known, stored
-from ctrsink.dataset.signal_tables import write_signals
 from ctrsink.dataset.reader import Dataset
-from ctrsink.prepare.build import append, prepare
-from ctrsink.prepare.partition import Partition
-from ctrsink.prepare.statistics import Received, Rule
+from ctrsink.dataset.signal_tables import write_signals
 from ctrsink.dataset.values import column_texts
 from ctrsink.errors import InputError
 from ctrsink.features.columns import UNKNOWN, Column, in_table
+from ctrsink.prepare.build import append, prepare
+from ctrsink.prepare.partition import Partition
+from ctrsink.prepare.statistics import Received, Rule
 from tests.builders import form_batch, tiny_model, tiny_spec
 from tests.data_fixtures import make_events, prepare_spec, table_source, write_table
 

@@ -12,17 +12,17 @@ import torch
 
 from ctrsink.config import PrepareSpec, RunSpec, parse_run
 from ctrsink.dataset.manifest import read_manifest
-from ctrsink.prepare.build import append, prepare
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
-from ctrsink.train.measure import evaluate_run
+from ctrsink.prepare.build import append, prepare
+from ctrsink.run.folder import claim, identities
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.start import start
 from ctrsink.train.checkpoint.checkpoint import find_checkpoint
 from ctrsink.train.loop import Trainer
-from ctrsink.run.folder import claim, identities
-from ctrsink.train.same_data import require_same_data
+from ctrsink.train.measure import evaluate_run
 from ctrsink.train.observe.telemetry import read_metrics
+from ctrsink.train.same_data import require_same_data
 from tests.data_fixtures import make_events, write_published_100k
 from tests.runs import run_tree
 

@@ -10,13 +10,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ctrsink.config.data import PrepareSpec, TokenizerSpec
-from ctrsink.prepare import tokenize
-from ctrsink.dataset.reader import Dataset
-from ctrsink.prepare.encoder import Encoder
 from ctrsink.dataset.manifest import read_manifest
-from ctrsink.prepare.build import append, prepare
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
+from ctrsink.prepare import tokenize
+from ctrsink.prepare.build import append, prepare
+from ctrsink.prepare.encoder import Encoder
 from ctrsink.serve import Scorer
 from tests.encoder_fixtures import write_encoder
 from tests.serving_fixtures import Prepared, run_spec, write_run

@@ -14,11 +14,11 @@ from ctrsink.config.train import KeepSpec
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import Diverged, InputError
 from ctrsink.export.package import export_run
-from ctrsink.train.measure import evaluate_run
 from ctrsink.runtime.start import start
 from ctrsink.serve import Scorer, request_of, score_file
 from ctrsink.train.checkpoint.checkpoint import BEST, Checkpoint, find_checkpoint, save_checkpoint
 from ctrsink.train.checkpoint.retention import Keeper
+from ctrsink.train.measure import evaluate_run
 from tests.runs import prepared_data, run_tree
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
 

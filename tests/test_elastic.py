@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink import storage
-from ctrsink.sequences.batch import Batch
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.manifest import MANIFEST_NAME, SPLITS, FileEntry
+from ctrsink.dataset.reader import Dataset
+from ctrsink.sequences.batch import Batch
 from ctrsink.stream.order import Order, deal
 from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches
 from tests.builders import layout_of, make_dataset

@@ -15,19 +15,19 @@ from transformers import AutoModel, AutoTokenizer
 from ctrsink import storage
 from ctrsink.config import EvaluateSpec
 from ctrsink.config.data import EncoderSpec
-from ctrsink.dataset.reader import Dataset
-from ctrsink.prepare.encoder import Encoder
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import read_manifest
-from ctrsink.prepare import vectors
-from ctrsink.prepare.build import append, prepare
-from ctrsink.stream.stream import SequenceSource
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.verify import verify
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.export.package import export_run
+from ctrsink.prepare import vectors
+from ctrsink.prepare.build import append, prepare
+from ctrsink.prepare.encoder import Encoder
 from ctrsink.serve import Scorer, request_of
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import restore_run
 from ctrsink.wheel import fetch_wheel
 from tests.conftest import BUCKET

@@ -11,18 +11,18 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
 from ctrsink.config.data import PrepareSpec
-from ctrsink.sequences.collate import MULTIPLE, collate
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.events import UserEvents
-from ctrsink.families.decoder.encode import build_sequence
 from ctrsink.dataset.layout import Layout
-from ctrsink.prepare.build import prepare
-from ctrsink.sequences.columns import Sequence
-from ctrsink.features.buckets import signal_ids
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
+from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.features.buckets import signal_ids
 from ctrsink.features.ragged import Ragged
+from ctrsink.prepare.build import prepare
+from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
+from ctrsink.sequences.collate import MULTIPLE, collate
+from ctrsink.sequences.columns import Sequence
 from tests import builders
 from tests.builders import FEEDBACKS, TEXTS, VECTORS, events_of, layout_of, random_sequence, told_sequence
 

@@ -13,14 +13,14 @@ from transformers import AutoModel, AutoTokenizer
 
 import ctrsink.serve  # makes the model type known
 from ctrsink import storage
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
-from ctrsink.stream.stream import SequenceSource
-from ctrsink.prepare.tokenize import fingerprint
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
 from ctrsink.export.merge import merge_lora
 from ctrsink.export.package import export_run, portable
+from ctrsink.prepare.tokenize import fingerprint
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import restore_run
 from tests.conftest import BUCKET
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run

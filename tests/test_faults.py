@@ -13,8 +13,8 @@ from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
 from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.reader import Dataset
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream
 from ctrsink.errors import InputError, StorageUnavailable
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream
 from tests.builders import layout_of, make_dataset
 from tests.services.faulty_proxy import Fault, FaultyProxy
 

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctrsink.sequences.batch import Batch
-from ctrsink.config.model import BiasSpec
-from ctrsink.config.stages import ReadoutSpec
-from ctrsink.errors import InputError
 from ctrsink.attention import flex
-from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.attention.packing import Packing
 from ctrsink.attention.rule_dense import visible
 from ctrsink.attention.rule_packed import Sight
+from ctrsink.config.model import BiasSpec
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.errors import InputError
+from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch
 from tests.builders import VOCABULARY, form_batch, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")

@@ -9,14 +9,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.dataset.splits import longest_runs
-from ctrsink.dataset.reader import Dataset
-from ctrsink.stream.foresee import longer_than, most_positions, suspects
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import SPLITS, read_manifest
-from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.splits import longest_runs
 from ctrsink.errors import InputError
 from ctrsink.runtime import start as starting
+from ctrsink.stream.foresee import longer_than, most_positions, suspects
+from ctrsink.stream.stream import SequenceSource, TrainStream
 from tests.builders import make_dataset
 from tests.command_line import call, good, refused
 from tests.runs import run_tree

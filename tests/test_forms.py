@@ -13,25 +13,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TokenizerSpec
 from ctrsink.config.model import BiasSpec, ModelSpec, SinkSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.sequences.collate import collate
-from ctrsink.dataset.reader import Dataset
-from ctrsink.dataset.events import UserEvents
-from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
-from ctrsink.prepare.build import prepare
-from ctrsink.stream.stream import SequenceSource, TrainStream
-from ctrsink.dataset.events import Events
-from ctrsink.sequences.windows import Cuts, split_requests
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.evaluate.evaluator import predict
-from ctrsink.features.ragged import Ragged
 from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.encode import build_sequences
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.features.ragged import Ragged
+from ctrsink.prepare.build import prepare
+from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.collate import collate
+from ctrsink.sequences.windows import Cuts, split_requests
+from ctrsink.stream.stream import SequenceSource, TrainStream
 from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, events_of, make_log, tiny_spec, told_sequence
 
 SIGNALS: tuple[str, ...] = ("time_gap", "recency_rank", "previous_gap")

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import Qwen2Config, Qwen2Model
 
-from ctrsink.sequences.batch import PAD, SINK, TEXT, Batch
+from ctrsink.attention import sdpa
 from ctrsink.config.model import BackboneSpec, BiasSpec, ModelSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.attention import sdpa
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import PAD, SINK, TEXT, Batch
 
 GOLDEN = Path(os.environ.get("CTRSINK_GOLDEN", Path(__file__).parent / "golden" / "ctr_sink_qwen2_a.safetensors"))
 # The names of the published modules, and ours.

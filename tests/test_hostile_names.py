@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ctrsink import storage
-from ctrsink.prepare.encoder import write_files
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.errors import InputError
+from ctrsink.prepare.encoder import write_files
 from ctrsink.serve import Scorer
 from tests.builders import make_dataset
 

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctrsink.config.data import SourceSpec, SplitSpec, TextSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.manifest import read_manifest
-from ctrsink.prepare.build import append, prepare
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.values import column_texts
 from ctrsink.errors import InputError
+from ctrsink.prepare.build import append, prepare
 from tests.value_fixtures import SHOP, log_rows, spec_for, write_jsonl
 
 

@@ -13,21 +13,21 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config import RunSpec, parse_run
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
-from ctrsink.stream.order import Order
-from ctrsink.stream.stream import SequenceSource
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import Diverged, InputError, RunError
 from ctrsink.families.decoder.build import build_model
+from ctrsink.run.folder import read_result, request_stop
 from ctrsink.runtime.start import start
-from ctrsink.train.observe.audit import Audit, expected
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.order import Order
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.checkpoint.checkpoint import find_checkpoint, list_checkpoints
 from ctrsink.train.engine import Engine
 from ctrsink.train.loop import Trainer
-from ctrsink.run.folder import read_result, request_stop
+from ctrsink.train.observe.audit import Audit, expected
 from ctrsink.train.observe.telemetry import read_metrics
 from tests.builders import layout_of, random_batch
 from tests.command_line import call, refused

@@ -10,12 +10,12 @@ import yaml
 
 from ctrsink import kept, storage
 from ctrsink.dataset.reader import Dataset
-from ctrsink.stream.stream import SequenceSource, TrainStream
 from ctrsink.errors import InputError, RunError
 from ctrsink.export.package import export_run
 from ctrsink.run import repeats
-from ctrsink.train.checkpoint.checkpoint import BEST, MARKER, STATE, find_checkpoint, list_checkpoints, load_checkpoint
 from ctrsink.run.folder import read_result
+from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.train.checkpoint.checkpoint import BEST, MARKER, STATE, find_checkpoint, list_checkpoints, load_checkpoint
 from tests.builders import layout_of, make_dataset
 from tests.command_line import call, content, good, refused
 from tests.runs import prepared_data, run_tree

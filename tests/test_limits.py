@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModel, GptOssModel
 
-from ctrsink.sequences.batch import PAD
 from ctrsink.config.model import BackboneSpec, LoraSpec, ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import PAD
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL = ReadoutSpec(over="all")

@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.sequences.batch import PAD, SINK
 from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec
 from ctrsink.config.stages import Group, ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model, load_parameters
-from ctrsink.families.decoder.model import CTRModel, decoder_layers
 from ctrsink.families.decoder.groups import group_of, set_trainable, trained_as
+from ctrsink.families.decoder.model import CTRModel, decoder_layers
 from ctrsink.families.decoder.readout import read
 from ctrsink.families.embeddings import CategoryEmbedding, Table
+from ctrsink.sequences.batch import PAD, SINK
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 
 ALL = ReadoutSpec()

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.model import LoraSpec
 from ctrsink.config.stages import Group, ReadoutSpec
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.groups import set_trainable, trained_as
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch
 from ctrsink.train.engine import parameter_groups
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from ctrsink import storage
 from ctrsink.dataset.arrow import to_ipc, to_parquet
-from ctrsink.prepare import neighbours
-from ctrsink.prepare.neighbours import Pairing, cut_items, mean_square, opinions
 from ctrsink.dataset.shard import read_neighbours
 from ctrsink.evaluate.metrics import auc
 from ctrsink.features import neighbours as features
 from ctrsink.features.histories import Histories
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.user import affinity
+from ctrsink.prepare import neighbours
+from ctrsink.prepare.neighbours import Pairing, cut_items, mean_square, opinions
 
 ITEMS = 12
 

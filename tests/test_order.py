@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink.stream.budget import fill
 from ctrsink.features.mix64 import mix64
+from ctrsink.stream.budget import fill
 from ctrsink.stream.order import Order, deal, shuffled
 
 PINNED = [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1, 0x1FDD7128F310C389]

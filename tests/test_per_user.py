@@ -11,17 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
 from ctrsink.config import parse_run
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.sequences.collate import collate
 from ctrsink.dataset.events import UserEvents
-from ctrsink.families.decoder.encode import build_sequence
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
+from ctrsink.families.decoder.encode import build_sequence
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.temporal import TemporalBias
+from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
+from ctrsink.sequences.collate import collate
 from tests.builders import FEEDBACKS, TEXTS, layout_of, random_batch, random_chronology, run_tree, tiny_model, tiny_spec
 from tests.builders import PREFIX as START
 from tests.test_attention import input_gradient, run, run_dense

@@ -12,11 +12,11 @@ import pytest
 
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec, NeighboursSpec, PrepareSpec, SourceSpec, TextSpec, TokenizerSpec
-from ctrsink.prepare import tokenize
 from ctrsink.dataset.manifest import INDEX_SCHEMA, SHARD_SCHEMA, TOKENS_SCHEMA, FileEntry, read_file, read_manifest
+from ctrsink.errors import InputError
+from ctrsink.prepare import tokenize
 from ctrsink.prepare.build import prepare
 from ctrsink.prepare.render import feedback_minima, item_texts
-from ctrsink.errors import InputError
 from tests.data_fixtures import (
     MOVIES,
     event_rows,

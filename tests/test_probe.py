@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from ctrsink.sequences.batch import PAD, PREFIX, SINK, Batch
+from ctrsink.attention.rule_dense import visible
 from ctrsink.config.model import BiasSpec, LoraSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.families.decoder.model import BACKENDS, CTRModel
 from ctrsink.families.decoder.cost import FlopCount, visible_pairs
 from ctrsink.families.decoder.groups import set_trainable
-from ctrsink.attention.rule_dense import visible
+from ctrsink.families.decoder.model import BACKENDS, CTRModel
+from ctrsink.sequences.batch import PAD, PREFIX, SINK, Batch
 from ctrsink.train.observe.probe import probe
 from tests.builders import form_batch, layout_of, random_batch, tiny_model, tiny_spec
 from tests.test_flex import EXAMPLES

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config import parse_run
 from ctrsink.config.load import merge
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.families.decoder.build import build_model
-from ctrsink.runtime.start import start
 from ctrsink.run.folder import claim, identities
+from ctrsink.runtime.start import start
+from ctrsink.sequences.batch import Batch
 from ctrsink.train.observe.telemetry import read_metrics
 from tests.builders import layout_of, random_batch
 from tests.runs import run_tree

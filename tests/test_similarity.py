@@ -11,16 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.config import parse_run
-from ctrsink.dataset.events import UserEvents
-from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
-from ctrsink.features.buckets import signal_ids
-from ctrsink.dataset.events import Events
-from ctrsink.sequences.windows import Cuts, windows_of
 from ctrsink.errors import InputError
+from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.features.buckets import signal_ids
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
 from ctrsink.features.similarity import cosines, most_similar, similarity_bucket
+from ctrsink.sequences.windows import Cuts, windows_of
 from tests.builders import FEEDBACKS, TEXTS, chronologies
 from tests.serving_fixtures import LLAMA
 from tests.test_neighbours import build, dense, log

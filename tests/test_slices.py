@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.dataset.reader import Dataset
-from ctrsink.prepare.build import append, prepare
+from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.evaluator import names_of
 from ctrsink.evaluate.slices import DAY, by_day, facts, groupings
+from ctrsink.prepare.build import append, prepare
 from tests.builders import make_dataset
 from tests.prepared_in_tasks import HALF, ROWS, spec_of, write_log
 from tests.runs import prepared_data

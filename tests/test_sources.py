@@ -12,9 +12,9 @@ import pytest
 
 from ctrsink.cli import main
 from ctrsink.config.data import ColumnSpec, SourceSpec
+from ctrsink.errors import InputError
 from ctrsink.prepare.download import ARCHIVES, Archive, download
 from ctrsink.prepare.sources import open_source
-from ctrsink.errors import InputError
 from tests.data_fixtures import (
     MOVIES,
     Event,

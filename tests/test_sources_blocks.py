@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ctrsink.config.data import ColumnSpec, SourceSpec
+from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import RawRows
 from ctrsink.prepare.sources import Source, open_source
-from ctrsink.errors import InputError
 
 BIG = 1 << 30
 BLOCKS = st.integers(1, 60)

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctrsink.config.data import ColumnSpec, SourceSpec
+from ctrsink.errors import InputError
 from ctrsink.prepare.sources import open_source
 from ctrsink.prepare.sources.files import HEAD, read_head
-from ctrsink.errors import InputError
 from tests.whole_log import read_source
 
 LINES = [b'{"user": "u", "item": "a", "timestamp": 1}\n', b'{"user": "v", "item": "b", "timestamp": 2, "click": 1}\n']

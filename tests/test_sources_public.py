@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ctrsink.config.data import SourceSpec
-from ctrsink.prepare.sources import open_source
 from ctrsink.errors import InputError
+from ctrsink.prepare.sources import open_source
 from tests.data_fixtures import MOVIES, make_events
 from tests.whole_log import WholeLog, read_source
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrsink.dataset.arrow import to_parquet
-from ctrsink.prepare.statistics import Received, Rule, latest, totals_as_counts
 from ctrsink.errors import InputError
+from ctrsink.prepare.statistics import Received, Rule, latest, totals_as_counts
 
 ITEMS = 4
 IDS = pa.array([f"i{n}" for n in range(ITEMS)])

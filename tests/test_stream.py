@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.sequences.batch import FEEDBACK, SINK, Batch
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import SPLITS, FileEntry, read_file
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
+from ctrsink.sequences.batch import FEEDBACK, SINK, Batch
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
 from tests.builders import layout_of, make_dataset, make_log
 
 LAYOUTS = {"per_target": layout_of("per_target", 4), "per_user": layout_of("per_user", 3, 2)}

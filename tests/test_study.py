@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from ctrsink.config import load_study
-from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.errors import InputError
 from ctrsink.evaluate.metrics import all_metrics
 from ctrsink.evaluate.slices import facts

@@ -15,8 +15,8 @@ import pytest
 from pyarrow import csv
 
 from ctrsink.config.data import ColumnSpec
-from ctrsink.prepare.synth import binned_auc, synth
 from ctrsink.evaluate.metrics import auc
+from ctrsink.prepare.synth import binned_auc, synth
 from tests.command_line import call, content, good, refused
 
 EVENTS = 30_000

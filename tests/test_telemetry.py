@@ -16,9 +16,9 @@ from ctrsink.config import RunSpec, parse_run
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.cost import FlopCount
+from ctrsink.run.folder import MLFLOW_NAME, flatten
 from ctrsink.train.observe import hardware
 from ctrsink.train.observe.hardware import known_peak, over_ranks, peak_of
-from ctrsink.run.folder import MLFLOW_NAME, flatten
 from ctrsink.train.observe.telemetry import Pace, Telemetry, read_metrics
 from tests.builders import layout_of, random_batch, run_tree
 

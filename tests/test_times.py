@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from ctrsink.config.data import SourceSpec, SplitSpec
 from ctrsink.config.times import EARLIEST, LATEST
 from ctrsink.dataset.cells import iso, moments
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.manifest import SPLITS, read_manifest
-from ctrsink.prepare.build import append, prepare
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
+from ctrsink.prepare.build import append, prepare
 from tests.command_line import call, good, refused
 from tests.data_fixtures import write_table
 from tests.prepared_in_tasks import HALF, ROWS, contents, spec_of, write_log

@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config import ReadoutSpec
 from ctrsink.config.data import NeighboursSpec
 from ctrsink.config.model import SinkSpec, TargetSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import read_manifest
-from ctrsink.prepare.build import append, prepare
-from ctrsink.stream.stream import SequenceSource, evaluation_batches
-from ctrsink.sequences.windows import Cuts, windows_of
+from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
-from ctrsink.features.ragged import Ragged
-from ctrsink.features.registry import of_kind
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.embeddings import token_scale
+from ctrsink.features.ragged import Ragged
+from ctrsink.features.registry import of_kind
+from ctrsink.prepare.build import append, prepare
 from ctrsink.report.look import shares_of
 from ctrsink.runtime.preflight import check
+from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.windows import Cuts, windows_of
+from ctrsink.stream.stream import SequenceSource, evaluation_batches
 from ctrsink.train.capacity import GIB, saved_bytes, tokens_within
 from ctrsink.train.restore import restore_run
 from tests.builders import form_batch, tiny_model, tiny_spec

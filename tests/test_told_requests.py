@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 import pytest
 
 from ctrsink.config.data import EncoderSpec, FieldSpec, NeighboursSpec, StatisticsSpec
-from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.dataset.reader import Dataset
-from ctrsink.serve.knowledge import Knowledge
-from ctrsink.prepare.build import append, prepare
+from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
+from ctrsink.prepare.build import append, prepare
 from ctrsink.serve import Scorer, request_of
+from ctrsink.serve.knowledge import Knowledge
 from ctrsink.serve.requests import parse_request
 from ctrsink.serve.told import histories_of
 from tests.data_fixtures import make_events, prepare_spec

@@ -8,9 +8,9 @@ import torch
 
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.errors import InputError
-from ctrsink.train.measure import evaluate_run
 from ctrsink.runtime.start import start
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from ctrsink.train.measure import evaluate_run
 from ctrsink.train.observe.telemetry import read_metrics
 from tests.runs import prepared_data, run_tree
 

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from ctrsink.config.data import SourceSpec, TextSpec
 from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.values import column_texts, text
+from ctrsink.errors import InputError
+from ctrsink.export.package import export_run
 from ctrsink.prepare.build import prepare
 from ctrsink.prepare.items import Items
 from ctrsink.prepare.render import item_texts
 from ctrsink.prepare.sources import open_source
-from ctrsink.dataset.values import column_texts, text
-from ctrsink.errors import InputError
-from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer, request_of, score_file
 from ctrsink.serve.requests import item_table, parse_request
 from tests.serving_fixtures import Prepared, run_spec, write_run

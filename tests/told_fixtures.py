@@ -6,10 +6,10 @@ from typing import Any
 
 from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, SourceSpec, StatisticsSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.prepare.build import prepare
 from ctrsink.dist import Topology
 from ctrsink.evaluate.evaluator import Predictions, predict
 from ctrsink.features.registry import SIGNALS
+from ctrsink.prepare.build import prepare
 from ctrsink.train.restore import restore_run
 from tests.data_fixtures import make_events, prepare_spec, table_source, write_table
 from tests.serving_fixtures import Prepared, run_spec

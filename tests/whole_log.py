@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from ctrsink.config.data import SourceSpec
+from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import OnBadRow, check_events
 from ctrsink.prepare.places import Places
 from ctrsink.prepare.sources import open_source
-from ctrsink.errors import InputError
 
 
 @dataclass(frozen=True)

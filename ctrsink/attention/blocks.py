@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ctrsink.sequences.batch import PAD, PREFIX, Batch
-from ctrsink.attention.inputs import AttentionInputs, layer_index
 from ctrsink.attention.block_products import Block, BlockProducts, Slots
+from ctrsink.attention.inputs import AttentionInputs, layer_index
 from ctrsink.attention.packing import Packing
 from ctrsink.attention.rule_dense import several_candidates, visible
+from ctrsink.sequences.batch import PAD, PREFIX, Batch
 
 BACKEND = "ctrsink_blocks"
 QUERIES = 128  # of a block, as measured: its scores stay in the cache

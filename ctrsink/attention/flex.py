@@ -10,11 +10,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.attention.inputs import AttentionInputs, layer_index
 from ctrsink.attention.packing import Packing
 from ctrsink.attention.rule_packed import Sees, Sight
 from ctrsink.attention.table_gradient import Pairs, with_table_gradient
+from ctrsink.sequences.batch import Batch
 
 BACKEND = "ctrsink_flex"
 _ScoreMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

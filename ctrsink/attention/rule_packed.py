@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from ctrsink.sequences.batch import PREFIX, SINK, Batch
 from ctrsink.attention.packing import Packing
 from ctrsink.attention.rule_dense import places
+from ctrsink.sequences.batch import PREFIX, SINK, Batch
 
 BLOCK = 128
 Sees = Callable[[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.attention.inputs import AttentionInputs, layer_index
 from ctrsink.attention.packing import Packing
 from ctrsink.attention.rule_dense import Rows, sink_rows, target_rows, windowed
+from ctrsink.sequences.batch import Batch
 
 BACKEND = "ctrsink_sdpa"
 

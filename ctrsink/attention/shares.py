@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ctrsink.sequences.batch import PAD, PREFIX, SINK, Batch
-from ctrsink.config.stages import ReadoutSpec
 from ctrsink.attention.inputs import AttentionInputs
 from ctrsink.attention.rule_dense import visible
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.sequences.batch import PAD, PREFIX, SINK, Batch
 
 if TYPE_CHECKING:
     from ctrsink.families.decoder.model import CTRModel

@@ -7,7 +7,7 @@ from ctrsink.config.data import DataSpec, PrepareSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.config.train import EvaluateSpec, RuntimeSpec, TrainSpec
-from ctrsink.features.registry import signal as signal_of
+from ctrsink.errors import did_you_mean
 
 
 class RunSpec(Section):
@@ -41,9 +41,7 @@ class RunSpec(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "RunSpec":
         self._check_batch()
-        self._check_signals()
-        self._check_bias()
-        self._check_attention()
+        self.model.check(self)
         self._check_stages()
         self._check_order()
         return self
@@ -62,61 +60,29 @@ class RunSpec(Section):
                 "bound the memory of a micro-batch with train.micro_batch_tokens, for example 8192 or auto"
             )
 
-    def _check_signals(self) -> None:
-        if self.data.text_history is not None and self.model.sinks is None:
-            raise ValueError("data.text_history: behaviours without a text are their sinks alone, but model.sinks is null")
-        if self.model.sinks is None or self.data.examples == "per_target":
-            return
-        if self.data.examples == "per_request":
-            if "similarity" in self.model.sinks.signals:
-                raise ValueError(
-                    "model.sinks.signals: similarity depends on the target's item, which the history of per_request sequences is "
-                    "shared by; use data.examples per_target, or another signal"
-                )
-            return
-        for signal in self.model.sinks.signals:
-            if signal_of(signal).depends_on_target:
-                raise ValueError(
-                    f"model.sinks.signals: {signal} depends on the target, which per_user sequences share a history of; "
-                    "use previous_gap, feedback or another that does not, or data.examples per_target"
-                )
-
-    def _check_bias(self) -> None:
-        if self.model.bias is not None and not self.model.bias.causal and self.data.examples == "per_user":
-            raise ValueError("model.bias.causal: false shows a target later behaviours in per_user sequences; use per_target")
-
-    def _check_attention(self) -> None:
-        if self.model.attention == "flex" and self.runtime.device == "cpu":
-            raise ValueError("model.attention: flex has no backward pass on a CPU; use blocks, or runtime.device cuda")
-
     def _check_stages(self) -> None:
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stages: two stages have the same name")
-        owners = {
-            "sink": self.model.sinks,
-            "bias": self.model.bias or self.model.temporal or self.model.similarity,
-            "lora": self.model.lora,
-            "ids": self.model.ids,
-        }
-        if self.model.ids and not any("ids" in stage.trainable for stage in self.stages):
-            raise ValueError(f"stages: none trains the group ids, which the signal {self.model.ids[0]} has its embeddings in")
+        model = self.model
+        if model.ids and not any("ids" in stage.trainable for stage in self.stages):
+            raise ValueError(f"stages: none trains the group ids, which the signal {model.ids[0]} has its embeddings in")
         for stage in self.stages:
             for group in stage.trainable:
-                if group in owners and not owners[group]:
-                    key = "sinks" if group == "sink" else group
-                    why = "no signal is item_id or user_id" if group == "ids" else f"model.{key} is null"
-                    raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because {why}")
-            if stage.readout.over == "sinks" and self.model.sinks is None:
-                raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")
+                if group not in model.GROUPS:
+                    near = did_you_mean(group, model.GROUPS)
+                    raise ValueError(f"stages.{stage.name}: {group} is no group of the model{near} (allowed: {', '.join(model.GROUPS)})")
+                if group in model.absent:
+                    raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because {model.absent[group]}")
+            if stage.objective not in model.OBJECTIVES:
+                allowed = ", ".join(model.OBJECTIVES)
+                raise ValueError(f"stages.{stage.name}: objective {stage.objective} is not of this family (allowed: {allowed})")
             if self.train.keep.best is not None and self.train.validation is None:
                 raise ValueError("train.keep.best needs a validation sample: add train.validation, for example {every: 100}")
             if stage.plateau is not None and self.train.validation is None:
                 raise ValueError(
                     f"stages.{stage.name}: plateau needs a validation sample: add train.validation, for example {{every: 100}}"
                 )
-            if self.model.lora is not None and "backbone" in stage.trainable and "lora" in stage.trainable:
-                raise ValueError(f"stages.{stage.name}: lora and backbone together train the same weights twice; choose one")
 
     def _check_order(self) -> None:
         """In chronological order the data may grow: what depends on their size would change for steps that were taken already."""

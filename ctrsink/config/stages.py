@@ -7,7 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from ctrsink.config.base import MOST_SEQUENCES, Section
 
 _LARGEST_RATE = 1e37  # Adam's first step divides it by 1 - beta, and fp32 ends at 3.4e38
-Group = Literal["sink", "bias", "head", "ids", "lora", "norm", "backbone"]
+Group = str
+"""A group of parameters, by the name that the family gives it."""
 
 
 class ReadoutSpec(Section):
@@ -22,6 +23,13 @@ class ReadoutSpec(Section):
     def through_sinks(self) -> bool:
         """Whether the attention mask lets targets see other events through their sinks only."""
         return self.over == "sinks" and self.form == "attend"
+
+
+class Objective(Section):
+    """What a stage trains for: the loss, what it is counted in, and what a prediction may read."""
+
+    kind: Literal["click", "cloze"] = "click"
+    readout: ReadoutSpec = ReadoutSpec()
 
 
 class ScheduleSpec(Section):
@@ -51,6 +59,8 @@ class StageSpec(Section):
 
     name: str
     """Its name in metrics and messages; each stage has its own."""
+    objective: Literal["click", "cloze"] = "click"
+    """`click`: the log loss of clicks. `cloze`: fields of behaviours that were hidden, by a family that can be pre-trained."""
     readout: ReadoutSpec = ReadoutSpec()
     trainable: tuple[Group, ...]
     """Groups of parameters that are trained; all else is frozen. `backbone` takes its norms along, `norm` trains them alone."""
@@ -67,6 +77,11 @@ class StageSpec(Section):
     """Ends the stage when a validation metric no longer improves."""
     until: Literal["any", "all"] = "any"
     """Where several conditions are given: the first that is met ends the stage, or the last."""
+
+    @property
+    def learns(self) -> Objective:
+        """The objective as a model is given it."""
+        return Objective(kind=self.objective, readout=self.readout)
 
     @field_validator("lr")
     @classmethod

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from ctrsink.dataset.arrow import from_parquet, pc
 from ctrsink.dataset.cells import iso
-from ctrsink.dataset.manifest import SPLITS, Manifest, ShardEntry, read_file, read_manifest
 from ctrsink.dataset.known import known_events
+from ctrsink.dataset.manifest import SPLITS, Manifest, ShardEntry, read_file, read_manifest
 from ctrsink.text_table import aligned
 
 DAY = 86_400

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ctrsink.config.data import DataSpec
-from ctrsink.config.model import ModelSpec
 from ctrsink.dataset.manifest import Manifest
 from ctrsink.errors import InputError
 from ctrsink.features.columns import columns_of
@@ -15,11 +13,13 @@ from ctrsink.features.registry import Need, signal
 class Layout:
     """What a sequence holds."""
 
+    family: str
+    """Of the model, whose `encode` builds it."""
     examples: Literal["per_target", "per_request", "per_user"]
     history: int
     targets: int
     signals: tuple[str, ...] = ()
-    """Of sinks: buckets and categories."""
+    """Of behaviours: buckets and categories."""
     buckets: int = 1
     """Values of each of these that is a bucket."""
     rows: int = 1
@@ -28,7 +28,7 @@ class Layout:
     """`per_target`: of the history only this many behaviours, those most similar to the target."""
     retrieve_by: Literal["vectors", "neighbours"] = "vectors"
     numbers: tuple[str, ...] = ()
-    """Of sinks."""
+    """Of behaviours."""
     target_signals: tuple[str, ...] = ()
     """Categories told to targets."""
     target_rows: int = 1
@@ -50,40 +50,23 @@ class Layout:
     scales: tuple[tuple[str, float, float], ...] = ()
     """Name, mean and deviation of each number, as of the training range."""
 
-    @classmethod
-    def of(cls, data: DataSpec, model: ModelSpec, manifest: Manifest) -> "Layout":
-        """The layout of a run on a data set.
+    def on(self, manifest: Manifest, uri: str) -> "Layout":
+        """This layout on the data set `uri`.
 
         Raises:
-            InputError: the data set lacks what a signal needs.
+            InputError: it lacks something that sequences depend on.
         """
-        sinks, target = model.sinks, model.target
-        numbers = sinks.numbers if sinks else ()
-        target_numbers = target.numbers if target else ()
-        names = (*(sinks.signals if sinks else ()), *(target.signals if target else ()), *((model.base,) if model.base else ()))
-        _check(data.uri, manifest, names, sinks.buckets if sinks else 0)
-        scales = manifest.numbers
-        layout = cls(
-            examples=data.examples,
-            history=data.history,
-            targets=data.targets_per_sequence,
-            signals=sinks.categories if sinks else (),
-            buckets=sinks.buckets if sinks else 1,
-            rows=sinks.rows if sinks else 1,
-            retrieve=data.retrieve,
-            retrieve_by=data.retrieve_by,
-            numbers=numbers,
-            target_signals=target.categories if target else (),
-            target_rows=target.rows if target else 1,
-            target_numbers=target_numbers,
-            base=model.base,
-            similarity=model.similarity,
-            text_history=data.text_history,
-            utc_offset_hours=data.utc_offset_hours,
-            scales=tuple((n, scales[n].mean, scales[n].deviation) for n in dict.fromkeys((*numbers, *target_numbers))),
-        )
-        layout.require(manifest, data.uri)
-        return replace(layout, by_text="neighbours" in layout.needs and manifest.text_line is not None)
+        self.require(manifest, uri)
+        return replace(self, by_text="neighbours" in self.needs and manifest.text_line is not None)
+
+    def serving(self) -> "Layout":
+        """As requests are answered: the last of a `per_user` sequence's targets, and so any target, sees all before it.
+
+        That is everything up to `history` before the first target, and the texts in between.
+        """
+        more = self.targets - 1 if self.examples == "per_user" else 0
+        spoken = None if self.text_history is None else self.text_history + more
+        return replace(self, history=self.history + more, text_history=spoken, asked_history=more)
 
     def require(self, manifest: Manifest, uri: str) -> None:
         """Raise InputError where the data set `uri` was prepared without something that the sequences depend on."""
@@ -156,7 +139,8 @@ class Layout:
         return bool(self.numbers or self.target_numbers or hashed or self.base or self.compares_neighbours)
 
 
-def _check(uri: str, manifest: Manifest, names: tuple[str, ...], buckets: int) -> None:
+def require_signals(uri: str, manifest: Manifest, names: tuple[str, ...]) -> None:
+    """Raise InputError where the data set `uri` was prepared without one of these signals."""
     for name in names:
         found = signal(name)
         lacks = name not in (manifest.columns if "columns" in found.needs else manifest.numbers)
@@ -164,8 +148,8 @@ def _check(uri: str, manifest: Manifest, names: tuple[str, ...], buckets: int) -
             keys = {"fields": "prepare.statistics.fields", "neighbours": "prepare.neighbours", "columns": "prepare.columns"}
             missing = ", ".join(keys[need] for need in found.needs if need in keys)
             raise InputError(f"the data set {uri} has no signal {name}: prepare it again with {missing or 'this version'}")
-    if "feedback" in names and (texts := len(manifest.feedback_texts)) > buckets:
-        raise InputError(
-            f"model.sinks.signals: feedback has {texts} different texts in the data set {uri}, more than model.sinks.buckets "
-            f"{buckets}: raise buckets, or prepare with a coarser text.feedback such as ' {{feedback:.1f}}'"
-        )
+
+
+def scales_of(manifest: Manifest, numbers: tuple[str, ...]) -> tuple[tuple[str, float, float], ...]:
+    """Name, mean and deviation of each number in the training range."""
+    return tuple((name, manifest.numbers[name].mean, manifest.numbers[name].deviation) for name in dict.fromkeys(numbers))

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ctrsink import storage
 from ctrsink.dataset.arrow import from_parquet
+from ctrsink.dataset.background import begin
 from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import (
@@ -24,7 +25,6 @@ from ctrsink.dataset.manifest import (
     shard_schema,
     tokens_schema,
 )
-from ctrsink.dataset.background import begin
 from ctrsink.dataset.shard import Knowing, Shard, read_neighbours, to_shard
 from ctrsink.errors import InputError
 from ctrsink.features.neighbours import Neighbours

@@ -9,11 +9,10 @@ import pyarrow as pa
 
 from ctrsink.dataset.arrow import from_parquet, pc, unpack
 from ctrsink.dataset.column_cells import known
-from ctrsink.dataset.events import UserEvents
+from ctrsink.dataset.events import Events, UserEvents
+from ctrsink.dataset.known import known_events
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import VECTOR, Manifest, ShardEntry
-from ctrsink.dataset.known import known_events
-from ctrsink.dataset.events import Events
 from ctrsink.features.categories import categories, hashes
 from ctrsink.features.columns import UNKNOWN, columns_of
 from ctrsink.features.counted import Counted

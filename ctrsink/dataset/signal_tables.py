@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrsink import storage
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.manifest import SPLITS
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.shard import Knowing
 from ctrsink.features.categories import categories
 from ctrsink.features.columns import columns_of

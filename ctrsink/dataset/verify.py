@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from ctrsink import storage
 from ctrsink.dataset.arrow import from_parquet, pc
-from ctrsink.dataset.splits import PAST, prefixes, split_of
 from ctrsink.dataset.manifest import (
     INDEX_SCHEMA,
     MANIFEST_NAME,
@@ -22,6 +21,7 @@ from ctrsink.dataset.manifest import (
     read_file,
     read_manifest,
 )
+from ctrsink.dataset.splits import PAST, prefixes, split_of
 from ctrsink.errors import InputError
 
 AT_ONCE = 4

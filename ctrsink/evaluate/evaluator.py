@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import torch
 
 from ctrsink import kept, storage, strict_json
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
-from ctrsink.stream.stream import SequenceSource, evaluation_batches
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology, gather_rows
 from ctrsink.errors import Diverged
 from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.stream import SequenceSource, evaluation_batches
 
 FOLDER = "evaluation"
 log = logging.getLogger("ctrsink.evaluate")

@@ -5,13 +5,13 @@ from typing import Any
 
 from ctrsink import kept, storage
 from ctrsink.config import RunSpec, StageSpec
-from ctrsink.prepare.download import LICENCE
 from ctrsink.dataset.layout import Layout
-from ctrsink.stream.order import Order
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.metrics import no_better_than_the_mean
 from ctrsink.features.columns import columns_of
+from ctrsink.prepare.download import LICENCE
+from ctrsink.stream.order import Order
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import TrainedRun
 
 CARD_NAME = "README.md"

@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from ctrsink import storage
-from ctrsink.prepare.encoder import write_files
-from ctrsink.serve.knowledge import FILE as KNOWLEDGE_NAME
-from ctrsink.serve.knowledge import Knowledge
 from ctrsink.dataset.manifest import read_file
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.errors import InputError
 from ctrsink.export.card import CARD_NAME, model_card
 from ctrsink.export.merge import merge_lora
-from ctrsink.folder import new_folder
 from ctrsink.families.decoder.build import DTYPES
 from ctrsink.families.decoder.hf import CTRSinkConfig, CTRSinkModel
+from ctrsink.folder import new_folder
+from ctrsink.prepare.encoder import write_files
+from ctrsink.serve.knowledge import FILE as KNOWLEDGE_NAME
+from ctrsink.serve.knowledge import Knowledge
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import TrainedRun, restore_run
 
 CONFIG_NAME = "config.json"

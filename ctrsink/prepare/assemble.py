@@ -9,18 +9,18 @@ import pyarrow as pa
 from ctrsink import storage
 from ctrsink.dataset import splits
 from ctrsink.dataset.arrow import column_numpy, from_ipc, pc, to_ipc, to_parquet
-from ctrsink.dataset.splits import NO_LABEL, PAST, Chronologies
+from ctrsink.dataset.known import known_events
 from ctrsink.dataset.manifest import VECTOR, FileEntry, ShardEntry, SplitTimes, column_field, shard_schema, tokens_schema
+from ctrsink.dataset.shard import Knowing
+from ctrsink.dataset.splits import NO_LABEL, PAST, Chronologies
+from ctrsink.features.columns import columns_of
+from ctrsink.features.counted import Counted
 from ctrsink.prepare.neighbours import opinions
 from ctrsink.prepare.partition import Partition, read_ids
 from ctrsink.prepare.past import Past
+from ctrsink.prepare.render import feedback_ids
 from ctrsink.prepare.results import numbers_of, path_of
 from ctrsink.prepare.statistics import Rule, read_received
-from ctrsink.prepare.render import feedback_ids
-from ctrsink.dataset.known import known_events
-from ctrsink.dataset.shard import Knowing
-from ctrsink.features.columns import columns_of
-from ctrsink.features.counted import Counted
 
 
 @dataclass(frozen=True)

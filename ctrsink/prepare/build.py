@@ -4,15 +4,15 @@ import logging
 
 from ctrsink import storage
 from ctrsink.config.data import PrepareSpec
+from ctrsink.dataset.manifest import MANIFEST_NAME, WORK, Manifest, read_manifest, require_none
+from ctrsink.errors import InputError, RunError, first_line
 from ctrsink.prepare import encoder, tokenize
 from ctrsink.prepare.check_rows import OnBadRow
-from ctrsink.dataset.manifest import MANIFEST_NAME, WORK, Manifest, read_manifest, require_none
 from ctrsink.prepare.execute import Execute, in_process
 from ctrsink.prepare.job import Job
+from ctrsink.prepare.sources import open_source
 from ctrsink.prepare.statistics import Rule
 from ctrsink.prepare.steps import run_steps
-from ctrsink.prepare.sources import open_source
-from ctrsink.errors import InputError, RunError, first_line
 
 log = logging.getLogger("ctrsink.data")
 

@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from ctrsink import storage
 from ctrsink.config.data import EncoderSpec
-from ctrsink.prepare.tokenize import encode
 from ctrsink.errors import InputError
+from ctrsink.prepare.tokenize import encode
 
 FOLDER = "encoder"
 BATCH_SIZE = 32  # texts of like length

@@ -8,16 +8,16 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ctrsink.config.data import FieldSpec, PrepareSpec, TextSpec
-from ctrsink.prepare import tokenize
 from ctrsink.dataset.arrow import pc, to_ipc
 from ctrsink.dataset.column_cells import numbered, stored
 from ctrsink.dataset.manifest import TOKENS_SCHEMA
-from ctrsink.prepare.results import write_named
-from ctrsink.prepare.render import item_texts, template_fields
 from ctrsink.dataset.values import one_form
 from ctrsink.errors import InputError, did_you_mean, listed
 from ctrsink.features.columns import Column, columns_of
 from ctrsink.features.fields import field_ids
+from ctrsink.prepare import tokenize
+from ctrsink.prepare.render import item_texts, template_fields
+from ctrsink.prepare.results import write_named
 
 log = logging.getLogger("ctrsink.data")
 _NAMED = 5  # items, in a message

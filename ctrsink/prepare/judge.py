@@ -5,12 +5,12 @@ import logging
 from ctrsink.config.times import is_date, iso_date
 from ctrsink.dataset.arrow import from_parquet
 from ctrsink.dataset.cells import iso
-from ctrsink.prepare.check_rows import forms_of
 from ctrsink.dataset.manifest import read_file
+from ctrsink.errors import InputError
+from ctrsink.prepare.check_rows import forms_of
 from ctrsink.prepare.items import Items
 from ctrsink.prepare.job import Job
 from ctrsink.prepare.survey import FAR_YEARS, Totals
-from ctrsink.errors import InputError
 
 log = logging.getLogger("ctrsink.data")
 _REASONS = 8  # for which rows are bad, that are told at most

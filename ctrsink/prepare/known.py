@@ -7,6 +7,9 @@ import pyarrow as pa
 from ctrsink import storage
 from ctrsink.dataset.arrow import from_ipc, to_ipc, to_parquet, unpack
 from ctrsink.dataset.manifest import VECTOR, NeighboursEntry, Scale, ShardEntry, StatisticsEntry, read_file
+from ctrsink.dataset.shard import Knowing, read_neighbours
+from ctrsink.features.columns import columns_of
+from ctrsink.features.registry import Need, numbers_with, of_kind
 from ctrsink.prepare.assemble import Assembly, put
 from ctrsink.prepare.execute import run_tasks
 from ctrsink.prepare.items import Items
@@ -17,9 +20,6 @@ from ctrsink.prepare.partition import Partition
 from ctrsink.prepare.repeats import Repeats
 from ctrsink.prepare.results import write_named
 from ctrsink.prepare.statistics import Received, Rule, counts_in, totals_as_counts
-from ctrsink.dataset.shard import Knowing, read_neighbours
-from ctrsink.features.columns import columns_of
-from ctrsink.features.registry import Need, numbers_with, of_kind
 
 
 def received_of(job: Job, partition: Partition, repeats: Repeats | None, items: Items) -> Received:

@@ -9,7 +9,6 @@ import numpy as np
 
 from ctrsink import storage
 from ctrsink.dataset.arrow import from_parquet
-from ctrsink.dataset.splits import split_of
 from ctrsink.dataset.manifest import (
     SPLITS,
     VECTOR,
@@ -21,10 +20,11 @@ from ctrsink.dataset.manifest import (
     shard_schema,
     tokens_schema,
 )
-from ctrsink.prepare.results import numbers_of, path_of
 from ctrsink.dataset.shard import Knowing, read_neighbours
+from ctrsink.dataset.splits import split_of
 from ctrsink.features.neighbours import Neighbours
 from ctrsink.features.numbers import number
+from ctrsink.prepare.results import numbers_of, path_of
 
 
 @dataclass(frozen=True)

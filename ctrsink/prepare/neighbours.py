@@ -10,8 +10,8 @@ from scipy.sparse import csr_array
 
 from ctrsink import storage
 from ctrsink.dataset.arrow import from_ipc, to_ipc
-from ctrsink.prepare.results import numbers_of, path_of
 from ctrsink.features.histories import Histories
+from ctrsink.prepare.results import numbers_of, path_of
 
 PAIRS = 20_000_000  # of items and users' other items that a task goes through, about: this bounds its memory
 MOST_TASKS = 512

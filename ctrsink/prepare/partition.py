@@ -11,14 +11,14 @@ from ctrsink import storage
 from ctrsink.config.data import PrepareSpec
 from ctrsink.dataset import splits
 from ctrsink.dataset.arrow import column_numpy, from_ipc, to_ipc
-from ctrsink.prepare.check_rows import EVENTS_SCHEMA, check_events
 from ctrsink.dataset.manifest import column_field
+from ctrsink.features.columns import Column, columns_of
+from ctrsink.prepare.check_rows import EVENTS_SCHEMA, check_events
+from ctrsink.prepare.render import feedback_minima
 from ctrsink.prepare.results import path_of
+from ctrsink.prepare.sources.raw_log import Block, Source
 from ctrsink.prepare.statistics import Rule, outcomes, write_received
 from ctrsink.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
-from ctrsink.prepare.render import feedback_minima
-from ctrsink.prepare.sources.raw_log import Block, Source
-from ctrsink.features.columns import Column, columns_of
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from ctrsink.dataset import splits
 from ctrsink.dataset.arrow import column_numpy, from_parquet, pc
-from ctrsink.prepare.check_rows import EVENTS_SCHEMA
 from ctrsink.dataset.manifest import Manifest, column_field, read_file
 from ctrsink.features.columns import columns_of
+from ctrsink.prepare.check_rows import EVENTS_SCHEMA
 
 # As EVENTS_SCHEMA, with the item's row in the item table, and what was known of the item.
 _SCHEMA = (

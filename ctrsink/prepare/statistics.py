@@ -14,8 +14,8 @@ import pyarrow as pa
 from ctrsink import storage
 from ctrsink.config.data import StatisticsSpec
 from ctrsink.dataset.arrow import from_ipc, from_parquet, pc, to_ipc
-from ctrsink.prepare.results import path_of
 from ctrsink.errors import InputError
+from ctrsink.prepare.results import path_of
 
 PERIODS = {"hour": 3600, "day": 86400, "week": 7 * 86400}
 _PART = 2.0**32  # an outcome is a whole number and so many parts of one: sums of both are exact in any order

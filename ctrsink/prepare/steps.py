@@ -10,11 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ctrsink import storage
 from ctrsink.dataset import splits
-from ctrsink.prepare import encoder, tokenize
 from ctrsink.dataset.arrow import from_parquet, to_parquet
-from ctrsink.prepare.check_rows import OnBadRow
 from ctrsink.dataset.manifest import FORMAT, MANIFEST_NAME, WORK, FileEntry, Manifest, PartEntry, ShardEntry, read_file
+from ctrsink.errors import InputError, RunError
+from ctrsink.features.columns import columns_of
+from ctrsink.features.counted import Counted
+from ctrsink.prepare import encoder, tokenize
 from ctrsink.prepare.assemble import Assembly, put
+from ctrsink.prepare.check_rows import OnBadRow
 from ctrsink.prepare.execute import run_tasks
 from ctrsink.prepare.items import Items, columns_used
 from ctrsink.prepare.job import Job
@@ -23,15 +26,12 @@ from ctrsink.prepare.known import received_of, scales_of_numbers, text_line, wri
 from ctrsink.prepare.partition import Partition
 from ctrsink.prepare.past import Past
 from ctrsink.prepare.places import Places
+from ctrsink.prepare.render import feedback_table
 from ctrsink.prepare.repeats import Repeats
 from ctrsink.prepare.results import write_named
+from ctrsink.prepare.sources import open_source
 from ctrsink.prepare.survey import Survey, Totals, count_splits, split_times
 from ctrsink.prepare.vectors import Encoding
-from ctrsink.prepare.render import feedback_table
-from ctrsink.prepare.sources import open_source
-from ctrsink.errors import InputError, RunError
-from ctrsink.features.columns import columns_of
-from ctrsink.features.counted import Counted
 
 log = logging.getLogger("ctrsink.data")
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced

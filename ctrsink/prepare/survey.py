@@ -11,9 +11,9 @@ import pyarrow as pa
 from ctrsink import storage
 from ctrsink.config.data import SplitSpec
 from ctrsink.dataset.arrow import from_ipc, to_ipc
+from ctrsink.dataset.manifest import SPLITS, Split, SplitCounts, SplitTimes
 from ctrsink.dataset.splits import PREFIXES, split_of, split_ranks
 from ctrsink.prepare.check_rows import Forms, Problem
-from ctrsink.dataset.manifest import SPLITS, Split, SplitCounts, SplitTimes
 from ctrsink.prepare.results import numbers_of, path_of
 
 _COARSE = 12  # bits: seconds are first counted by 4,096 of them, and one by one only around the split times

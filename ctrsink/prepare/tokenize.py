@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from ctrsink import storage
 from ctrsink.config.data import TokenizerSpec
 from ctrsink.dataset.manifest import Manifest, read_file, read_manifest
-from ctrsink.prepare.render import item_texts
 from ctrsink.errors import InputError
+from ctrsink.prepare.render import item_texts
 
 FOLDER = "tokenizer"
 LONGEST_WORD = 4096

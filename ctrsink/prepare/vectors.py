@@ -7,14 +7,14 @@ import pyarrow as pa
 
 from ctrsink import storage
 from ctrsink.dataset.arrow import from_ipc, from_parquet, pack, to_ipc, to_parquet, unpack
-from ctrsink.prepare.encoder import FOLDER, Encoder, encoder_files, fingerprint, load_encoder
 from ctrsink.dataset.manifest import VECTOR, EncoderEntry, read_file
+from ctrsink.errors import InputError
 from ctrsink.prepare.assemble import put
+from ctrsink.prepare.encoder import FOLDER, Encoder, encoder_files, fingerprint, load_encoder
 from ctrsink.prepare.execute import run_tasks
 from ctrsink.prepare.items import Items
 from ctrsink.prepare.job import Job
 from ctrsink.prepare.results import numbers_of, path_of, write_named
-from ctrsink.errors import InputError
 
 CHUNK = 2048
 

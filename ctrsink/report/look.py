@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import SequenceSource, evaluation_batches
-from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.attention.shares import watched
 from ctrsink.evaluate.metrics import auc, logloss
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.attention.shares import watched
+from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.stream import SequenceSource, evaluation_batches
 from ctrsink.train.restore import TrainedRun, restore_run
 
 BATCH = 16

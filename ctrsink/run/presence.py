@@ -14,8 +14,8 @@ from typing import Any
 
 from ctrsink import storage
 from ctrsink.errors import InputError, RunError
-from ctrsink.run.periodic import Every
 from ctrsink.run.folder import PRESENCE_NAME, read_run, request_stop, withdraw_stop
+from ctrsink.run.periodic import Every
 
 PERIOD_S = 5.0
 PATIENCE = 4

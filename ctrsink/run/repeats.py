@@ -7,8 +7,8 @@ from typing import Any
 
 from ctrsink import kept, storage
 from ctrsink.errors import InputError, PeerLost, RunError, StorageUnavailable
-from ctrsink.run.listing import list_checkpoints
 from ctrsink.run.folder import FAILURES_NAME
+from ctrsink.run.listing import list_checkpoints
 
 TIMES = 3
 log = logging.getLogger("ctrsink.train")

@@ -17,8 +17,8 @@ def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker)
     import torch.distributed as dist
 
-    from ctrsink.train.loop import Trainer
     from ctrsink.train.host_hooks import Surroundings
+    from ctrsink.train.loop import Trainer
 
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -51,11 +51,11 @@ def _warn_of_shared_rows(spec: RunSpec, manifest: Manifest) -> None:
 def _check_sequences(spec: RunSpec, manifest: Manifest, vocabulary: int) -> None:
     """Refuse what would end the run at some later step: a sequence too long for the backbone, or one that shows its answers."""
     from ctrsink.dataset.cache import Cache
-    from ctrsink.dataset.reader import Dataset
-    from ctrsink.stream.foresee import longer_than, suspects
     from ctrsink.dataset.layout import Layout
+    from ctrsink.dataset.reader import Dataset
     from ctrsink.families.decoder.build import backbone_config
     from ctrsink.families.decoder.supported import length_limit, too_long
+    from ctrsink.stream.foresee import longer_than, suspects
 
     limit, reason = length_limit(backbone_config(spec.model, vocabulary)) or (None, "")
     layout = Layout.of(spec.data, spec.model, manifest)

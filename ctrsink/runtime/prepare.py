@@ -3,8 +3,8 @@
 from ctrsink import storage
 from ctrsink.config import RunSpec
 from ctrsink.config.data import PrepareSpec
-from ctrsink.prepare.check_rows import OnBadRow
 from ctrsink.dataset.manifest import Manifest, read_manifest, require_none
+from ctrsink.prepare.check_rows import OnBadRow
 from ctrsink.prepare.execute import Execute, in_process
 from ctrsink.prepare.sources.files import require_there
 from ctrsink.runtime.process import stay_on_loopback

@@ -6,8 +6,8 @@ import ray
 from ray.data import DataContext, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 
-from ctrsink.prepare.execute import Execute, Task
 from ctrsink.errors import InputError, RunError
+from ctrsink.prepare.execute import Execute, Task
 from ctrsink.runtime.ray_train import connect
 
 

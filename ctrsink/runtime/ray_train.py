@@ -20,11 +20,11 @@ from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
 from ctrsink.run import repeats
+from ctrsink.run.folder import RAY_NAME, read_result, request_stop, write_result
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.places import told_of_waiting
 from ctrsink.runtime.reach import cluster_address
 from ctrsink.runtime.stopping import on_sigterm
-from ctrsink.run.folder import RAY_NAME, read_result, request_stop, write_result
 
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 PLACE_S = 15.0  # placing workers where there is room takes far less
@@ -159,8 +159,8 @@ def _worker(config: dict[str, Any]) -> None:
     from ctrsink.dist import Topology
     from ctrsink.runtime.stalls import BEFORE, Stalls
     from ctrsink.runtime.stopping import StopRequests
-    from ctrsink.train.loop import Trainer
     from ctrsink.train.host_hooks import Surroundings
+    from ctrsink.train.loop import Trainer
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)

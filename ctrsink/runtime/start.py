@@ -6,11 +6,11 @@ from typing import Any
 from ctrsink.config import RunSpec
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.errors import InputError, RunError
-from ctrsink.runtime.preflight import check
+from ctrsink.run.folder import claim, identities, release, require_new
 from ctrsink.run.presence import held
+from ctrsink.runtime.preflight import check
 from ctrsink.runtime.process import stay_on_loopback
 from ctrsink.runtime.reach import cluster_address
-from ctrsink.run.folder import claim, identities, release, require_new
 
 
 def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
-from ctrsink.run.periodic import Every
 from ctrsink.run.folder import stop_request
+from ctrsink.run.periodic import Every
 
 POLL_S = 5.0
 

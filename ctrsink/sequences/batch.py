@@ -1,78 +1,109 @@
-"""Batch: the plain tensors in which data and model meet."""
+"""Batch: what data and models meet in, the rows of its sequences one behind another, nothing padded."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 
-# What a position of the sequence is: `prefix  (text feedback sink) ... (text)`.
-PAD, PREFIX, TEXT, FEEDBACK, SINK = range(5)
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows of B sequences, one sequence's behind another's; how many each has is known on the host."""
+
+    offsets: torch.Tensor
+    """int64 [B + 1]; where each sequence's rows begin and, at last, end."""
+    lengths: np.ndarray
+    """int64 [B]; on the host."""
+
+    @classmethod
+    def of(cls, lengths: np.ndarray) -> "Axis":
+        return cls(torch.from_numpy(np.append(0, lengths.cumsum())), lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """Rows of all sequences."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def longest(self) -> int:
+        """Rows of the sequence with most of them."""
+        return int(self.lengths.max(initial=0))
+
+    @cached_property
+    def owner(self) -> torch.Tensor:
+        """The sequence of each row, int64 [total]."""
+        sequences = torch.arange(len(self.lengths), device=self.offsets.device)
+        return sequences.repeat_interleave(self.offsets.diff(), output_size=self.total)
+
+    @cached_property
+    def place(self) -> torch.Tensor:
+        """The number of each row within its sequence, int64 [total]."""
+        return torch.arange(self.total, device=self.offsets.device) - self.offsets[self.owner]
+
+    def valid(self, width: int) -> torch.Tensor:
+        """Which rows of the padded form exist, bool [B, width]."""
+        return torch.arange(width, device=self.offsets.device) < self.offsets.diff()[:, None]
+
+    def pad(self, packed: torch.Tensor, width: int, value: float = 0) -> torch.Tensor:
+        """[total, ...] -> [B, width, ...], with `value` where no row is; `width` is at least `longest`."""
+        flat = packed.new_full((len(self.lengths) * width, *packed.shape[1:]), value)
+        return flat.index_copy(0, self.owner * width + self.place, packed).unflatten(0, (-1, width))
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """[B, W, ...] -> [total, ...]."""
+        return padded.flatten(0, 1).index_select(0, self.owner * padded.shape[1] + self.place)
+
+    def to(self, device: torch.device | str) -> "Axis":
+        return Axis(self.offsets.to(device, non_blocking=True), self.lengths)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """T impressions whose click is to be predicted, those of a sequence behind one another."""
+
+    labels: torch.Tensor
+    """float32 [T]."""
+    users: torch.Tensor
+    """int64 [T]; row of the user in the data set's index."""
+    events: torch.Tensor
+    """int64 [T]; number of the event in the user's chronology."""
+    times: torch.Tensor
+    """int64 [T]; seconds since 1970."""
+    counted: torch.Tensor
+    """bool [T]; False where a sequence only fills the batch."""
+
+    def to(self, device: torch.device | str) -> "Targets":
+        return Targets(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of L positions, K sink slots, T readouts and M events that are asked, padded on the right.
+    """B sequences with their targets, and what a family's model reads of them."""
 
-    The last position of every row is padding: unused slots point there, so that shapes are static and no
-    index is out of range.
-    """
-
-    input_ids: torch.Tensor
-    """int64 [B, L]; the id at a sink is 0 and is replaced by the sink's embedding."""
-    kinds: torch.Tensor
-    """uint8 [B, L]; PAD, PREFIX, TEXT, FEEDBACK or SINK."""
-    event_ids: torch.Tensor
-    """int32 [B, L]; which event of the sequence a position belongs to, from 1; 0 for prefix and padding."""
-    aligned: torch.Tensor
-    """bool [B, L]; positions that, under `readout: sinks`, see other events through their sinks only."""
-    candidate: torch.Tensor
-    """bool [B, L]; text of a target that does not become a behaviour: no other event sees it."""
-    position_ids: torch.Tensor
-    """int64 [B, L]; targets that share a history begin at the same position behind it."""
-    sink_positions: torch.Tensor
-    """int64 [B, K]."""
-    sink_valid: torch.Tensor
-    """bool [B, K]."""
-    signals: torch.Tensor
-    """int64 [B, K, S]; bucket or category of each of the S signals."""
-    sink_numbers: torch.Tensor
-    """float32 [B, K, F]; z-scores, 0 where unknown or not valid."""
-    sink_times: torch.Tensor
-    """int64 [B, K]; seconds since 1970 of each sink's behaviour, 0 where not valid."""
-    readout_positions: torch.Tensor
-    """int64 [B, T]; last text position of each target."""
-    readout_valid: torch.Tensor
-    """bool [B, T]."""
-    readout_numbers: torch.Tensor
-    """float32 [B, T, G]; z-scores of each target, 0 where unknown or not valid."""
-    base: torch.Tensor
-    """float32 [B, T]; logit of each target's base score, which the model adds to; 0 where there is none, or not valid."""
-    asked_positions: torch.Tensor
-    """int64 [B, M]; last text position of each event that is asked: of targets, and in `per_user` sequences of every event from
-    the first target on: each is a target first. What targets are told, and where they look, holds for all of them."""
-    asked_valid: torch.Tensor
-    """bool [B, M]."""
-    asked_times: torch.Tensor
-    """int64 [B, M]; seconds since 1970 of each such event, 0 where not valid."""
-    asked_signals: torch.Tensor
-    """int64 [B, M, C]; category of each of C signals."""
-    asked_numbers: torch.Tensor
-    """float32 [B, M, G]; z-scores, 0 where unknown or not valid."""
-    labels: torch.Tensor
-    """float32 [B, T]; 0 where not valid."""
-    targets: torch.Tensor
-    """int64 [B, T, 2]; row of the user in the data set's index and number of the event in the chronology; -1 where not valid."""
-    similarity: torch.Tensor
-    """float32 [B, M, K]; of the items of those asked and of sinks, 0 where unknown or later; [B, M, 0] where none is read."""
+    targets: Targets
+    inputs: dict[str, torch.Tensor]
+    """By name, as the family's `encode` gave them; each has a row for each row of its axis."""
+    axes: dict[str, Axis]
+    """By name; `targets` is among them."""
+    tokens: int
+    """Rows that the cost of a sequence is counted in."""
+    impressions: int
+    """Targets that are counted."""
+    costs: dict[str, int] = field(default_factory=dict)
+    """By name, what the family's `encode` counted, summed over the sequences."""
+    units: int | None = None
+    """What the loss is a sum over, where that is not impressions."""
 
     @property
-    def tokens(self) -> int:
-        """Positions that are not padding."""
-        return int((self.kinds != PAD).sum())
-
-    @property
-    def impressions(self) -> int:
-        return int(self.readout_valid.sum())
+    def device(self) -> torch.device:
+        return self.targets.labels.device
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)})
+        return dataclasses.replace(
+            self,
+            targets=self.targets.to(device),
+            inputs={name: value.to(device, non_blocking=True) for name, value in self.inputs.items()},
+            axes={name: axis.to(device) for name, axis in self.axes.items()},
+        )

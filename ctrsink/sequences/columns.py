@@ -1,92 +1,66 @@
-"""Sequences that are not padded, one after another in their columns."""
+"""Sequences that are not padded, one behind another in their columns."""
 
-from dataclasses import dataclass, fields
-from typing import TypedDict
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
-
-class OfAsked(TypedDict):
-    """Columns of a Sequence with a row for each event that is asked."""
-
-    asked_times: np.ndarray
-    asked_signals: np.ndarray
-    asked_numbers: np.ndarray
-
-
-class OfSinks(TypedDict):
-    """Columns of a Sequence with a row per sink, and the similarity of those asked and sinks."""
-
-    sink_positions: np.ndarray
-    signals: np.ndarray
-    sink_numbers: np.ndarray
-    sink_times: np.ndarray
-    similarity: np.ndarray
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """One sequence of l positions, k sinks, t targets and m events that are asked, not padded."""
-
-    input_ids: np.ndarray
-    kinds: np.ndarray
-    event_ids: np.ndarray
-    aligned: np.ndarray
-    candidate: np.ndarray
-    position_ids: np.ndarray
-    sink_positions: np.ndarray
-    signals: np.ndarray
-    sink_numbers: np.ndarray
-    sink_times: np.ndarray
-    readout_positions: np.ndarray
-    readout_numbers: np.ndarray
-    base: np.ndarray
-    labels: np.ndarray
-    targets: np.ndarray
-    """Numbers of the target events in the chronology."""
-    asked_positions: np.ndarray
-    asked_times: np.ndarray
-    asked_signals: np.ndarray
-    asked_numbers: np.ndarray
-    similarity: np.ndarray
-    """float32 [m * k], of each event asked and each sink; or empty."""
-
-
-_POSITIONS = ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids")
-_SINKS = ("sink_positions", "signals", "sink_numbers", "sink_times")
-_TARGETS = ("readout_positions", "readout_numbers", "base", "labels", "targets")
-_ASKED = ("asked_positions", "asked_times", "asked_signals", "asked_numbers")
+TARGETS = "targets"
+"""The axis of what is predicted; its columns `labels`, `events` and `times` become the Targets of a batch."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """N sequences: the columns of all, one after another, and the bounds [N + 1] of each in its positions, sinks and so on."""
+    """N sequences: the columns of all, and the bounds of each sequence on every axis."""
 
-    columns: Sequence
-    positions: np.ndarray
-    sinks: np.ndarray
-    targets: np.ndarray
-    asked: np.ndarray
+    columns: dict[str, np.ndarray]
+    axes: dict[str, str]
+    """Of each column, the axis whose rows it has."""
+    bounds: dict[str, np.ndarray]
+    """Of each axis int64 [N + 1]; where the rows of each sequence begin and, at last, end."""
+    counts: str
+    """The axis whose rows the cost of a sequence is counted in."""
+    points: dict[str, str] = field(default_factory=dict)
+    """Columns that hold numbers of rows on an axis, counted within their sequence."""
+    costs: dict[str, np.ndarray] = field(default_factory=dict)
+    """What else each sequence costs, int64 [N]."""
+
+    def __len__(self) -> int:
+        return len(self.bounds[TARGETS]) - 1
 
     @property
-    def pairs(self) -> np.ndarray:
-        """Bounds of each sequence in `similarity`, [N + 1]."""
-        counts = np.diff(self.sinks) * np.diff(self.asked) * bool(len(self.columns.similarity))
-        return np.append(0, counts.cumsum())
+    def lengths(self) -> np.ndarray:
+        """What each sequence costs, int64 [N]."""
+        return np.diff(self.bounds[self.counts])
 
-    def __getitem__(self, number: int) -> Sequence:
-        bounds = dict.fromkeys(_POSITIONS, self.positions)
-        bounds |= (
-            dict.fromkeys(_SINKS, self.sinks)
-            | dict.fromkeys(_TARGETS, self.targets)
-            | {"similarity": self.pairs}
-            | dict.fromkeys(_ASKED, self.asked)
+    def __getitem__(self, number: int) -> "Sequences":
+        """One of them, alone."""
+        spans = {name: slice(*bounds[number : number + 2].tolist()) for name, bounds in self.bounds.items()}
+        return Sequences(
+            {name: column[spans[self.axes[name]]] for name, column in self.columns.items()},
+            self.axes,
+            {name: np.array([0, span.stop - span.start]) for name, span in spans.items()},
+            self.counts,
+            self.points,
+            {name: cost[number : number + 1] for name, cost in self.costs.items()},
         )
-        parts = {name: getattr(self.columns, name)[of[number] : of[number + 1]] for name, of in bounds.items()}
-        return Sequence(**parts)
 
     @classmethod
-    def of(cls, sequences: list[Sequence]) -> "Sequences":
-        columns = [np.concatenate([getattr(s, column.name) for s in sequences]) for column in fields(Sequence)]
-        sizes = [[len(of) for of in (s.input_ids, s.sink_positions, s.targets, s.asked_positions)] for s in sequences]
-        return cls(Sequence(*columns), *np.cumsum([[0, 0, 0, 0], *sizes], axis=0).T)
+    def joined(cls, parts: "list[Sequences]") -> "Sequences":
+        """The sequences of all parts, which have the same columns."""
+        first = parts[0]
+        lengths = {name: np.concatenate([np.diff(part.bounds[name]) for part in parts]) for name in first.bounds}
+        return cls(
+            {name: np.concatenate([part.columns[name] for part in parts]) for name in first.columns},
+            first.axes,
+            {name: np.append(0, of.cumsum()) for name, of in lengths.items()},
+            first.counts,
+            first.points,
+            {name: np.concatenate([part.costs[name] for part in parts]) for name in first.costs},
+        )
+
+
+def spans(bounds: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
+    """Where the chosen sequences lie; runs of them that follow one another are one span."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [(int(bounds[rows[a]]), int(bounds[rows[b - 1] + 1])) for a, b in pairwise([0, *breaks.tolist(), len(rows)])]

@@ -8,7 +8,6 @@ import numpy as np
 from ctrsink.dataset.events import Events
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
-from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged, ranges
 from ctrsink.features.similarity import cosines, most_similar
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 from ctrsink.config.data import FieldSpec
 from ctrsink.dataset.arrow import from_parquet, to_parquet
 from ctrsink.dataset.column_cells import numbered, stored
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.manifest import read_file
-from ctrsink.prepare.statistics import latest
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.shard import read_neighbours
 from ctrsink.features.columns import Column, columns_of
 from ctrsink.features.counted import Counted
 from ctrsink.features.neighbours import Neighbours
+from ctrsink.prepare.statistics import latest
 
 FILE = "items.parquet"
 _LISTS = ("partners", "products", "common")

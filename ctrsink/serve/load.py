@@ -18,12 +18,12 @@ from ctrsink.config.explain import explain
 from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.config.tree import shown
-from ctrsink.prepare.encoder import FOLDER, Encoder, folder_fingerprint
-from ctrsink.serve.knowledge import FILE, Knowledge
 from ctrsink.dataset.layout import Layout
-from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.errors import InputError, first_line
 from ctrsink.families.decoder.hf import FORMAT, CTRSinkConfig, CTRSinkModel
+from ctrsink.prepare.encoder import FOLDER, Encoder, folder_fingerprint
+from ctrsink.prepare.tokenize import fingerprint
+from ctrsink.serve.knowledge import FILE, Knowledge
 
 _NEEDED = ("backbone", "readout", "layout", "text", "prefix_tokens", "tokenizer_fingerprint")
 _SECTIONS: dict[str, Any] = {

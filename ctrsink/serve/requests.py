@@ -10,13 +10,13 @@ from pydantic import Field, ValidationError
 from ctrsink.config.base import Section
 from ctrsink.config.explain import explain
 from ctrsink.dataset.arrow import from_parquet
-from ctrsink.dataset.reader import Dataset
-from ctrsink.prepare.check_rows import LARGEST_FEEDBACK
 from ctrsink.dataset.manifest import read_file
-from ctrsink.prepare.render import template_fields
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.values import text
 from ctrsink.errors import InputError, did_you_mean
 from ctrsink.features.columns import columns_of
+from ctrsink.prepare.check_rows import LARGEST_FEEDBACK
+from ctrsink.prepare.render import template_fields
 
 Item = dict[str, Any]
 # Beyond the year 5138 a time was counted in milliseconds.

@@ -14,21 +14,21 @@ import pyarrow as pa
 import torch
 
 from ctrsink import storage, strict_json
-from ctrsink.config.data import TextSpec
-from ctrsink.sequences.collate import collate
-from ctrsink.families.decoder.encode import build_sequences
-from ctrsink.dataset.layout import Layout
-from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
-from ctrsink.serve.request_lines import OnBadRequest, RequestLine, read_lines
-from ctrsink.sequences.columns import Sequence
-from ctrsink.dataset.shard import with_told
-from ctrsink.prepare.tokenize import encode_items, encode_own
-from ctrsink.dataset.events import Events
-from ctrsink.sequences.windows import Cuts
-from ctrsink.errors import InputError
-from ctrsink.features.ragged import Ragged
 from ctrsink.attention.shares import watched
+from ctrsink.config.data import TextSpec
+from ctrsink.dataset.events import Events
+from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.shard import with_told
+from ctrsink.errors import InputError
+from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.features.ragged import Ragged
+from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
+from ctrsink.prepare.tokenize import encode_items, encode_own
+from ctrsink.sequences.collate import collate
+from ctrsink.sequences.columns import Sequence
+from ctrsink.sequences.windows import Cuts
 from ctrsink.serve.load import Loaded, load_model
+from ctrsink.serve.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
 

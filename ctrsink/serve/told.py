@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink.dataset.column_cells import known, stored
-from ctrsink.prepare.check_rows import LARGEST_FEEDBACK
-from ctrsink.serve.knowledge import Knowledge
 from ctrsink.dataset.known import known_events
 from ctrsink.dataset.shard import user_hashes
 from ctrsink.dataset.values import id_text, one_form, text
@@ -18,6 +16,8 @@ from ctrsink.features.columns import Column
 from ctrsink.features.fields import field_ids
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
+from ctrsink.prepare.check_rows import LARGEST_FEEDBACK
+from ctrsink.serve.knowledge import Knowledge
 from ctrsink.serve.requests import Behaviour, Item, Request, item_table
 
 

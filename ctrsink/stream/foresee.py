@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import Manifest, ShardEntry, Split
+from ctrsink.dataset.reader import Dataset
 from ctrsink.stream.stream import BUILT_AT_ONCE, SequenceSource
 
 

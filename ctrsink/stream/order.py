@@ -10,6 +10,7 @@ import numpy as np
 
 from ctrsink.features.mix64 import mix64
 
+
 def shuffled(values: np.ndarray, *keys: int) -> np.ndarray:
     """The distinct integers `values`, [N], in an order that depends on them and the keys only."""
     return values[np.argsort(mix64(values, *keys), kind="stable")]

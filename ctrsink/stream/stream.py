@@ -10,19 +10,19 @@ from typing import Literal
 import numpy as np
 
 from ctrsink import kept
-from ctrsink.sequences.batch import Batch
-from ctrsink.stream.ahead import in_processes, read_ahead
-from ctrsink.stream.budget import fill
-from ctrsink.sequences.collate import collate_rows
-from ctrsink.dataset.reader import Dataset, Shard
-from ctrsink.families.decoder.encode import build_sequences
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import SPLITS
-from ctrsink.stream.order import Order, deal
+from ctrsink.dataset.reader import Dataset, Shard
+from ctrsink.errors import InputError
+from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.features.ragged import Ragged, ranges
+from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.collate import collate_rows
 from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts, split_requests
-from ctrsink.errors import InputError
-from ctrsink.features.ragged import Ragged, ranges
+from ctrsink.stream.ahead import in_processes, read_ahead
+from ctrsink.stream.budget import fill
+from ctrsink.stream.order import Order, deal
 
 BUILT_AT_ONCE = 512  # sequences of a rank, about
 WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length

@@ -17,8 +17,8 @@ from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.columns_alone import Fitted, stacked
 from ctrsink.evaluate.evaluator import names_of, write_predictions
 from ctrsink.evaluate.metrics import all_metrics
-from ctrsink.studies.measured import BASELINE_NAME, Impressions, Measured, rows_of
 from ctrsink.run.folder import write_result
+from ctrsink.studies.measured import BASELINE_NAME, Impressions, Measured, rows_of
 
 Tables = Mapping[str, pa.Table]
 """By split, with at least `user`, `event` and `label`."""

@@ -11,18 +11,18 @@ from ctrsink import storage
 from ctrsink.config import RunSpec, StudySpec, load_study
 from ctrsink.config.study import stacked_name
 from ctrsink.dataset.arrow import from_parquet, pc
-from ctrsink.dataset.signal_tables import signal_columns
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.manifest import SPLITS, read_manifest
+from ctrsink.dataset.reader import Dataset
+from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.errors import InputError
 from ctrsink.evaluate.columns_alone import KEYS, lightgbm, logistic
 from ctrsink.evaluate.evaluator import FOLDER
+from ctrsink.run.folder import CONFIG_NAME, identities, read_result, require_same
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.start import start
 from ctrsink.studies.compare import compare, write_comparison
 from ctrsink.studies.floors import Floor, fit_floor, item_mean, stack
 from ctrsink.studies.measured import read_measured
-from ctrsink.run.folder import CONFIG_NAME, identities, read_result, require_same
 
 Runs = dict[tuple[str, int], RunSpec]
 """By variant and seed, in the order in which they are trained."""

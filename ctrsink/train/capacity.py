@@ -7,8 +7,8 @@ import psutil
 import torch
 from torch import nn
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch
 
 SHARE = 0.6  # of the free memory: the backward pass and the allocator need the rest
 GIB = 2**30

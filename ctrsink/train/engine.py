@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config.run import RunSpec
 from ctrsink.config.stages import Group, ReadoutSpec, StageSpec
 from ctrsink.dist import Topology, all_max, all_sum
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.groups import set_trainable, trained_as
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch
 from ctrsink.train.deepspeed_import import (
     deepspeed,
     groups,

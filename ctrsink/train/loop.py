@@ -10,34 +10,34 @@ from typing import Any
 
 import torch
 
-from ctrsink.sequences.batch import Batch
 from ctrsink.config import RunSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.dataset.cache import Cache
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
-from ctrsink.features.mix64 import mix64
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream
+from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology, all_max, barrier
 from ctrsink.errors import Diverged, InputError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.families.decoder.build import build_model, load_parameters
 from ctrsink.families.decoder.cost import FlopCount
-from ctrsink.train.observe.advice import advice
-from ctrsink.train.observe.audit import Audit
+from ctrsink.features.mix64 import mix64
+from ctrsink.run.folder import identities, write_result
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream
 from ctrsink.train.capacity import tokens_within
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, require_data
+from ctrsink.train.checkpoint.native import Shards, load_native, restore
+from ctrsink.train.checkpoint.saving import Saver
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.failures import Finite, located
-from ctrsink.train.observe.hardware import over_ranks, peak_of, precision_of
-from ctrsink.train.checkpoint.native import Shards, load_native, restore
-from ctrsink.train.observe.probe import probe, probe_batch
-from ctrsink.run.folder import identities, write_result
-from ctrsink.train.same_data import require_same_data
-from ctrsink.train.checkpoint.saving import Saver
-from ctrsink.train.stages import StageController
 from ctrsink.train.host_hooks import ALONE, Surroundings
+from ctrsink.train.observe.advice import advice
+from ctrsink.train.observe.audit import Audit
+from ctrsink.train.observe.hardware import over_ranks, peak_of, precision_of
+from ctrsink.train.observe.probe import probe, probe_batch
 from ctrsink.train.observe.telemetry import Pace, Telemetry, progress_line
+from ctrsink.train.same_data import require_same_data
+from ctrsink.train.stages import StageController
 
 log = logging.getLogger("ctrsink.train")
 LOOK_EVERY_S = 5.0  # for the announced loss of a node

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from ctrsink.config import ReadoutSpec, RunSpec
 from ctrsink.dataset.cache import Cache
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.layout import Layout
-from ctrsink.stream.stream import SequenceSource
-from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.dataset.reader import Dataset
 from ctrsink.families.decoder.build import build_model, load_parameters
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.train.checkpoint.checkpoint import Checkpoint, Step, find_checkpoint, require_data
+from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.run.folder import identities, read_run
+from ctrsink.stream.stream import SequenceSource
+from ctrsink.train.checkpoint.checkpoint import Checkpoint, Step, find_checkpoint, require_data
 from ctrsink.train.stages import StageController
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ctrsink.sequences.batch import PAD, PREFIX, SINK, Batch
-from ctrsink.families.decoder.model import CTRModel
-from ctrsink.families.decoder.groups import group_of
 from ctrsink.attention.rule_dense import places
+from ctrsink.families.decoder.groups import group_of
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import PAD, PREFIX, SINK, Batch
 
 
 @dataclass(frozen=True)

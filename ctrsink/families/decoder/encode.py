@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ctrsink.sequences.batch import FEEDBACK, PREFIX, SINK, TEXT
-from ctrsink.dataset.layout import Layout
-from ctrsink.sequences.columns import OfAsked, OfSinks, Sequence, Sequences
-from ctrsink.features.buckets import signal_ids
 from ctrsink.dataset.events import Events, UserEvents
-from ctrsink.sequences.windows import Cuts, Windows, windows_of
+from ctrsink.dataset.layout import Layout
+from ctrsink.features.buckets import signal_ids
 from ctrsink.features.columns import in_table
 from ctrsink.features.ragged import Ragged, ranges
 from ctrsink.features.registry import signal
 from ctrsink.features.similarity import cosines
+from ctrsink.sequences.batch import FEEDBACK, PREFIX, SINK, TEXT
+from ctrsink.sequences.columns import OfAsked, OfSinks, Sequence, Sequences
+from ctrsink.sequences.windows import Cuts, Windows, windows_of
 
 
 def build_sequence(

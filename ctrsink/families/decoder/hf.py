@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from ctrsink.sequences.batch import Batch
+from ctrsink.attention import sdpa
 from ctrsink.config.model import BackboneSpec, ModelSpec
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.attention import sdpa
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.supported import guard_length
+from ctrsink.sequences.batch import Batch
 
 FORMAT = "ctrsink-model/3"
 

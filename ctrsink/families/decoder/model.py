@@ -6,19 +6,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ctrsink.sequences.batch import Batch
+from ctrsink.attention import blocks, flex, sdpa
+from ctrsink.attention.inputs import Watch
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
-from ctrsink.features.registry import SIGNALS, signal
-from ctrsink.attention import blocks, flex, sdpa
-from ctrsink.attention.inputs import Watch
 from ctrsink.families.decoder.bias import InterSinkBias, attach
 from ctrsink.families.decoder.head import ClickHead, JointHead
 from ctrsink.families.decoder.readout import read
-from ctrsink.families.embeddings import SignalEmbedding, Table, token_scale
 from ctrsink.families.decoder.similarity import SimilarityBias
 from ctrsink.families.decoder.temporal import TemporalBias
+from ctrsink.families.embeddings import SignalEmbedding, Table, token_scale
+from ctrsink.features.registry import SIGNALS, signal
+from ctrsink.sequences.batch import Batch
 
 BACKENDS = {"sdpa": sdpa.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""

@@ -2,8 +2,8 @@
 
 import torch
 
-from ctrsink.sequences.batch import PAD, SINK, Batch
 from ctrsink.config.stages import ReadoutSpec
+from ctrsink.sequences.batch import PAD, SINK, Batch
 
 
 def read(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:

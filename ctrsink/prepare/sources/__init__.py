@@ -3,12 +3,12 @@
 from collections.abc import Collection, Sequence
 
 from ctrsink.config.data import SourceSpec
+from ctrsink.errors import InputError
 from ctrsink.prepare.sources.kuairec import KuaiRec
 from ctrsink.prepare.sources.mind import Mind
 from ctrsink.prepare.sources.movielens import MovieLens
 from ctrsink.prepare.sources.raw_log import Block, Source
 from ctrsink.prepare.sources.table import Tables
-from ctrsink.errors import InputError
 
 __all__ = ["Block", "Source", "open_source"]
 

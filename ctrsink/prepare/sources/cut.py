@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable
 
-from ctrsink.prepare.sources.files import read_part
 from ctrsink.errors import InputError
+from ctrsink.prepare.sources.files import read_part
 
 LONGEST_ROW = 64 << 20  # bytes; where no row ends for longer, a quote was left open
 _STEP = 1 << 16  # bytes that are read, at first, in search of the end of a row

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import RawRows
 from ctrsink.prepare.sources.cut import cut_lines, cut_quoted, open_quote, row_end
 from ctrsink.prepare.sources.files import HEAD, read_head, read_part, read_whole, require_columns, size_of
 from ctrsink.prepare.sources.raw_log import Block
-from ctrsink.errors import InputError
 
 _BEFORE_HEADER = re.compile(rb"(?:\xef\xbb\xbf)?\s*")  # a byte order mark, empty lines
 

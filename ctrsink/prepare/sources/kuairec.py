@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec
+from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import RawRows
 from ctrsink.prepare.sources.delimited import csv_blocks, read_csv, read_csv_block
 from ctrsink.prepare.sources.files import decoded, read_whole, require_columns
 from ctrsink.prepare.sources.raw_log import Block
-from ctrsink.errors import InputError
 
 log = logging.getLogger("ctrsink.data")
 

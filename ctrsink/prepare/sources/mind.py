@@ -10,12 +10,12 @@ import pyarrow as pa
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec
 from ctrsink.dataset.arrow import pc
+from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import RawRows, check_items
 from ctrsink.prepare.sources.cut import cut_lines
 from ctrsink.prepare.sources.delimited import read_delimited
 from ctrsink.prepare.sources.files import read_part, read_whole, size_of
 from ctrsink.prepare.sources.raw_log import Block
-from ctrsink.errors import InputError
 
 _MAPPING = ColumnSpec(feedback="feedback", label="label", request="request")
 _BEHAVIORS = "behaviors.tsv"

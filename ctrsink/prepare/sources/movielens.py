@@ -9,12 +9,12 @@ import pyarrow as pa
 
 from ctrsink import storage
 from ctrsink.config.data import ColumnSpec
+from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import RawRows, check_items
 from ctrsink.prepare.sources.cut import cut_lines
 from ctrsink.prepare.sources.delimited import read_csv, read_delimited
 from ctrsink.prepare.sources.files import decoded, read_head, read_part, read_whole, size_of
 from ctrsink.prepare.sources.raw_log import Block
-from ctrsink.errors import InputError
 
 _MAPPING = ColumnSpec(feedback="rating")
 _RATING = ("user", "item", "rating", "timestamp")

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrsink import strict_json
+from ctrsink.dataset.values import cell_text, id_text, text
+from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import RawRows
 from ctrsink.prepare.sources.delimited import read_csv
 from ctrsink.prepare.sources.files import RangeFile, read_whole, size_of
-from ctrsink.dataset.values import cell_text, id_text, text
-from ctrsink.errors import InputError
 
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 

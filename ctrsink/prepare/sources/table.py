@@ -10,13 +10,13 @@ import pyarrow as pa
 from ctrsink.config.data import ColumnSpec
 from ctrsink.dataset.arrow import pc
 from ctrsink.dataset.cells import truth_as_numbers
+from ctrsink.errors import InputError, did_you_mean, listed
 from ctrsink.prepare.check_rows import RawRows, check_items
 from ctrsink.prepare.sources.cut import cut_lines
 from ctrsink.prepare.sources.delimited import csv_blocks, read_csv_block
 from ctrsink.prepare.sources.files import EmptyFile, files_at, read_head, read_part, read_whole, require_columns
-from ctrsink.prepare.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
 from ctrsink.prepare.sources.raw_log import Block
-from ctrsink.errors import InputError, did_you_mean, listed
+from ctrsink.prepare.sources.readers import kind_of, open_parquet, read_jsonl, read_row_groups, read_table
 
 T = TypeVar("T")
 

@@ -39,8 +39,8 @@ from ctrsink.train.checkpoint.checkpoint import (
     write_files,
     write_marker,
 )
-from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.deepspeed_import import safe_get_full_fp32_param
+from ctrsink.train.engine import Engine, EngineState
 
 log = logging.getLogger("ctrsink.train")
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.checkpoint.checkpoint import BEST, MARKER, STATE
 from ctrsink.run.listing import FOLDER, folder_of, list_checkpoints, step_of
+from ctrsink.train.checkpoint.checkpoint import BEST, MARKER, STATE
 
 log = logging.getLogger("ctrsink.train")
 

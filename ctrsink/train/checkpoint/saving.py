@@ -9,10 +9,10 @@ from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError, RunError
 from ctrsink.train.checkpoint.checkpoint import Checkpoint
-from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.checkpoint.native import save_native
 from ctrsink.train.checkpoint.retention import Keeper
 from ctrsink.train.checkpoint.writer import TOLERATED, CheckpointWriter
+from ctrsink.train.engine import Engine, EngineState
 
 log = logging.getLogger("ctrsink.train")
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ctrsink.sequences.batch import Batch
+from ctrsink.dist import Topology
 from ctrsink.features.mix64 import mix64
+from ctrsink.sequences.batch import Batch
 from ctrsink.stream.order import Order
 from ctrsink.stream.stream import SequenceSource
-from ctrsink.dist import Topology
 
 AT_ONCE = 512  # sequences
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ctrsink.sequences.batch import Batch
-from ctrsink.config.stages import ReadoutSpec
-from ctrsink.dataset.reader import Dataset
-from ctrsink.dataset.layout import Layout
-from ctrsink.stream.stream import SequenceSource, evaluation_batches
-from ctrsink.families.decoder.model import CTRModel
 from ctrsink.attention.shares import watched
+from ctrsink.config.stages import ReadoutSpec
+from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.reader import Dataset
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch
+from ctrsink.stream.stream import SequenceSource, evaluation_batches
 
 SEQUENCES = 8
 

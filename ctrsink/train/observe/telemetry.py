@@ -13,12 +13,12 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ctrsink import storage, strict_json
-from ctrsink.sequences.batch import Batch
 from ctrsink.config import RunSpec
 from ctrsink.errors import InputError, RunError
 from ctrsink.families.decoder.cost import FlopCount
-from ctrsink.train.observe.mlflow_run import MlflowRun
 from ctrsink.run.folder import BOARD_NAME, METRICS_NAME, flatten
+from ctrsink.sequences.batch import Batch
+from ctrsink.train.observe.mlflow_run import MlflowRun
 
 log = logging.getLogger("ctrsink.train")
 

@@ -1,13 +1,18 @@
-"""Sections of the model: backbone, sinks, inter-sink bias, LoRA."""
+"""The family `decoder`: a language model with sinks; backbone, sinks, inter-sink bias, LoRA."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ctrsink.config.base import Section
-from ctrsink.config.signals import ColumnName, SignalName
-from ctrsink.features.columns import Column
-from ctrsink.features.registry import SIGNALS, Side, of_kind, signal
+from ctrsink.config.model.family import FamilySpec
+from ctrsink.config.model.told import TargetSpec, Told, check_shared, told_of
+from ctrsink.config.signals import SignalName
+from ctrsink.features.registry import signal
+
+if TYPE_CHECKING:
+    from ctrsink.config.run import RunSpec
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", *_DEPTHS)
@@ -46,34 +51,7 @@ class BackboneSpec(Section):
         return value
 
 
-class _Told(Section):
-    """Who is told signals."""
-
-    signals: tuple[SignalName, ...]
-    """Names of them."""
-    id_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the ids, `item_id` and `user_id`, that is hidden in training, so that the model does without those of new ones."""
-
-    rows: int = Field(default=1000, ge=2)
-    """Rows of the embedding table of each id and of each hashed column; two values may share one."""
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """Signals with an embedding table."""
-        return of_kind(self.signals, numbers=False)
-
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        """Signals that are z-scores."""
-        return of_kind(self.signals, numbers=True)
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Signals that say which item or user it is."""
-        return tuple(name for name in self.signals if signal(name).identity)
-
-
-class SinkSpec(_Told):
+class SinkSpec(Told):
     """Sink tokens after each behaviour (CTR-Sink, arXiv 2508.03668)."""
 
     signals: tuple[SignalName, ...] = ("feedback", "deviation", "item_mean", "item_count")
@@ -86,7 +64,7 @@ class SinkSpec(_Told):
     @field_validator("signals")
     @classmethod
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _told_of(value, "behaviour", "for constant sinks use [none]")
+        return told_of(value, "behaviour", "for constant sinks use [none]")
 
     @model_validator(mode="after")
     def _clock_fits(self) -> "SinkSpec":
@@ -95,32 +73,6 @@ class SinkSpec(_Told):
             if self.buckets < values:
                 raise ValueError(f"{name} has {values} values, more than buckets {self.buckets}")
         return self
-
-
-class TargetSpec(_Told):
-    """What a target is told beside its text: a vector at its last token, and its numbers once more at the head."""
-
-    signals: tuple[SignalName, ...] = ("item_mean", "item_count", "affinity")
-    """Numbers, and categories such as `hour`; see docs/signals.md."""
-    embedding_size: int = Field(default=64, ge=1)
-    """Width of the tables of categories."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the head's inner activations that is dropped in training."""
-
-    @field_validator("signals")
-    @classmethod
-    def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _told_of(value, "target", "for none set model.target to null")
-
-
-def _told_of(names: tuple[str, ...], side: Side, instead: str) -> tuple[str, ...]:
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"name at least one signal, each once; {instead}")
-    for name in names:
-        if side not in signal(name).sides:
-            allowed = ", ".join(known for known, found in SIGNALS.items() if side in found.sides)
-            raise ValueError(f"{name} cannot be told of a {side}; allowed: {allowed}")
-    return names
 
 
 class BiasSpec(Section):
@@ -154,9 +106,13 @@ class LoraSpec(Section):
         return value
 
 
-class ModelSpec(Section):
-    """The CTR model."""
+class DecoderSpec(FamilySpec):
+    """A decoder language model that reads the history as text, with sinks (CTR-Sink, arXiv 2508.03668)."""
 
+    GROUPS = ("sink", "bias", "head", "ids", "lora", "norm", "backbone")
+
+    family: Literal["decoder"] = "decoder"
+    """The kind of model, which decides on the other keys of this section."""
     backbone: BackboneSpec
     attention: Literal["sdpa", "blocks", "flex"] = "sdpa"
     """Attention backend in training. `blocks` is the fastest on a CPU with long sequences or a window, above all in bf16 on a
@@ -171,9 +127,6 @@ class ModelSpec(Section):
     similarity: Literal["neighbours", "vectors"] | None = None
     """A learned bias from targets to the sinks of similar items, per head. `neighbours`: by what users thought of both
     (`prepare.neighbours`). `vectors`: by their texts (`prepare.encoder`). null: none."""
-    base: ColumnName | None = None
-    """A column of the log, `log.NAME`, with the logit that the present ranker gave: the model learns what to add to it. An event
-    without one has 0. It may be among `target.signals` as well. null: none."""
     temporal: bool = False
     """A learned bias from targets to sinks by gap, hour of day and weekday, per head (SparseCTR, arXiv 2601.17836). What a
     `per_user` sequence cannot say by signals, because its targets share them."""
@@ -198,16 +151,8 @@ class ModelSpec(Section):
         """Signals that say which item or user it is, told to sinks or to targets."""
         return (*(self.sinks.ids if self.sinks else ()), *(self.target.ids if self.target else ()))
 
-    @field_validator("base")
-    @classmethod
-    def _is_logged(cls, value: str | None) -> str | None:
-        column = Column.parse(value) if value is not None else None
-        if column is not None and (column.kind, column.of) != ("number", "log"):
-            raise ValueError(f"{value} is no number of the log: name its column as log.NAME")
-        return value
-
     @model_validator(mode="after")
-    def _bias_needs_sinks(self) -> "ModelSpec":
+    def _bias_needs_sinks(self) -> "DecoderSpec":
         if self.bias is not None and self.sinks is None:
             raise ValueError("bias acts between sinks: set bias to null where sinks is null")
         if self.temporal and self.sinks is None:
@@ -215,3 +160,37 @@ class ModelSpec(Section):
         if self.similarity is not None and self.sinks is None:
             raise ValueError("similarity acts from targets to sinks: set it to null where sinks is null")
         return self
+
+    @property
+    def absent(self) -> dict[str, str]:
+        owners = {
+            "sink": (self.sinks, "model.sinks is null"),
+            "bias": (self.bias or self.temporal or self.similarity, "model.bias is null"),
+            "lora": (self.lora, "model.lora is null"),
+            "ids": (self.ids, "no signal is item_id or user_id"),
+        }
+        return {group: why for group, (owner, why) in owners.items() if not owner}
+
+    def check(self, run: "RunSpec") -> None:
+        self._check_signals(run)
+        if self.bias is not None and not self.bias.causal and run.data.examples == "per_user":
+            raise ValueError("model.bias.causal: false shows a target later behaviours in per_user sequences; use per_target")
+        if self.attention == "flex" and run.runtime.device == "cpu":
+            raise ValueError("model.attention: flex has no backward pass on a CPU; use blocks, or runtime.device cuda")
+        for stage in run.stages:
+            if stage.readout.over == "sinks" and self.sinks is None:
+                raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")
+            if self.lora is not None and "backbone" in stage.trainable and "lora" in stage.trainable:
+                raise ValueError(f"stages.{stage.name}: lora and backbone together train the same weights twice; choose one")
+
+    def _check_signals(self, run: "RunSpec") -> None:
+        if run.data.text_history is not None and self.sinks is None:
+            raise ValueError("data.text_history: behaviours without a text are their sinks alone, but model.sinks is null")
+        if self.sinks is not None:
+            check_shared(self.sinks.signals, "model.sinks.signals", run)
+
+    def absolute(self) -> Self:
+        path = self.backbone.path
+        if path is None or not Path(path).is_dir():
+            return self
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"path": str(Path(path).resolve())})})

@@ -1,0 +1,58 @@
+"""What the sections of all families that read ids and signals, and no text, share."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator
+
+from ctrsink.config.model.family import FamilySpec
+from ctrsink.config.model.told import check_shared, told_of
+from ctrsink.config.signals import SignalName
+from ctrsink.features.registry import of_kind, signal
+
+if TYPE_CHECKING:
+    from ctrsink.config.run import RunSpec
+
+
+class IdsSpec(FamilySpec):
+    """What behaviours and targets are, beside each other: signals that both have share one table of embeddings."""
+
+    behaviours: tuple[SignalName, ...] = ("item_id", "feedback", "deviation", "item_mean", "item_count", "previous_gap")
+    """Signals of each behaviour; see docs/signals.md."""
+    target: tuple[SignalName, ...] = ("item_id", "item_mean", "item_count", "expected", "user_res", "user_count")
+    """Signals of each target."""
+    rows: int = Field(default=10_000, ge=2)
+    """Rows of the embedding table of each id and of each hashed column; two values may share one. Row 0 is for what is unknown."""
+    buckets: int = Field(default=100, ge=2)
+    """Rows of the embedding table of each signal that is a bucket."""
+    embedding_size: int = Field(default=32, ge=1)
+    """Width of the tables."""
+    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the ids, `item_id` and `user_id`, that is hidden in training, so that the model does without those of new ones."""
+
+    @field_validator("behaviours")
+    @classmethod
+    def _of_behaviours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return told_of(value, "behaviour", "a behaviour needs one")
+
+    @field_validator("target")
+    @classmethod
+    def _of_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return told_of(value, "target", "a target needs one")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Signals with a table of embeddings, of both sides, each once."""
+        return of_kind(tuple(dict.fromkeys((*self.behaviours, *self.target))), numbers=False)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(name for name in self.categories if signal(name).identity)
+
+    @property
+    def absent(self) -> dict[str, str]:
+        return {} if self.ids or "ids" not in self.GROUPS else {"ids": "no signal is item_id or user_id"}
+
+    def check(self, run: "RunSpec") -> None:
+        check_shared(self.behaviours, "model.behaviours", run)
+        if run.data.text_history is not None:
+            raise ValueError("data.text_history: this family reads no text: leave it out")

@@ -1,0 +1,25 @@
+"""DIN: a target weighs each behaviour of its history (arXiv 1706.06978)."""
+
+from typing import Any
+
+from ctrsink.config.model.din import DinSpec
+from ctrsink.families.ids.family import check, encode, layout, merged, narrowed, portable
+from ctrsink.families.protocol import CTRModule, Facts
+
+GROUPS = DinSpec.GROUPS
+
+
+def build(model: DinSpec, facts: Facts, seed: int, precision: str = "fp32") -> CTRModule:
+    """See Family.build."""
+    from ctrsink.families.din.model import Din
+    from ctrsink.families.ids.module import seeded
+
+    return seeded(lambda: Din(model, facts), seed, precision)
+
+
+def rebuilt(plain: dict[str, Any], facts: Facts) -> CTRModule:
+    """See Family.rebuilt."""
+    return build(DinSpec.model_validate(plain), facts, 0)
+
+
+__all__ = ["GROUPS", "build", "check", "encode", "layout", "merged", "narrowed", "portable", "rebuilt"]

@@ -1,0 +1,1 @@
+"""What the families share that read ids and signals, and no text."""

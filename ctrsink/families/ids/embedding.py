@@ -1,0 +1,68 @@
+"""A behaviour or a target becomes a vector: the sum of what its signals say, from tables that both sides share."""
+
+import math
+
+import torch
+from torch import nn
+
+from ctrsink.config.model.ids import IdsSpec
+from ctrsink.families.protocol import Facts
+from ctrsink.features.registry import of_kind, signal
+
+
+class EventEmbedding(nn.Module):
+    """`W sum over categories of Embedding(value) + V numbers`, with W and V of each side's own, and tables that both share.
+
+    Args:
+        spec: which signals each side has.
+        facts: how many values feedback has.
+        width: D, of the vectors.
+    """
+
+    def __init__(self, spec: IdsSpec, facts: Facts, width: int) -> None:
+        super().__init__()
+        self.width, self.id_dropout = spec.embedding_size, spec.id_dropout
+        rows = {name: _rows(name, spec, facts) for name in spec.categories}
+        self.ids = nn.ModuleDict({_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if signal(n).identity})
+        self.tables = nn.ModuleDict(
+            {_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if not signal(n).identity}
+        )
+        for table in (*self.ids.values(), *self.tables.values()):
+            nn.init.normal_(table.weight, std=1 / math.sqrt(spec.embedding_size))  # pyright: ignore[reportArgumentType]
+        self.behaviour_names, self.target_names = (of_kind(side, numbers=False) for side in (spec.behaviours, spec.target))
+        counts = [len(of_kind(side, numbers=True)) for side in (spec.behaviours, spec.target)]
+        self.behaviour, self.target = (nn.Linear(spec.embedding_size + count, width) for count in counts)
+        self.target_count = counts[1]
+        """Numbers of a target."""
+
+    def behaviours(self, signals: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """int64 [K, S] and float32 [K, F] -> [K, D]."""
+        return self.behaviour(torch.cat([self._sum(self.behaviour_names, signals), numbers], -1))
+
+    def targets(self, signals: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """int64 [T, C] and float32 [T, G] -> [T, D]."""
+        return self.target(torch.cat([self._sum(self.target_names, signals), numbers], -1))
+
+    def _sum(self, names: tuple[str, ...], signals: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(signals), self.width, device=signals.device)
+        for place, name in enumerate(names):
+            values = signals[:, place]
+            if signal(name).identity and self.training and self.id_dropout:
+                values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
+            out = out + self._table(name)(values)
+        return out
+
+    def _table(self, name: str) -> nn.Module:
+        return (self.ids if signal(name).identity else self.tables)[_key(name)]
+
+
+def _rows(name: str, spec: IdsSpec, facts: Facts) -> int:
+    found = signal(name)
+    if found.hashed:
+        return spec.rows
+    return spec.buckets if found.kind == "bucket" else found.values or facts.feedbacks
+
+
+def _key(name: str) -> str:
+    """A name that a module may have."""
+    return name.replace("_", "__").replace(".", "_d")

@@ -1,0 +1,75 @@
+"""The functions of a family that are the same for all that read no text; see families.protocol.Family."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ctrsink.config import RunSpec
+from ctrsink.config.data import DataSpec
+from ctrsink.config.model.ids import IdsSpec
+from ctrsink.dataset.layout import Layout, require_signals, scales_of
+from ctrsink.dataset.manifest import Manifest
+from ctrsink.families.protocol import CTRModule, Facts, Wording
+from ctrsink.features.registry import of_kind
+from ctrsink.sequences import behaviours
+from ctrsink.sequences.columns import Sequences
+from ctrsink.sequences.windows import Cuts
+
+log = logging.getLogger("ctrsink.train")
+
+
+def layout(data: DataSpec, model: IdsSpec, manifest: Manifest) -> Layout:
+    """See Family.layout."""
+    names = (*model.behaviours, *model.target, *((model.base,) if model.base else ()))
+    require_signals(data.uri, manifest, names)
+    numbers, target_numbers = (of_kind(side, numbers=True) for side in (model.behaviours, model.target))
+    found = Layout(
+        family=model.family,  # pyright: ignore[reportAttributeAccessIssue]
+        examples=data.examples,
+        history=data.history,
+        targets=data.targets_per_sequence,
+        signals=of_kind(model.behaviours, numbers=False),
+        buckets=model.buckets,
+        rows=model.rows,
+        retrieve=data.retrieve,
+        retrieve_by=data.retrieve_by,
+        numbers=numbers,
+        target_signals=of_kind(model.target, numbers=False),
+        target_rows=model.rows,
+        target_numbers=target_numbers,
+        base=model.base,
+        utc_offset_hours=data.utc_offset_hours,
+        scales=scales_of(manifest, (*numbers, *target_numbers)),
+    )
+    return found.on(manifest, data.uri)
+
+
+def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
+    """See Family.encode."""
+    return behaviours.encode(cuts, layout)
+
+
+def check(run: RunSpec, manifest: Manifest, vocabulary: Callable[[], int]) -> Facts:
+    """See Family.check."""
+    model: IdsSpec = run.model  # pyright: ignore[reportAssignmentType]
+    if "item_id" in model.ids and manifest.item_count >= model.rows:
+        log.warning(
+            "model.rows %d: some of the %d items of %s share an embedding of item_id; from rows %d on none does",
+            model.rows, manifest.item_count, run.data.uri, manifest.item_count + 1,
+        )  # fmt: skip
+    return Facts(vocabulary(), manifest.item_count, len(manifest.feedback_texts))
+
+
+def portable(model: IdsSpec) -> IdsSpec:
+    """See Family.portable."""
+    return model
+
+
+def merged(module: CTRModule, model: IdsSpec) -> tuple[dict[str, Any], int]:
+    """See Family.merged."""
+    return model.model_dump(mode="json"), 0
+
+
+def narrowed(name: str) -> bool:
+    """See Family.narrowed: these models are small, and stay in fp32."""
+    return False

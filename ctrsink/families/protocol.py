@@ -1,0 +1,171 @@
+"""What every family of models gives, so that no other room has to know which one it works with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ctrsink.config import RunSpec
+from ctrsink.config.data import DataSpec
+from ctrsink.config.stages import Objective
+from ctrsink.dataset.layout import Layout
+from ctrsink.dataset.manifest import Manifest
+from ctrsink.features.ragged import Ragged
+from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.columns import Sequences
+from ctrsink.sequences.windows import Cuts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model is built from beside its section of the configuration: sizes that the data set has."""
+
+    vocabulary: int
+    """Tokens of its tokenizer."""
+    items: int
+    """Of its item table."""
+    feedbacks: int
+    """Different texts of feedback, no feedback among them: values of the signal `feedback`."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What every sequence of text is made with, beside the texts of items."""
+
+    feedbacks: Ragged
+    """Tokens of each text of feedback."""
+    prefix: np.ndarray
+    """int64; tokens at the start."""
+
+
+class Out(NamedTuple):
+    """What a model gives for a batch."""
+
+    loss: torch.Tensor
+    """fp32 scalar; the sum over what the objective counts."""
+    logits: torch.Tensor | None
+    """fp32 [T], of the batch's targets; None where the objective is not about clicks."""
+    tallies: dict[str, torch.Tensor] = {}  
+    """Sums that the objective is measured by, `hits/<what>` and `of/<what>` for a share; scalars."""
+
+
+class Flops(NamedTuple):
+    """Of one training step."""
+
+    matrices: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.attention
+
+
+class CTRModule(nn.Module):
+    """A model that a family builds. ZeRO-3: every rank runs every module equally often, whatever its batch holds."""
+
+    mixed_precision: bool = False
+    """Matrix products in bfloat16 whatever the weights are held in."""
+
+    def forward(self, batch: Batch, objective: Objective) -> Out:
+        raise NotImplementedError
+
+    def group_of(self, name: str) -> str:
+        """The group of the parameter `name`: stages name groups, never parameters."""
+        raise NotImplementedError
+
+    def trained_as(self, name: str, trainable: tuple[str, ...]) -> str | None:
+        """The group as which a stage trains the parameter; None where it is frozen."""
+        group = self.group_of(name)
+        return group if group in trainable else None
+
+    def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
+        """Counts what a training step on a batch needs, with what is trained now; also where ZeRO-3 has split the weights."""
+        raise NotImplementedError
+
+    def drawn(self, batch: Batch, objective: Objective, key: int) -> Batch:
+        """The batch, still on the host, with what the objective draws at random from `key`; clicks draw nothing."""
+        return batch
+
+    def look(self, batch: Batch, objective: Objective, forward: Callable[[Batch, Objective], Any]) -> dict[str, float]:
+        """Numbers from inside, by one forward pass without gradients or dropout; under ZeRO-3 every rank calls it alike.
+
+        Args:
+            forward: runs this model, as a DeepSpeed engine does.
+        """
+        return {}
+
+    def hidden_bytes(self, tokens: int) -> int:
+        """Bytes of activations of so many tokens that a look at saved tensors does not find."""
+        return 0
+
+    def least_bytes(self, tokens: int) -> int:
+        """Bytes that so many tokens take in any case while they are computed."""
+        return 0
+
+
+class Family(Protocol):
+    """The functions of a family's package.
+
+    An exported model is rebuilt from `plain` alone: what merging leaves of the section, and the weights.
+    """
+
+    GROUPS: tuple[str, ...]
+    """Of parameters."""
+
+    def layout(self, data: DataSpec, model: Any, manifest: Manifest) -> Layout:
+        """What its sequences hold, in plain values, exported with the weights.
+
+        Raises:
+            InputError: the data set lacks what a signal needs.
+        """
+        ...
+
+    def encode(self, cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
+        """Many sequences at once, by numpy: the one way to a batch, in training, evaluation and scoring.
+
+        Raises:
+            InputError: a `per_user` sequence would show an impression the answers of its own request.
+        """
+        ...
+
+    def check(self, run: RunSpec, manifest: Manifest, vocabulary: Callable[[], int]) -> Facts:
+        """Refuse what would fail in a worker, or at some later step.
+
+        Args:
+            vocabulary: reads the data set's tokenizer, and says how many tokens it has.
+
+        Raises:
+            InputError: it would.
+        """
+        ...
+
+    def build(self, model: Any, facts: Facts, seed: int, precision: str = "fp32") -> CTRModule:
+        """The model, whose every random weight comes from `seed`.
+
+        Raises:
+            InputError: it cannot be built.
+        """
+        ...
+
+    def rebuilt(self, plain: dict[str, Any], facts: Facts) -> CTRModule:
+        """The model of an exported section, see `merged`, before it has its weights."""
+        ...
+
+    def portable(self, model: Any) -> Any:
+        """The section as any device computes it."""
+        ...
+
+    def merged(self, module: CTRModule, model: Any) -> tuple[dict[str, Any], int]:
+        """Merge in place what is trained beside the weights; the section of the model that is left, and layers merged.
+
+        Raises:
+            InputError: it cannot be exported.
+        """
+        ...
+
+    def narrowed(self, name: str) -> bool:
+        """Whether the weights `name` may be stored in bfloat16."""
+        ...
