@@ -26,9 +26,9 @@ def barrier(topology: Topology) -> None:
         dist.barrier()
 
 
-def all_sum(values: list[float], topology: Topology) -> list[float]:
-    """Element-wise sums over ranks, in fp64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=topology.device)
+def all_sum(values: list[float] | torch.Tensor, topology: Topology) -> list[float]:
+    """Element-wise sums over ranks, in fp64; a tensor is on the device already."""
+    tensor = torch.as_tensor(values, dtype=torch.float64, device=topology.device)
     if topology.world > 1:
         dist.all_reduce(tensor)
     return tensor.tolist()

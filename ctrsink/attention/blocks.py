@@ -6,20 +6,19 @@ the mask of a block, so that no row is computed twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ctrsink.attention.block_products import Block, BlockProducts, Slots
-from ctrsink.attention.inputs import AttentionInputs, layer_index
-from ctrsink.attention.packing import Packing
-from ctrsink.attention.rule_dense import several_candidates, visible
-from ctrsink.sequences.batch import PAD, PREFIX, Batch
+from ctrsink.attention.inputs import AttentionInputs, register
+from ctrsink.attention.kinds import PREFIX
+from ctrsink.attention.packed import Packed, Padded
+from ctrsink.attention.rule_dense import visible
+from ctrsink.sequences.batch import Axis
 
 BACKEND = "ctrsink_blocks"
 QUERIES = 128  # of a block, as measured: its scores stay in the cache
@@ -32,38 +31,51 @@ class BlockInputs(AttentionInputs):
     blocks: Sequence[Block]
 
 
-def inputs(batch: Batch, sinks_only: bool, window: int | None = None) -> BlockInputs:
+def inputs(packed: Packed, sinks_only: bool, window: int | None = None) -> BlockInputs:
     """The inputs of a batch, with the rule of `ctrsink.attention.rule_dense.visible`."""
-    packing = Packing.of(batch)
-    plain = not sinks_only and window is None and not several_candidates(batch)
+    plain = not sinks_only and window is None and not packed.most["candidates"]
     blocks, start = [], 0
-    for sequence, length in enumerate((batch.kinds != PAD).sum(1).tolist()):
-        one = Batch(**{f.name: getattr(batch, f.name)[sequence : sequence + 1] for f in fields(batch)})
+    for sequence, length in enumerate(packed.sequences.lengths.tolist()):
+        one = _alone(packed, sequence)
         for first in range(0, length, QUERIES):
             rows = slice(first, min(first + QUERIES, length))
             if plain:
                 keys, hidden = (slice(0, rows.stop),), _later(rows.stop - first, rows.stop)
             else:
                 keys, hidden = _sight(one, rows, sinks_only, window)
-            sinks, asked = (one.sink_positions, one.sink_valid), (one.asked_positions, one.asked_valid)
             blocks.append(
                 Block(
                     sequence=sequence,
                     rows=_moved(rows, start),
                     keys=tuple(_moved(part, start) for part in keys),
-                    hidden=hidden.to(batch.kinds.device),
-                    sinks=_slots(*sinks, (rows,)),
-                    seen_sinks=_slots(*sinks, keys),
-                    asked=_slots(*asked, (rows,)),
+                    hidden=hidden.to(packed.kinds.device),
+                    sinks=_slots(one.sinks, (rows,)),
+                    seen_sinks=_slots(one.sinks, keys),
+                    asked=_slots(one.asked, (rows,)),
                 )
             )
         start += length
-    return BlockInputs(
-        packing=packing,
-        sink_valid=batch.sink_valid,
-        packed_sinks=packing.find(batch.sink_positions),
-        window=window,
-        blocks=blocks,
+    return BlockInputs(packed=packed, window=window, blocks=blocks)
+
+
+def _alone(packed: Packed, sequence: int) -> Padded:
+    """One sequence of the batch, without any padding, [1, L]."""
+
+    def part(axis: Axis) -> slice:
+        return slice(*axis.offsets[sequence : sequence + 2].tolist())
+
+    own = part(packed.sequences)
+    sinks, asked = ((of.positions[part(of.axis)] - own.start)[None] for of in (packed.sinks, packed.asked))
+    return Padded(
+        kinds=packed.kinds[own][None],
+        events=packed.events[own][None],
+        aligned=packed.aligned[own][None],
+        candidate=packed.candidate[own][None],
+        sinks=sinks,
+        sink_valid=torch.ones_like(sinks, dtype=torch.bool),
+        asked=asked,
+        asked_valid=torch.ones_like(asked, dtype=torch.bool),
+        most=packed.most,
     )
 
 
@@ -73,7 +85,7 @@ def _later(queries: int, keys: int) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
 
 
-def _sight(one: Batch, rows: slice, sinks_only: bool, window: int | None) -> tuple[tuple[slice, ...], torch.Tensor]:
+def _sight(one: Padded, rows: slice, sinks_only: bool, window: int | None) -> tuple[tuple[slice, ...], torch.Tensor]:
     """The keys that some of the rows see, without those between the prefix and the oldest, and which of them are hidden."""
     positions = torch.arange(rows.start, rows.stop, device=one.kinds.device)[None]
     hidden = ~visible(one, positions, sinks_only, window)[0, :, : rows.stop]
@@ -87,11 +99,11 @@ def _sight(one: Batch, rows: slice, sinks_only: bool, window: int | None) -> tup
     return keys, torch.cat([hidden[:, part] for part in keys], 1)
 
 
-def _slots(positions: torch.Tensor, valid: torch.Tensor, parts: Sequence[slice]) -> Slots:
+def _slots(positions: torch.Tensor, parts: Sequence[slice]) -> Slots:
     """Those of [1, n] slots that lie in the parts of their sequence."""
     numbers, places, before = [], [], 0
     for part in parts:
-        found = ((positions >= part.start) & (positions < part.stop) & valid)[0].nonzero()[:, 0]
+        found = ((positions >= part.start) & (positions < part.stop))[0].nonzero()[:, 0]
         numbers.append(found)
         places.append(positions[0, found] - part.start + before)
         before += part.stop - part.start
@@ -102,31 +114,16 @@ def _moved(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    attention_inputs: AttentionInputs | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Packed query [1, H, N, d], key and value [1, H_kv, N, d] -> output [1, N, H, d]."""
-    given = attention_inputs
-    if not isinstance(given, BlockInputs):  # CTRModel finds that this layer did not follow the inputs
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+def _attend(
+    given: BlockInputs, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """See inputs.register."""
     if kwargs.get("dropout"):
         raise ValueError("the blocks backend has no dropout of attention weights: set attention_dropout to 0")
-    layer = layer_index(module)
-    given.followed.add(layer)
-    if given.watch is not None:
-        given.watch(given, layer, query, key, kwargs["scaling"])
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)
-    out = BlockProducts.apply(
-        query, key, value[0], given.tables.pop(layer, None), given.at_asked.get(layer), kwargs["scaling"], given.blocks
-    )
-    return out[None], None
+    table, at_asked = given.tables.pop(layer, None), given.at_asked.get(layer)
+    return BlockProducts.apply(query, key, value[0], table, at_asked, kwargs["scaling"], given.blocks)[None]
 
 
-AttentionInterface.register(BACKEND, _attention)
+register(BACKEND, BlockInputs, _attend)

@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ctrsink.attention.inputs import AttentionInputs, layer_index
-from ctrsink.attention.packing import Packing
+from ctrsink.attention.inputs import AttentionInputs, register
+from ctrsink.attention.packed import Packed, Slots
 from ctrsink.attention.rule_packed import Sees, Sight
 from ctrsink.attention.table_gradient import Pairs, with_table_gradient
-from ctrsink.sequences.batch import Batch
 
 BACKEND = "ctrsink_flex"
 _ScoreMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -39,57 +36,37 @@ class FlexInputs(AttentionInputs):
     asked: Pairs
 
 
-def inputs(batch: Batch, sinks_only: bool, window: int | None = None) -> FlexInputs:
+def inputs(packed: Packed, sinks_only: bool, window: int | None = None) -> FlexInputs:
     """The inputs of a batch, with the rule of `ctrsink.attention.rule_dense.visible`."""
-    packing = Packing.of(batch)
-    sight = Sight.of(batch, packing, sinks_only, window)
+    sight = Sight.of(packed, sinks_only, window)
     sees = sight.rule()
-    slot = packing.pack(_slots(batch, batch.sink_positions, batch.sink_valid))
-    ask = packing.pack(_slots(batch, batch.asked_positions, batch.asked_valid))
-    sinks, asked = packing.find(batch.sink_positions), packing.find(batch.asked_positions)
-    count, targets = sinks.shape[1], asked.shape[1]
+    sinks, asked = packed.sinks, packed.asked
+    slot, ask = _numbers(packed, sinks), _numbers(packed, asked)
     return FlexInputs(
-        packing=packing,
-        sink_valid=batch.sink_valid,
-        packed_sinks=sinks,
+        packed=packed,
         window=window,
         sees=sees,
         blocks=sight.block_mask(sees),
         slot=slot,
-        sink_row=torch.where(slot >= 0, (sight.sequence * count + slot) * count + 1, -1),
-        asked_row=torch.where(ask >= 0, (sight.sequence * targets + ask) * count + 1, -1),
-        sinks=Pairs.of(sinks, batch.sink_valid, sinks, batch.sink_valid, sees),
-        asked=Pairs.of(asked, batch.asked_valid, sinks, batch.sink_valid, sees),
+        sink_row=torch.where(slot >= 0, (sight.sequence * sinks.width + slot) * sinks.width + 1, -1),
+        asked_row=torch.where(ask >= 0, (sight.sequence * asked.width + ask) * sinks.width + 1, -1),
+        sinks=Pairs.of(sinks.padded, sinks.valid, sinks.padded, sinks.valid, sees),
+        asked=Pairs.of(asked.padded, asked.valid, sinks.padded, sinks.valid, sees),
     )
 
 
-def _slots(batch: Batch, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Of each position the slot [B, n] that points there, int32 [B, L]; -1: none."""
-    numbers = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
-    empty = torch.full(batch.kinds.shape, -1, dtype=torch.int32, device=positions.device)
-    # Slots that are not valid share the padding at the end of the row.
-    return empty.scatter(1, positions, torch.where(valid, numbers, -1))
+def _numbers(packed: Packed, slots: Slots) -> torch.Tensor:
+    """Which slot of its sequence each position is, int32 [N]; -1: none."""
+    empty = torch.full(packed.kinds.shape, -1, dtype=torch.int32, device=packed.kinds.device)
+    return empty.index_copy(0, slots.positions, slots.axis.place.int())
 
 
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    attention_inputs: AttentionInputs | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Packed query [1, H, N, d], key and value [1, H_kv, N, d] -> output [1, N, H, d]."""
-    given = attention_inputs
-    if not isinstance(given, FlexInputs):  # CTRModel finds that this layer did not follow the inputs
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+def _attend(
+    given: FlexInputs, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """See inputs.register."""
     if kwargs.get("dropout"):
         raise ValueError("the flex backend has no dropout of attention weights: set attention_dropout to 0")
-    layer = layer_index(module)
-    given.followed.add(layer)
-    if given.watch is not None:
-        given.watch(given, layer, query, key, kwargs["scaling"])
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     table, at_asked = given.tables.pop(layer, None), given.at_asked.get(layer)
@@ -109,7 +86,7 @@ def _attention(
         out = with_table_gradient(out, table[:, None], query, key, value, aux.lse, given.sinks, scale)
     if at_asked is not None:
         out = with_table_gradient(out, at_asked, query, key, value, aux.lse, given.asked, scale)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2)
 
 
 def _score_mod(given: FlexInputs, table: torch.Tensor | None, at_asked: torch.Tensor | None) -> _ScoreMod | None:
@@ -138,4 +115,4 @@ def _score_mod(given: FlexInputs, table: torch.Tensor | None, at_asked: torch.Te
     return add_table if of_sinks is not None else add_asked if of_asked is not None else None
 
 
-AttentionInterface.register(BACKEND, _attention)
+register(BACKEND, FlexInputs, _attend)

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ctrsink.attention.packing import Packing
+from ctrsink.attention.packed import Packed
 
 
 @dataclass
@@ -16,11 +19,7 @@ class AttentionInputs:
     Those of each backend add what that backend reads.
     """
 
-    packing: Packing
-    sink_valid: torch.Tensor
-    """bool [B, K]."""
-    packed_sinks: torch.Tensor
-    """int64 [B, K]; where the sinks lie in the packed row."""
+    packed: Packed
     window: int | None
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     """Inter-sink bias [B, K, K] by layer, from the layer's hook to its attention."""
@@ -33,6 +32,7 @@ class AttentionInputs:
 
 Watch = Callable[[AttentionInputs, int, torch.Tensor, torch.Tensor, float], None]
 """Called in every layer with its number, packed query [1, H, N, d] and key [1, H_kv, N, d], and the factor of their product."""
+I = TypeVar("I", bound=AttentionInputs)  # noqa: E741
 
 
 def layer_index(module: nn.Module) -> int:
@@ -40,3 +40,31 @@ def layer_index(module: nn.Module) -> int:
     index = module.layer_idx
     assert isinstance(index, int)
     return index
+
+
+def register(name: str, kind: type[I], attend: Callable[..., torch.Tensor]) -> None:
+    """Make `attend` the backend that transformers knows as `name`.
+
+    Args:
+        kind: the inputs that it reads.
+        attend: (inputs, layer, module, query [1, H, N, d], key and value [1, H_kv, N, d], keywords) -> output [1, N, H, d].
+    """
+
+    def forward(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attention_inputs: AttentionInputs | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if not isinstance(attention_inputs, kind):  # a layer that drops keywords: the model finds that it was not followed
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+        layer = layer_index(module)
+        attention_inputs.followed.add(layer)
+        if attention_inputs.watch is not None:
+            attention_inputs.watch(attention_inputs, layer, query, key, kwargs["scaling"])
+        return attend(attention_inputs, layer, module, query, key, value, **kwargs), None
+
+    AttentionInterface.register(name, forward)

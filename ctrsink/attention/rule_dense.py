@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ctrsink.sequences.batch import PREFIX, SINK, Batch
+from ctrsink.attention.kinds import PREFIX, SINK
+from ctrsink.attention.packed import Padded
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Rows:
     """bool [B, R, L]."""
 
 
-def target_rows(batch: Batch, sinks_only: bool, window: int | None, asked: bool = False) -> Rows | None:
+def target_rows(of: Padded, sinks_only: bool, window: int | None, asked: bool = False) -> Rows | None:
     """The rows of targets that see less than all that lies before them; None where there are none.
 
     Targets that share a history do not see one another (DTI, arXiv 2503.01001). With `sinks_only` (readout over sinks, form
@@ -27,49 +28,50 @@ def target_rows(batch: Batch, sinks_only: bool, window: int | None, asked: bool 
     Args:
         asked: the rows of all events that are asked too, whatever they see: they have a bias of their own.
     """
-    rows = batch.aligned if sinks_only else batch.candidate & (_candidates(batch) > 1)[:, None]
-    if asked:
-        rows = rows.scatter(1, batch.asked_positions, True)
-        rows[:, -1] = False  # padding, where slots that are not used point
-    count = int(rows.sum(1).max())
+    # How many there are was counted with the sequences: nothing waits for the device.
+    count = of.most["aligned" if sinks_only else "asked_rows" if asked else "candidates"]
     if count == 0:
         return None
+    rows = of.aligned if sinks_only else of.candidate & (_candidates(of) > 1)[:, None]
+    if asked:
+        rows = rows.scatter(1, of.asked, True)
+        rows[:, -1] = False  # padding, where slots that are not used point
     order = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
     positions = torch.where(rows.gather(1, order), order, rows.shape[1] - 1)
-    return Rows(positions, visible(batch, positions, sinks_only, window))
+    return Rows(positions, visible(of, positions, sinks_only, window))
 
 
-def sink_rows(batch: Batch, window: int | None) -> Rows:
+def sink_rows(of: Padded, window: int | None) -> Rows:
     """The rows of sinks; they see everything up to themselves, whatever the readout."""
-    return Rows(batch.sink_positions, visible(batch, batch.sink_positions, False, window))
+    return Rows(of.sinks, visible(of, of.sinks, False, window))
 
 
-def windowed(batch: Batch, window: int | None) -> torch.Tensor | None:
+def windowed(of: Padded, window: int | None) -> torch.Tensor | None:
     """What every position sees, bool [B, L, L]; None where no sequence is longer than the window."""
-    if window is None or int(places(batch).max()) <= window + 1:
+    if window is None or of.most["places"] <= window + 1:
         return None
-    b, length = batch.event_ids.shape
-    every = torch.arange(length, device=batch.event_ids.device).expand(b, length)
-    return visible(batch, every, False, window)
+    b, length = of.events.shape
+    every = torch.arange(length, device=of.events.device).expand(b, length)
+    return visible(of, every, False, window)
 
 
-def visible(batch: Batch, positions: torch.Tensor, sinks_only: bool, window: int | None) -> torch.Tensor:
+def visible(of: Padded, positions: torch.Tensor, sinks_only: bool, window: int | None) -> torch.Tensor:
     """What the rows at `positions`, int64 [B, R], see: bool [B, R, L]. Every row sees itself.
 
     Args:
         window: a position sees its own event and this many before it, and the prefix; None: all.
     """
-    event, kind = batch.event_ids, batch.kinds
+    event, kind = of.events, of.kinds
     columns = torch.arange(event.shape[1], device=event.device)
     own_event = event.gather(1, positions)[:, :, None]
     same = own_event == event[:, None, :]
-    seen = same | ~batch.candidate[:, None, :]
+    seen = same | ~of.candidate[:, None, :]
     if sinks_only:
         through = ((kind == SINK) | (kind == PREFIX))[:, None, :]
-        seen &= same | through | ~batch.aligned.gather(1, positions)[:, :, None]
+        seen &= same | through | ~of.aligned.gather(1, positions)[:, :, None]
     if window is not None:
         # Padding has place 0, as the prefix has; it comes after everything else.
-        place = places(batch)
+        place = places(of)
         distance = place.gather(1, positions)[:, :, None] - place[:, None, :]
         seen &= (distance <= window) | (kind == PREFIX)[:, None, :]
     seen &= columns <= positions[:, :, None]
@@ -77,19 +79,14 @@ def visible(batch: Batch, positions: torch.Tensor, sinks_only: bool, window: int
     return seen | (columns == positions[:, :, None])
 
 
-def places(batch: Batch) -> torch.Tensor:
-    """What a window counts, int32 [B, L]: event_ids, but all candidates stand in the place of the first of them."""
-    first = batch.event_ids.masked_fill(~batch.candidate, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
-    return torch.where(batch.candidate, first, batch.event_ids)
+def places(of: Padded) -> torch.Tensor:
+    """What a window counts, int32 [B, L]: numbers of events, but all candidates stand in the place of the first of them."""
+    first = of.events.masked_fill(~of.candidate, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
+    return torch.where(of.candidate, first, of.events)
 
 
-def several_candidates(batch: Batch) -> bool:
-    """Whether some sequence has more than one candidate, so that candidates must not see one another."""
-    return bool((_candidates(batch) > 1).any())
-
-
-def _candidates(batch: Batch) -> torch.Tensor:
+def _candidates(of: Padded) -> torch.Tensor:
     """Number of candidates of each sequence, int64 [B]."""
-    first = batch.candidate.clone()
-    first[:, 1:] &= batch.event_ids[:, 1:] != batch.event_ids[:, :-1]
+    first = of.candidate.clone()
+    first[:, 1:] &= of.events[:, 1:] != of.events[:, :-1]
     return first.sum(1)

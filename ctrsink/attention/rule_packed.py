@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from ctrsink.attention.packing import Packing
-from ctrsink.attention.rule_dense import places
-from ctrsink.sequences.batch import PREFIX, SINK, Batch
+from ctrsink.attention.kinds import PREFIX, SINK
+from ctrsink.attention.packed import Packed
 
 BLOCK = 128
 Sees = Callable[[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,22 +31,18 @@ class Sight:
     """The least `reach` that this token sees."""
 
     @classmethod
-    def of(cls, batch: Batch, packing: Packing, sinks_only: bool, window: int | None) -> "Sight":
+    def of(cls, packed: Packed, sinks_only: bool, window: int | None) -> "Sight":
         """The rule of `ctrsink.attention.rule_dense.visible`, in its arguments."""
-        b, length = batch.kinds.shape
-        kind, event, candidate, aligned = (
-            packing.pack(x) for x in (batch.kinds, batch.event_ids, batch.candidate, batch.aligned)
-        )
-        place = packing.pack(places(batch))
-        sequence = torch.arange(b, dtype=torch.int32, device=event.device)[:, None].expand(b, length)
-        through = (kind == SINK) | (kind == PREFIX)
+        prefix = packed.kinds == PREFIX
+        through = (packed.kinds == SINK) | prefix
+        place = places(packed)
         return cls(
-            sequence=packing.pack(sequence),
-            event=event,
-            shown=(1 + through.int()).masked_fill(candidate, 0),
-            asks=1 + aligned.int() if sinks_only else torch.ones_like(event),
-            reach=place.masked_fill(kind == PREFIX, torch.iinfo(torch.int32).max),
-            oldest=torch.zeros_like(event) if window is None else place - window,
+            sequence=packed.sequences.owner.int(),
+            event=packed.events,
+            shown=(1 + through.int()).masked_fill(packed.candidate, 0),
+            asks=1 + packed.aligned.int() if sinks_only else torch.ones_like(packed.events),
+            reach=place.masked_fill(prefix, torch.iinfo(torch.int32).max),
+            oldest=torch.zeros_like(packed.events) if window is None else place - window,
         )
 
     def rule(self) -> Sees:
@@ -103,6 +98,14 @@ class Sight:
 
         split = {name: blocks(values, name == "sequence") for name, values in vars(self).items()}
         return Sight(**{k: v.amin(1) for k, v in split.items()}), Sight(**{k: v.amax(1) for k, v in split.items()})
+
+
+def places(packed: Packed) -> torch.Tensor:
+    """What a window counts, int32 [N]; see rule_dense.places."""
+    of, most = packed.sequences, torch.iinfo(torch.int32).max
+    first = torch.full((len(of.lengths),), most, dtype=torch.int32, device=packed.events.device)
+    first = first.scatter_reduce(0, of.owner, packed.events.masked_fill(~packed.candidate, most), "amin")
+    return torch.where(packed.candidate, first[of.owner], packed.events)
 
 
 def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

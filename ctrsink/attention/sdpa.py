@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ctrsink.attention.inputs import AttentionInputs, layer_index
-from ctrsink.attention.packing import Packing
+from ctrsink.attention.inputs import AttentionInputs, register
+from ctrsink.attention.packed import Packed, Padded
 from ctrsink.attention.rule_dense import Rows, sink_rows, target_rows, windowed
-from ctrsink.sequences.batch import Batch
 
 BACKEND = "ctrsink_sdpa"
 
@@ -24,6 +22,7 @@ BACKEND = "ctrsink_sdpa"
 class SdpaInputs(AttentionInputs):
     """The few rows that torch's scaled dot product attention computes again, and their masks."""
 
+    padded: Padded
     sinks: Rows
     targets: Rows | None
     """Rows of targets that see less than all before them or have a bias of their own; None: there are none."""
@@ -33,52 +32,40 @@ class SdpaInputs(AttentionInputs):
     """Of each row of targets, [B, R]: which of those asked it is (int64), and whether it is one (bool); None: no bias."""
 
 
-def inputs(batch: Batch, sinks_only: bool, window: int | None = None, asked: bool = False) -> SdpaInputs:
+def inputs(packed: Packed, sinks_only: bool, window: int | None = None, asked: bool = False) -> SdpaInputs:
     """The inputs of a batch; `asked`: their rows get a bias of their own."""
-    packing = Packing.of(batch)
-    base = windowed(batch, window)
-    targets = target_rows(batch, sinks_only, window, asked)
+    padded = Padded.of(packed)
+    base = windowed(padded, window)
+    targets = target_rows(padded, sinks_only, window, asked)
     of_asked = None
     if asked and targets is not None:
-        match = (targets.positions[:, :, None] == batch.asked_positions[:, None, :]) & batch.asked_valid[:, None, :]
+        match = (targets.positions[:, :, None] == padded.asked[:, None, :]) & padded.asked_valid[:, None, :]
         of_asked = match.to(torch.uint8).argmax(-1), match.any(-1)
     return SdpaInputs(
-        packing=packing,
-        sinks=sink_rows(batch, window),
-        sink_valid=batch.sink_valid,
-        packed_sinks=packing.find(batch.sink_positions),
+        packed=packed,
+        window=window,
+        padded=padded,
+        sinks=sink_rows(padded, window),
         targets=targets,
         asked=of_asked,
         base=None if base is None else base[:, None],
-        window=window,
     )
 
 
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    attention_inputs: AttentionInputs | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Packed query [1, H, N, d], key and value [1, H_kv, N, d] -> output [1, N, H, d]."""
-    given = attention_inputs
-    if not isinstance(given, SdpaInputs):  # a layer that drops keywords: CTRModel finds that it did not follow the inputs
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
-    given.followed.add(layer_index(module))
-    if given.watch is not None:
-        given.watch(given, layer_index(module), query, key, kwargs["scaling"])
-    query, key, value = (given.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
+def _attend(
+    given: SdpaInputs, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """See inputs.register."""
+    axis, length = given.packed.sequences, given.padded.kinds.shape[1]
+    query, key, value = (axis.pad(x[0].transpose(0, 1), length).transpose(1, 2) for x in (query, key, value))
     out, _ = sdpa_attention_forward(module, query, key, value, given.base, **kwargs)
-    special = _special(given, layer_index(module), key.shape[2], query.dtype)
+    special = _special(given, layer, length, query.dtype)
     if special is not None:
         index, mask = special
         rows = index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         again, _ = sdpa_attention_forward(module, query.gather(2, rows), key, value, mask, **kwargs)
         out = out.scatter(1, index[:, :, None, None].expand_as(again), again.to(out.dtype))
-    return given.packing.pack(out)[None], None
+    return axis.pack(out)[None]
 
 
 def _special(given: SdpaInputs, layer: int, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -105,10 +92,10 @@ def _masked(given: SdpaInputs, rows: Rows, at_sinks: torch.Tensor | None, length
     if at_sinks is None:
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
     # Slots that are not valid share the padding column; their entries are 0, so adding leaves it 0.
-    at_sinks = at_sinks.masked_fill(~given.sink_valid[:, None, None, :], 0.0)
+    at_sinks = at_sinks.masked_fill(~given.padded.sink_valid[:, None, None, :], 0.0)
     columns = given.sinks.positions[:, None, None, :].expand_as(at_sinks)
     bias = torch.zeros(*at_sinks.shape[:3], length, dtype=at_sinks.dtype, device=at_sinks.device)
     return bias.scatter_add(3, columns, at_sinks).masked_fill(hidden, float("-inf")).to(dtype)
 
 
-AttentionInterface.register(BACKEND, _attention)
+register(BACKEND, SdpaInputs, _attend)

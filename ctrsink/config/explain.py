@@ -3,7 +3,7 @@
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from ctrsink.config.tree import dotted, shown
@@ -29,24 +29,28 @@ def explain(error: ValidationError, root: Any) -> str:
     # A misspelt key explains the one that is missing, not the other way round.
     errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     # Alternatives of one value are one mistake.
-    keys = list(dict.fromkeys(_key(root, e["loc"], e["type"] == "extra_forbidden") for e in errors))
-    text = _line(errors[0], root, keys[0])
+    keys = list(dict.fromkeys(_key(root, e["loc"], e["type"] == "extra_forbidden")[0] for e in errors))
+    text = _line(errors[0], root)
     if keys[0] and errors[0]["type"] not in ("extra_forbidden", "missing"):
         text = f"{dotted(keys[0])}: {text}"
     return text + (f" [and {len(keys) - 1} more]" if len(keys) > 1 else "")
 
 
-def _line(first: ErrorDetails, root: Any, key: tuple[int | str, ...]) -> str:
+def _line(first: ErrorDetails, root: Any) -> str:
     value = first["input"]
+    key, within = _key(root, first["loc"], first["type"] == "extra_forbidden")
     match first["type"]:
         case "extra_forbidden":
-            names = _names_at(root, key[:-1])
+            names = _names_in(within)
             return f"unknown key {dotted(key)}{did_you_mean(str(key[-1]), names)} (allowed: {', '.join(names)})"
         case "missing":
             return f"missing key {dotted(key)}"
         case "literal_error" | "enum":
             expected = first["ctx"]["expected"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
             return f"{shown(value)} is not allowed{_nearest(value, expected)} (allowed: {expected})"
+        case "union_tag_invalid":
+            named, allowed = (first["ctx"][of] for of in ("tag", "expected_tags"))  # pyright: ignore[reportTypedDictNotRequiredAccess]
+            return f"{first['ctx']['discriminator'].strip('_()')} {shown(named)} is not allowed{_nearest(named, allowed)} (allowed: {allowed})"
         case "value_error":
             return first["msg"].removeprefix("Value error, ")
         case kind if kind in _EXPECTED:
@@ -56,20 +60,36 @@ def _line(first: ErrorDetails, root: Any, key: tuple[int | str, ...]) -> str:
             return message if isinstance(value, dict | BaseModel) else f"{message} (got {shown(value)})"
 
 
-def _key(root: Any, loc: tuple[int | str, ...], unknown: bool) -> tuple[int | str, ...]:
-    """`loc` without what pydantic puts in between for itself: the alternative of a union that it tried, `[key]`.
+def _key(root: Any, loc: tuple[int | str, ...], unknown: bool) -> tuple[tuple[int | str, ...], Any]:
+    """`loc` without what pydantic puts in between for itself, the alternative of a union that it tried or `[key]`; and the type of
+    what the last key stands in.
 
     Args:
         unknown: its last part is a key that does not exist.
     """
     found: list[int | str] = []
-    annotation = root
+    annotation = within = root
     for number, part in enumerate(loc, start=1):
+        if (chosen := _tagged(annotation, part)) is not None:
+            annotation = chosen
+            continue
         below = _below(annotation, part)
         if below is not None or (unknown and number == len(loc)):
             found.append(part)
-            annotation = below
-    return tuple(found)
+            within, annotation = annotation, below
+    return tuple(found), within
+
+
+def _tagged(annotation: Any, tag: int | str) -> Any:
+    """The alternative of a union that pydantic knows by this tag; None where there is none."""
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        if any(isinstance(m, Tag) and m.tag == tag for m in more):
+            return inner
+        return _tagged(inner, tag)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for inner in get_args(annotation) if (found := _tagged(inner, tag)) is not None), None)
+    return None
 
 
 def _below(annotation: Any, part: int | str) -> Any:
@@ -95,11 +115,8 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation] if isinstance(annotation, type) or origin in (tuple, list, dict) else []
 
 
-def _names_at(root: Any, key: tuple[int | str, ...]) -> list[str]:
-    """Names of the keys that are valid at `key`."""
-    annotation = root
-    for part in key:
-        annotation = _below(annotation, part)
+def _names_in(annotation: Any) -> list[str]:
+    """Names of the keys that are valid in a value of this type."""
     sections = [kind for kind in _alternatives(annotation) if get_origin(kind) is None and issubclass(kind, BaseModel)]
     return [name for section in sections for name in section.model_fields]
 

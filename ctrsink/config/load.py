@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from ctrsink.config.base import Section
 from ctrsink.config.explain import explain
+from ctrsink.config.model import FIRST_FAMILY
 from ctrsink.config.run import RunSpec
 from ctrsink.config.study import StudySpec
 from ctrsink.config.tree import MOST_BYTES, check_tree, cut, dotted, read_yaml, write_yaml
@@ -91,6 +92,8 @@ class NoSuchEntry(InputError):
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`top` over `base`, mapping by mapping; scalars and lists are replaced whole, but `{0: ...}` reaches into a list.
 
+    A section `model` that names another family replaces the one below whole.
+
     Raises:
         NoSuchEntry: the list has no entry of that number.
     """
@@ -103,7 +106,9 @@ def _merged(base: dict[str, Any], top: dict[str, Any], key: tuple[Any, ...]) -> 
 
 def _over(below: Any, value: Any, key: tuple[Any, ...]) -> Any:
     if isinstance(below, dict) and isinstance(value, dict):
-        return _merged(below, value, key)
+        # Another family has other keys: nothing of the one below is meant for it.
+        other = key == ("model",) and "family" in value and value["family"] != below.get("family", FIRST_FAMILY)
+        return value if other else _merged(below, value, key)
     if isinstance(below, list) and isinstance(value, dict) and all(str(name).isdecimal() for name in value):
         places = {int(name): inner for name, inner in value.items()}
         for number in places:

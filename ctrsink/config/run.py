@@ -71,7 +71,9 @@ class RunSpec(Section):
             for group in stage.trainable:
                 if group not in model.GROUPS:
                     near = did_you_mean(group, model.GROUPS)
-                    raise ValueError(f"stages.{stage.name}: {group} is no group of the model{near} (allowed: {', '.join(model.GROUPS)})")
+                    raise ValueError(
+                        f"stages.{stage.name}: {group} is no group of the model{near} (allowed: {', '.join(model.GROUPS)})"
+                    )
                 if group in model.absent:
                     raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because {model.absent[group]}")
             if stage.objective not in model.OBJECTIVES:

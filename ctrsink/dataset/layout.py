@@ -40,6 +40,8 @@ class Layout:
     """Where the similarity of targets and sinks comes from; None: it is not told."""
     text_history: int | None = None
     """Of the behaviours before the first target only so many latest have a text, the others are their sink alone; None: all."""
+    window: int | None = None
+    """How many events before its own a position of text attends to; None: all."""
     asked_history: int = 0
     """`per_user`: of the behaviours before the first target so many latest are asked as targets are. In training none is: a
     sequence's targets do that. A request has one target, and its history must look as it did in training."""

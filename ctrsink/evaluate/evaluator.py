@@ -18,8 +18,10 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology, gather_rows
 from ctrsink.errors import Diverged
 from ctrsink.evaluate.metrics import all_metrics, no_better_than_the_mean
+from ctrsink.families.protocol import Out
+from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import SequenceSource, evaluation_batches
+from ctrsink.stream.stream import evaluation_batches
 
 FOLDER = "evaluation"
 log = logging.getLogger("ctrsink.evaluate")
@@ -43,7 +45,7 @@ class Predictions:
 
 
 def predict(
-    forward: Callable[[Batch], torch.Tensor],
+    forward: Callable[[Batch], Out],
     dataset: Dataset,
     split: str,
     layout: Layout,
@@ -55,25 +57,22 @@ def predict(
     Older parts are left out: a model that trained on the newest has seen what came after their impressions.
 
     Args:
-        forward: Batch -> logits [B, T]; called equally often on every rank.
+        forward: the model; called equally often on every rank.
 
     Raises:
         Diverged: a prediction is not finite, on every rank: whatever is measured of such a model is no result.
     """
-    source = SequenceSource(dataset, split, layout, newest=True)
+    source = source_of(dataset, split, layout, newest=True)
     parts = [np.empty((0, 4))]
     # A piece of per_request may be as many sequences as it has impressions.
     size = max(1, spec.batch_size // layout.targets) if layout.examples == "per_request" else spec.batch_size
     for batch in evaluation_batches(source, size, topology.rank, topology.world, spec.max_sequences):
         with torch.no_grad():
-            logits = forward(batch).cpu()
-        valid = batch.readout_valid
-        columns = [
-            batch.targets[valid].double(),
-            batch.labels[valid].double()[:, None],
-            logits[valid].double().sigmoid()[:, None],
-        ]
-        parts.append(torch.cat(columns, dim=1).numpy())
+            logits = forward(batch).logits
+        assert logits is not None
+        of = batch.targets
+        columns = [of.users, of.events, of.labels, logits.cpu().double().sigmoid()]
+        parts.append(torch.stack([column.double()[of.counted] for column in columns], dim=1).numpy())
     rows = gather_rows(np.concatenate(parts), topology)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     if dead := int((~np.isfinite(rows[:, 3])).sum()):
@@ -116,7 +115,7 @@ def names_of(dataset: Dataset, users: np.ndarray) -> pa.Array:
 
 
 def evaluate_splits(
-    forward: Callable[[Batch], torch.Tensor],
+    forward: Callable[[Batch], Out],
     dataset: Dataset,
     layout: Layout,
     spec: EvaluateSpec,

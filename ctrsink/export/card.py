@@ -1,17 +1,16 @@
 """The model card: what the model is, what it was trained on, for how long, how good it is and how to use it."""
 
 import json
-from typing import Any
 
 from ctrsink import kept, storage
 from ctrsink.config import RunSpec, StageSpec
 from ctrsink.dataset.layout import Layout
 from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.metrics import no_better_than_the_mean
+from ctrsink.families.registry import family_of, source_of
 from ctrsink.features.columns import columns_of
 from ctrsink.prepare.download import LICENCE
 from ctrsink.stream.order import Order
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import TrainedRun
 
 CARD_NAME = "README.md"
@@ -19,10 +18,9 @@ CARD_NAME = "README.md"
 
 def model_card(run: TrainedRun, dtype: str) -> str:
     """Markdown with a YAML head; no path and no host of the machine that trained it appears in it."""
-    title = "CTR-Sink" if run.spec.model.sinks else "LM-CTR"
     sections = [
         "---\nlibrary_name: ctrsink\ntags: [click-through-rate, recommendation]\n---",
-        f"# {run.spec.name}\n\n{_summary(run, title, dtype)}",
+        f"# {run.spec.name}\n\n{_summary(run, dtype)}",
         f"## Data\n\n{_data(run)}",
         f"## Training\n\n{_training(run)}",
         f"## Metrics\n\n{_metrics(run)}",
@@ -33,24 +31,11 @@ def model_card(run: TrainedRun, dtype: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _summary(run: TrainedRun, title: str, dtype: str) -> str:
-    spec = run.spec.model
-    backbone: Any = run.model.backbone
-    origin = "trained from random weights" if spec.backbone.path is None else f"from `{_last_name(spec.backbone.path)}`"
-    parts = [f"A decoder ({backbone.config.model_type}, {origin}) that predicts clicks from a user's history as text."]
-    if spec.sinks is not None:
-        bias = f", inter-sink bias in {len(run.model.biases)} layers" if run.model.biases else ""
-        parts.append(f"{title} (arXiv 2508.03668): a sink after each behaviour, signals {', '.join(spec.sinks.signals)}{bias}.")
-    if spec.target is not None:
-        parts.append(f"Targets are told {', '.join(spec.target.signals)}.")
-    if spec.similarity is not None:
-        of = {"neighbours": "what users thought of both", "vectors": "their texts"}[spec.similarity]
-        parts.append(f"Targets look for the sinks of items that are similar by {of}.")
-    if run.layout.text_history is not None:
-        parts.append(f"Of the behaviours before a target's sequence the latest {run.layout.text_history} have a text.")
-    if spec.lora is not None:
-        parts.append(f"LoRA of rank {spec.lora.rank} was merged into the weights in fp32.")
-    parts.append(f"{sum(p.numel() for p in run.model.parameters()):,} parameters; the backbone is stored in {dtype}.")
+def _summary(run: TrainedRun, dtype: str) -> str:
+    parts = family_of(run.spec.model.family).described(run.model, run.spec.model, run.layout)
+    parts.append(
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters; stored in {dtype} as far as the family narrows them."
+    )
     return " ".join(parts)
 
 
@@ -92,7 +77,7 @@ def _label_rule(run: TrainedRun) -> str:
 
 def _training(run: TrainedRun) -> str:
     spec, checkpoint, layout = run.spec, run.checkpoint, run.layout
-    source = SequenceSource(run.dataset, "train", layout)
+    source = source_of(run.dataset, "train", layout)
     seen = Order(source.per_shard, spec.seed, spec.data.shuffle_shards).ids(0, checkpoint.position)
     rows = [_stage_row(stage) for stage in spec.stages]
     precision = checkpoint.precision or spec.train.precision
@@ -192,8 +177,8 @@ def _named(names: list[str]) -> str:
 
 
 def _limits(run: TrainedRun) -> str:
-    final = run.spec.stages[-1].readout
-    early = "" if final == run.readout else " This checkpoint is of an earlier stage than the run's last."
+    final = run.spec.stages[-1].learns
+    early = "" if final == run.objective else " This checkpoint is of an earlier stage than the run's last."
     return (
         "Probabilities are calibrated on the training log at best: on other users, items or times measure again before use. "
         "The history is cut to the newest behaviours as in training; text in another language or form than that of the "

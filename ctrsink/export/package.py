@@ -11,20 +11,18 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING
 
 from ctrsink import storage
 from ctrsink.dataset.manifest import read_file
 from ctrsink.errors import InputError
 from ctrsink.export.card import CARD_NAME, model_card
-from ctrsink.export.merge import merge_lora
-from ctrsink.families.decoder.build import DTYPES
-from ctrsink.families.decoder.hf import CTRSinkConfig, CTRSinkModel
+from ctrsink.families.hf import CLASSES, ExportedConfig
+from ctrsink.families.parameters import DTYPES
+from ctrsink.families.registry import family_of, source_of
 from ctrsink.folder import new_folder
 from ctrsink.prepare.encoder import write_files
 from ctrsink.serve.knowledge import FILE as KNOWLEDGE_NAME
 from ctrsink.serve.knowledge import Knowledge
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import TrainedRun, restore_run
 
 CONFIG_NAME = "config.json"
@@ -35,8 +33,8 @@ log = logging.getLogger("ctrsink.export")
 def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", checkpoint: int | None = None) -> dict[str, Any]:
     """Write the model of the run in `run_dir` to the new folder `to`, local or s3://.
 
-    LoRA is merged in fp32, then the backbone is cast to `dtype`; sinks, bias and head stay fp32. `checkpoint` is the number of
-    optimiser steps of the one to take, by default the latest whole one.
+    LoRA is merged in fp32, then what the family narrows, a backbone, is cast to `dtype`; the rest stays fp32. `checkpoint` is the
+    number of optimiser steps of the one to take, by default the latest whole one.
 
     Returns:
         `model` (the folder), `step`, `dtype`, `parameters`, `merged_layers` and the size in `bytes`.
@@ -48,11 +46,11 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
         raise InputError(f"{to} is not empty: choose a new folder for the exported model")
     run = restore_run(run_dir, checkpoint)
     _require_finite_weights(run)
-    merged = merge_lora(run.model)
+    section, merged = family_of(run.spec.model.family).merged(run.model, run.spec.model)
     _require_predictions(run)
     knowledge = _knowledge(run)
     plain, items = knowledge.dump() if knowledge else (None, b"")
-    config = _config(run, DTYPES[dtype], plain)
+    config = _config(run, section, DTYPES[dtype], plain)
     weights = _weights(run, config, DTYPES[dtype])
     with _published(to) as folder:
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -85,11 +83,11 @@ def _require_finite_weights(run: TrainedRun) -> None:
 
 def _require_predictions(run: TrainedRun) -> None:
     """Finite weights may be so large that what they compute is not."""
-    source = SequenceSource(run.dataset, "train", run.layout)
+    source = source_of(run.dataset, "train", run.layout)
     batch = source.build(source.some())
     with torch.inference_mode():
-        logits = run.model(batch, run.readout)[1][batch.readout_valid]
-    if not logits.isfinite().all():
+        logits = run.model(batch, run.objective).logits
+    if logits is None or not logits.isfinite().all():
         raise InputError(_dead(run, "its predictions are not finite"))
 
 
@@ -118,29 +116,15 @@ def _knowledge(run: TrainedRun) -> Knowledge | None:
     return Knowledge.of(run.dataset, "neighbours" in run.layout.needs, run.layout.columns)
 
 
-def _config(run: TrainedRun, dtype: torch.dtype, knowledge: dict[str, Any] | None) -> CTRSinkConfig:
-    spec, manifest = run.spec.model, run.dataset.manifest
-    backbone: Any = run.model.backbone
-    fields: dict[str, Any] = backbone.config.to_dict()
-    if fields["model_type"] not in CONFIG_MAPPING:
-        raise InputError(
-            f"model.backbone: transformers itself has no architecture {fields['model_type']}, so it cannot be exported"
-        )
-    # Where the weights came from is a path of this machine, and their type is now `dtype`.
-    for key in ("_name_or_path", "architectures", "transformers_version", "torch_dtype"):
-        fields.pop(key, None)
-    name = str(dtype).removeprefix("torch.")
-    return CTRSinkConfig(
-        architectures=[CTRSinkModel.__name__],
-        dtype=name,
-        backbone=fields | {"dtype": name},
-        sinks=spec.sinks.model_dump(mode="json") if spec.sinks else None,
-        bias=spec.bias.model_dump(mode="json") if spec.bias else None,
-        target=spec.target.model_dump(mode="json") if spec.target else None,
-        similarity=spec.similarity,
-        temporal=spec.temporal,
-        window=spec.window,
-        readout=run.readout.model_dump(mode="json"),
+def _config(run: TrainedRun, plain: dict[str, Any], dtype: torch.dtype, knowledge: dict[str, Any] | None) -> ExportedConfig:
+    manifest = run.dataset.manifest
+    config, model = CLASSES[run.spec.model.family]
+    return config(
+        architectures=[model.__name__],
+        dtype=str(dtype).removeprefix("torch."),
+        model=plain,
+        facts=dataclasses.asdict(run.facts),
+        objective=run.objective.model_dump(mode="json"),
         layout=dataclasses.asdict(run.layout),
         text=manifest.text.model_dump(mode="json"),
         prefix_tokens=list(manifest.prefix_tokens),
@@ -153,15 +137,16 @@ def _config(run: TrainedRun, dtype: torch.dtype, knowledge: dict[str, Any] | Non
     )
 
 
-def _weights(run: TrainedRun, config: CTRSinkConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors to store, by the names of CTRSinkModel; an empty one of it proves that each has its place."""
+def _weights(run: TrainedRun, config: ExportedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors to store, by the names of the exported model; an empty one of it proves that each has its place."""
+    family = family_of(run.spec.model.family)
     with torch.device("meta"):
-        shell = CTRSinkModel(config)
+        shell = CLASSES[run.spec.model.family][1](config)
     shell.ctr.load_state_dict(run.model.state_dict(), strict=True, assign=True)
-    state = shell.state_dict()
+    narrow = {f"ctr.{name}" for name in run.model.state_dict() if family.narrowed(name)}
     return {
-        name: (value.to(dtype) if name.startswith("ctr.backbone.") and value.is_floating_point() else value).contiguous()
-        for name, value in state.items()
+        name: (value.to(dtype) if name in narrow and value.is_floating_point() else value).contiguous()
+        for name, value in shell.state_dict().items()
     }
 
 

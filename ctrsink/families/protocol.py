@@ -1,10 +1,8 @@
 """What every family of models gives, so that no other room has to know which one it works with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,32 +11,10 @@ from ctrsink.config.data import DataSpec
 from ctrsink.config.stages import Objective
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import Manifest
-from ctrsink.features.ragged import Ragged
+from ctrsink.families.facts import Facts, Wording
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a model is built from beside its section of the configuration: sizes that the data set has."""
-
-    vocabulary: int
-    """Tokens of its tokenizer."""
-    items: int
-    """Of its item table."""
-    feedbacks: int
-    """Different texts of feedback, no feedback among them: values of the signal `feedback`."""
-
-
-@dataclass(frozen=True)
-class Wording:
-    """What every sequence of text is made with, beside the texts of items."""
-
-    feedbacks: Ragged
-    """Tokens of each text of feedback."""
-    prefix: np.ndarray
-    """int64; tokens at the start."""
 
 
 class Out(NamedTuple):
@@ -48,7 +24,7 @@ class Out(NamedTuple):
     """fp32 scalar; the sum over what the objective counts."""
     logits: torch.Tensor | None
     """fp32 [T], of the batch's targets; None where the objective is not about clicks."""
-    tallies: dict[str, torch.Tensor] = {}  
+    tallies: dict[str, torch.Tensor] | None = None
     """Sums that the objective is measured by, `hits/<what>` and `of/<what>` for a share; scalars."""
 
 
@@ -97,6 +73,10 @@ class CTRModule(nn.Module):
         """
         return {}
 
+    def paid(self, batch: Batch, objective: Objective) -> torch.Tensor | None:
+        """What the last target of a batch of one sequence pays each behaviour of attention, [K]; None where that is not told."""
+        return None
+
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of activations of so many tokens that a look at saved tensors does not find."""
         return 0
@@ -107,13 +87,15 @@ class CTRModule(nn.Module):
 
 
 class Family(Protocol):
-    """The functions of a family's package.
+    """The functions of a family, in the module `family` of its package.
 
     An exported model is rebuilt from `plain` alone: what merging leaves of the section, and the weights.
     """
 
     GROUPS: tuple[str, ...]
     """Of parameters."""
+    TARGET_NUMBERS: tuple[str, ...]
+    """Inputs of a batch that hold the numbers told of targets, a column each."""
 
     def layout(self, data: DataSpec, model: Any, manifest: Manifest) -> Layout:
         """What its sequences hold, in plain values, exported with the weights.
@@ -164,6 +146,16 @@ class Family(Protocol):
         Raises:
             InputError: it cannot be exported.
         """
+        ...
+
+    def looked(
+        self, module: Any, untrained: Callable[[], CTRModule], batches: list[Batch], objective: Objective
+    ) -> dict[str, Any]:
+        """What the family has to show of a trained model, beside the one that it began as; plain values by name."""
+        ...
+
+    def described(self, module: CTRModule, model: Any, layout: Layout) -> list[str]:
+        """Sentences for the model card."""
         ...
 
     def narrowed(self, name: str) -> bool:

@@ -5,19 +5,20 @@ from typing import Any
 
 from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
+from ctrsink.families.facts import Facts
 from ctrsink.runtime.process import prepare_process
 from ctrsink.runtime.stalls import BEFORE, Stalls
 from ctrsink.runtime.stopping import StopRequests, on_sigterm
 
 
-def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
+def train_local(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dict[str, Any]:
     """Train in this process; see Trainer.run."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     device = "cuda:0" if spec.runtime.device == "cuda" else "cpu"
     prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker)
     import torch.distributed as dist
 
-    from ctrsink.train.host_hooks import Surroundings
+    from ctrsink.train.host_hooks import HostHooks
     from ctrsink.train.loop import Trainer
 
     if not dist.is_initialized():
@@ -25,10 +26,10 @@ def train_local(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -
     asked: list[str] = []
     requests = StopRequests(spec.run_dir)
     stalls = Stalls(BEFORE)
-    surroundings = Surroundings(stop=lambda: asked[0] if asked else requests.reason(), doing=stalls.doing)
+    hooks = HostHooks(stop=lambda: asked[0] if asked else requests.reason(), doing=stalls.doing)
     try:
         with on_sigterm(asked.append):
-            return Trainer(spec, Topology(device=device), vocabulary, surroundings).run(stop_after)
+            return Trainer(spec, Topology(device=device), facts, hooks).run(stop_after)
     finally:
         stalls.close()
         requests.close()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
+from ctrsink.families.facts import Facts
 from ctrsink.run import repeats
 from ctrsink.run.folder import RAY_NAME, read_result, request_stop, write_result
 from ctrsink.runtime.gauges import RayGauges
@@ -60,7 +62,7 @@ def connect(address: str | None, cpus: int) -> None:
         raise InputError(f"cannot start a Ray cluster on this machine ({first_line(error)}): {hint}") from None
 
 
-def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> dict[str, Any]:
+def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dict[str, Any]:
     """Train on Ray workers; see Trainer.run for what comes back.
 
     A worker that dies takes its group with it; Ray starts the group again up to `runtime.max_failures` times, and it goes on from
@@ -88,7 +90,7 @@ def train_ray(spec: RunSpec, vocabulary: int, stop_after: int | None = None) -> 
         _worker,
         train_loop_config={
             "spec": spec.model_dump(mode="json"),
-            "vocabulary": vocabulary,
+            "facts": asdict(facts),
             "stop_after": stop_after,
             "log_format": os.environ.get(logs.FORMAT_VARIABLE, "text"),
         },
@@ -159,7 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
     from ctrsink.dist import Topology
     from ctrsink.runtime.stalls import BEFORE, Stalls
     from ctrsink.runtime.stopping import StopRequests
-    from ctrsink.train.host_hooks import Surroundings
+    from ctrsink.train.host_hooks import HostHooks
     from ctrsink.train.loop import Trainer
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
@@ -167,12 +169,12 @@ def _worker(config: dict[str, Any]) -> None:
     requests = StopRequests(spec.run_dir) if topology.is_first else None
     stalls = Stalls(BEFORE)
     stop = requests.reason if requests else lambda: None
-    surroundings = Surroundings(stop, _preemption, stalls.doing, RayGauges(spec.name))
+    hooks = HostHooks(stop, _preemption, stalls.doing, RayGauges(spec.name))
     try:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
             raise Diverged(failure)
-        Trainer(spec, topology, config["vocabulary"], surroundings).run(config["stop_after"])
+        Trainer(spec, topology, Facts(**config["facts"]), hooks).run(config["stop_after"])
     except Diverged as error:  # on every rank
         if topology.is_first:
             write_result(spec.run_dir, {"given_up": str(error)})
@@ -201,14 +203,11 @@ def _preemption() -> str | None:
 
 def _without_working_folder(spec: RunSpec) -> RunSpec:
     """Ray's workers run in folders of their own: local paths become absolute."""
-    backbone = spec.model.backbone
-    if backbone.path is not None and Path(backbone.path).is_dir():
-        backbone = backbone.model_copy(update={"path": str(Path(backbone.path).resolve())})
     return spec.model_copy(
         update={
             "run_dir": storage.absolute(spec.run_dir),
             "data": spec.data.model_copy(update={"uri": storage.absolute(spec.data.uri)}),
-            "model": spec.model.model_copy(update={"backbone": backbone}),
+            "model": spec.model.absolute(),
         }
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 from ctrsink.config import RunSpec
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.errors import InputError, RunError
+from ctrsink.families.facts import Facts
 from ctrsink.run.folder import claim, identities, release, require_new
 from ctrsink.run.presence import held
 from ctrsink.runtime.preflight import check
@@ -25,11 +26,11 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
         require_new(spec.run_dir)
     if spec.runtime.kind == "ray":
         cluster_address(spec.runtime.address)  # asked here, too: before torch is imported
-    vocabulary = check(spec)
+    facts = check(spec)
     with held(spec.run_dir) as last_held:
         new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
         try:
-            return _train(spec, vocabulary, stop_after)
+            return _train(spec, facts, stop_after)
         except BaseException:
             with suppress(InputError, RunError, OSError):  # what ended the run is told
                 if new and last_held():
@@ -37,12 +38,12 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
             raise
 
 
-def _train(spec: RunSpec, vocabulary: int, stop_after: int | None) -> dict[str, Any]:
+def _train(spec: RunSpec, facts: Facts, stop_after: int | None) -> dict[str, Any]:
     if spec.runtime.kind == "local":
         from ctrsink.runtime.local import train_local
 
-        return train_local(spec, vocabulary, stop_after)
+        return train_local(spec, facts, stop_after)
     stay_on_loopback(spec.runtime.address)
     from ctrsink.runtime.ray_train import train_ray
 
-    return train_ray(spec, vocabulary, stop_after)
+    return train_ray(spec, facts, stop_after)

@@ -13,9 +13,10 @@ BEHAVIOURS = "behaviours"
 def encode(cuts: Cuts, layout: Layout) -> Sequences:
     """The sequences in their order, each with `layout.history` behaviours before its first target at most.
 
-    Columns of behaviours: `signals` int64 [K, S], `numbers` float32 [K, F], `behaviour_times` int64 [K]. Of targets: `target_signals`
-    int64 [T, C], `target_numbers` float32 [T, G], `base` float32 [T], and `seen` int64 [T]: a target may see the first so many
-    behaviours of its sequence and no other; the cost `pairs` is their sum. In a `per_user` sequence a target is a behaviour of those after it.
+    Columns of behaviours: `signals` int64 [K, S], `numbers` float32 [K, F], `behaviour_times` int64 [K]. Of targets:
+    `target_signals` int64 [T, C], `target_numbers` float32 [T, G], `base` float32 [T], and `seen` int64 [T]: a target may see the
+    first so many behaviours of its sequence and no other; the cost `pairs` is their sum. In a `per_user` sequence a target is a
+    behaviour of those after it.
 
     Raises:
         InputError: a `per_user` sequence would show an impression the answers of its own request.

@@ -15,41 +15,39 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ctrsink import storage
 from ctrsink.config.data import TextSpec
 from ctrsink.config.explain import explain
-from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.model import ModelSpec
+from ctrsink.config.stages import Objective
 from ctrsink.config.tree import shown
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError, first_line
-from ctrsink.families.decoder.hf import FORMAT, CTRSinkConfig, CTRSinkModel
+from ctrsink.families.facts import Facts
+from ctrsink.families.hf import CLASSES, FORMAT, ExportedModel, model_type_of
+from ctrsink.families.registry import FAMILIES
 from ctrsink.prepare.encoder import FOLDER, Encoder, folder_fingerprint
 from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.serve.knowledge import FILE, Knowledge
 
-_NEEDED = ("backbone", "readout", "layout", "text", "prefix_tokens", "tokenizer_fingerprint")
+_NEEDED = ("model", "facts", "objective", "layout", "text", "prefix_tokens", "tokenizer_fingerprint")
 _SECTIONS: dict[str, Any] = {
-    "backbone": dict[str, Any],
-    "sinks": SinkSpec,
-    "target": TargetSpec,
-    "similarity": str,
-    "feedback_texts": list[str],
-    "knowledge": dict[str, Any],
-    "bias": BiasSpec,
-    "temporal": bool,
-    "window": int,
-    "readout": ReadoutSpec,
+    "model": ModelSpec,
+    "facts": Facts,
+    "objective": Objective,
     "layout": Layout,
     "text": TextSpec,
     "prefix_tokens": list[int],
     "tokenizer_fingerprint": str,
+    "feedback_texts": list[str],
+    "knowledge": dict[str, Any],
     "encoder": dict[str, Any],
 }
+_FAMILIES = {model_type_of(family): family for family in FAMILIES}
 
 
 @dataclass(frozen=True)
 class Loaded:
     """All that scoring needs."""
 
-    model: CTRSinkModel
+    model: ExportedModel
     """In evaluation mode."""
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder | None
@@ -65,9 +63,9 @@ def load_model(uri: str, device: str = "cpu") -> Loaded:
         InputError: `uri` holds no exported model, one of another format, or one that is damaged.
     """
     with _local_copy(uri) as folder:
-        _check_config(uri, folder)
+        model_class = CLASSES[_check_config(uri, folder)][1]
         try:
-            loaded = CTRSinkModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+            loaded = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -102,7 +100,8 @@ def _encoder(uri: str, folder: Path, entry: dict[str, Any] | None, device: str) 
     return Encoder(folder / FOLDER, entry["max_tokens"], f"{uri}/{FOLDER}", device)
 
 
-def _check_config(uri: str, folder: Path) -> None:
+def _check_config(uri: str, folder: Path) -> str:
+    """The family of the model."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except FileNotFoundError:
@@ -110,17 +109,18 @@ def _check_config(uri: str, folder: Path) -> None:
     except ValueError:
         raise InputError(f"{uri}/config.json is damaged: export the model again") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != CTRSinkConfig.model_type:
+    if kind not in _FAMILIES:
         raise InputError(f"{uri} holds a model of type {kind}, not one that `ctrsink export` wrote")
     if config.get("format") != FORMAT:
         raise InputError(f"{uri} has the format {config.get('format')}, this version reads {FORMAT}: export the model again")
-    if (problem := _problem(config)) is not None:
+    if (problem := _problem(config, _FAMILIES[kind])) is not None:
         raise InputError(f"{uri}/config.json is damaged ({problem}): export the model again")
+    return _FAMILIES[kind]
 
 
-def _problem(config: dict[str, Any]) -> str | None:
+def _problem(config: dict[str, Any], family: str) -> str | None:
     """What in an exported configuration nothing could have written there; None where all is well."""
-    if unknown := sorted(config.keys() - CTRSinkConfig().to_dict().keys()):
+    if unknown := sorted(config.keys() - CLASSES[family][0]().to_dict().keys()):
         return f"unknown key {shown(unknown[0])}"
     if missing := [name for name in _NEEDED if config.get(name) is None]:
         return f"missing key {missing[0]}"
@@ -133,6 +133,8 @@ def _problem(config: dict[str, Any]) -> str | None:
             return f"{name}: {explain(error, kind)}"
     if unknown := sorted(config["layout"].keys() - {field.name for field in fields(Layout)}):
         return f"unknown key layout.{shown(unknown[0])}"
+    if not config["family"] == config["model"].get("family") == config["layout"]["family"] == family:
+        return f"its parts are of different families, model_type is {config['model_type']}"
     return None
 
 

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,19 @@ import pyarrow as pa
 import torch
 
 from ctrsink import storage, strict_json
-from ctrsink.attention.shares import watched
 from ctrsink.config.data import TextSpec
 from ctrsink.dataset.events import Events
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.shard import with_told
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.families.facts import Wording
+from ctrsink.families.registry import family_of
 from ctrsink.features.ragged import Ragged
 from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
 from ctrsink.prepare.tokenize import encode_items, encode_own
+from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
-from ctrsink.sequences.columns import Sequence
+from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
 from ctrsink.serve.load import Loaded, load_model
 from ctrsink.serve.request_lines import OnBadRequest, RequestLine, read_lines
@@ -54,11 +54,7 @@ class Scorer:
             names += [column.name for column in self.knowledge.columns if column.of == "item"]
         self.fields = list(dict.fromkeys(names))
         self.prefix = np.array(config.prefix_tokens, np.int64)
-        layout = Layout.load(config.layout)
-        # A per_user sequence shows the last of its targets everything up to `history` before the first, and the texts in between.
-        more = layout.targets - 1 if layout.examples == "per_user" else 0
-        spoken = None if layout.text_history is None else layout.text_history + more
-        self.layout = replace(layout, history=layout.history + more, text_history=spoken, asked_history=more)
+        self.layout = Layout.load(config.layout).serving()
 
     @classmethod
     def load(cls, folder: str, device: str = "cpu") -> "Scorer":
@@ -93,8 +89,7 @@ class Scorer:
         out: list[float] = []
         for sequence in sequences:
             with torch.inference_mode():
-                logits = self.model(collate([sequence], [0]).to(self.model.device))
-            out += logits[0].double().sigmoid().tolist()
+                out += self.model(_batch(sequence).to(self.model.device)).double().sigmoid().tolist()
         dead = next((i for i, probability in enumerate(out) if not math.isfinite(probability)), None)
         if dead is not None:
             raise InputError(
@@ -115,17 +110,14 @@ class Scorer:
             raise InputError("the model retrieves behaviours (data.retrieve): which of them a sink is of is not told")
         parsed = self.parse(request, "request")
         (sequence,) = self._sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
-        batch = collate([sequence], [0]).to(self.model.device)
-        with torch.inference_mode(), watched(self.model.ctr, batch, self.model.readout) as share:
-            self.model(batch)
-        if share.paid is None:
+        paid = self.model.ctr.paid(_batch(sequence).to(self.model.device), self.model.objective)
+        if paid is None:
             return []
-        paid = share.paid[0, int(batch.asked_valid[0].sum()) - 1]
-        shares, slots = (paid / paid.sum().clamp(min=1e-12)).topk(min(count, int(batch.sink_valid[0].sum())))
-        first = len(parsed.history) - int(batch.sink_valid[0].sum())
+        shares, slots = (paid / paid.sum().clamp(min=1e-12)).topk(min(count, len(paid)))
+        first = len(parsed.history) - len(paid)
         return [(first + slot, value) for slot, value in zip(slots.tolist(), shares.tolist(), strict=True)]
 
-    def _sequences(self, request: Request) -> list[Sequence]:
+    def _sequences(self, request: Request) -> list[Sequences]:
         """The history and candidates behind it, as many as may share one."""
         count = len(request.history)
         items = [*(b.item for b in request.history), *request.candidates]
@@ -155,7 +147,8 @@ class Scorer:
         together = 1 if self.layout.depends_on_target else CANDIDATES
         chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
         cuts = (Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])) for rows in chosen)
-        return [build_sequences(cut, self.layout, feedbacks, self.prefix)[0] for cut in cuts]
+        family, wording = family_of(self.layout.family), Wording(feedbacks, self.prefix)
+        return [family.encode(cut, self.layout, wording) for cut in cuts]
 
     def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
         """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
@@ -170,6 +163,10 @@ class Scorer:
             item = {name: fields.column(name)[empty].as_py() for name in self.fields}
             raise InputError(f"the text of the item {json.dumps(item, ensure_ascii=False)} is empty: fill in its fields")
         return Ragged.of(tokens)
+
+
+def _batch(sequence: Sequences) -> Batch:
+    return collate(sequence, np.array([0]), np.array([0]))
 
 
 def score_file(folder: str, input_path: str, output: str | None = None, on_bad_request: OnBadRequest = "fail") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The stream: position in, micro-batches out; the same global batches whatever the number of ranks and loader processes."""
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,10 +14,9 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import SPLITS
 from ctrsink.dataset.reader import Dataset, Shard
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.encode import build_sequences
 from ctrsink.features.ragged import Ragged, ranges
 from ctrsink.sequences.batch import Batch
-from ctrsink.sequences.collate import collate_rows
+from ctrsink.sequences.collate import collate
 from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts, split_requests
 from ctrsink.stream.ahead import in_processes, read_ahead
@@ -25,6 +24,7 @@ from ctrsink.stream.budget import fill
 from ctrsink.stream.order import Order, deal
 
 BUILT_AT_ONCE = 512  # sequences of a rank, about
+Encode = Callable[[Cuts, Layout], Sequences]
 WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
 
 
@@ -32,14 +32,15 @@ class SequenceSource:
     """The sequences of one split, numbered shard by shard, user by user, piece by piece.
 
     Args:
+        encode: the family's way from cuts to sequences.
         newest: only those of the data set's newest part: what is evaluated, as the run may have trained on days after the others.
 
     Raises:
         InputError: there is none.
     """
 
-    def __init__(self, dataset: Dataset, split: str, layout: Layout, newest: bool = False) -> None:
-        self.dataset, self.split, self.layout = dataset, split, layout
+    def __init__(self, dataset: Dataset, split: str, layout: Layout, encode: Encode, newest: bool = False) -> None:
+        self.dataset, self.split, self.layout, self._encode = dataset, split, layout, encode
         self._impressions = dataset.index[f"{split}_impressions"]
         dataset.use(layout)
         newest = newest and len(dataset.manifest.parts) > 1
@@ -80,13 +81,13 @@ class SequenceSource:
         past = self._past[users] + pieces * self.layout.targets
         return self._targets(users, pieces) + np.minimum(self.layout.retrieve or self.layout.history, past)
 
-    def longest(self, ids: np.ndarray) -> int:
-        """Positions of the longest of these sequences; candidates behind one history begin at the same position.
+    def sequences(self, ids: np.ndarray) -> Sequences:
+        """These sequences, in any order.
 
         Raises:
-            InputError: one of them cannot be built, see build_sequences.
+            InputError: one of them cannot be built, see Family.encode.
         """
-        return int(self._sequences(ids)[0].columns.position_ids.max()) + 1
+        return self._sequences(ids)[0]
 
     def build(self, ids: np.ndarray, counted: np.ndarray | None = None) -> Batch:
         """The sequences `ids` as one batch; where `counted` is False a row only fills it."""
@@ -102,7 +103,7 @@ class SequenceSource:
         out = []
         for first, a, b, which in zip(firsts.tolist(), bounds, bounds[1:], counted, strict=False):
             own = of[rows[a:b]]
-            out.append(collate_rows(built, rows[a:b], users[own], None if which is None else which[own - first]))
+            out.append(collate(built, rows[a:b], users[own], None if which is None else which[own - first]))
         return out
 
     def build_within(
@@ -113,15 +114,15 @@ class SequenceSource:
         A group that is not counted has no other.
         """
         built, of, users = self._sequences(np.concatenate(groups))
-        lengths = np.diff(built.positions)
+        lengths = built.lengths
         ends = np.cumsum([len(group) for group in groups])
         out = []
         all_rows = np.split(of.argsort(kind="stable"), np.searchsorted(np.sort(of), ends)[:-1])
         for rows, which in zip(all_rows, counted, strict=True):
             parts = [rows[chosen] for chosen in fill(lengths[rows], tokens)] if which is None else []
             shortest = rows[[lengths[rows].argmin()]]
-            none = collate_rows(built, shortest, users[of[shortest]], np.zeros(1, np.bool_))
-            out.append(([collate_rows(built, part, users[of[part]]) for part in parts], none))
+            none = collate(built, shortest, users[of[shortest]], np.zeros(1, np.bool_))
+            out.append(([collate(built, part, users[of[part]]) for part in parts], none))
         return out
 
     def _sequences(self, ids: np.ndarray) -> tuple[Sequences, np.ndarray, np.ndarray]:
@@ -136,7 +137,7 @@ class SequenceSource:
         owner = np.arange(len(ids))
         if self.layout.examples == "per_request":
             cuts, owner = split_requests(cuts)
-        return build_sequences(cuts, self.layout, self.dataset.feedbacks, self.dataset.prefix), by_shard[owner], users
+        return self._encode(cuts, self.layout), by_shard[owner], users
 
     def _cuts(self, shards: list[Shard], sizes: np.ndarray, users: np.ndarray, pieces: np.ndarray) -> Cuts:
         """These pieces of users, `sizes[i]` of them in `shards[i]`."""

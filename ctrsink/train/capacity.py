@@ -7,15 +7,14 @@ import psutil
 import torch
 from torch import nn
 
-from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.protocol import CTRModule
 from ctrsink.sequences.batch import Batch
 
 SHARE = 0.6  # of the free memory: the backward pass and the allocator need the rest
 GIB = 2**30
-LAYER = 24  # states of a token that a layer holds while it computes, about: projections, attention, the gated MLP
 
 
-def tokens_within(model: CTRModel, forward: Callable[[Batch], torch.Tensor], batch: Batch, memory_gib: float | None) -> int:
+def tokens_within(model: CTRModule, forward: Callable[[Batch], torch.Tensor], batch: Batch, memory_gib: float | None) -> int:
     """Tokens whose activations fit into `memory_gib`, or into most of what is free.
 
     Activations grow with the tokens of a packed row, so one pass over a small `batch` says how much a token needs.
@@ -24,12 +23,8 @@ def tokens_within(model: CTRModel, forward: Callable[[Batch], torch.Tensor], bat
         forward: a training forward pass; under ZeRO-3 every rank must make it.
     """
     memory = memory_gib * GIB if memory_gib is not None else SHARE * free_bytes(next(model.parameters()).device)
-    kept = saved_bytes(lambda: forward(batch), model)
-    width = 4 * batch.tokens * model.head.norm.normalized_shape[0]  # bytes of one state of every token, for any head
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.backbone.modules()):
-        # Checkpointed layers keep what enters them, out of sight of the hooks; one at a time is computed again.
-        kept += width * (model.layers + LAYER)
-    return max(1, int(memory * batch.tokens / max(kept, LAYER * width)))
+    kept = saved_bytes(lambda: forward(batch), model) + model.hidden_bytes(batch.tokens)
+    return max(1, int(memory * batch.tokens / max(kept, model.least_bytes(batch.tokens), 1)))
 
 
 def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ctrsink.config.run import RunSpec
-from ctrsink.config.stages import Group, ReadoutSpec, StageSpec
+from ctrsink.config.stages import Group, Objective, StageSpec
 from ctrsink.dist import Topology, all_max, all_sum
-from ctrsink.families.decoder.groups import set_trainable, trained_as
-from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.parameters import set_trainable
+from ctrsink.families.protocol import CTRModule, Out
 from ctrsink.sequences.batch import Batch
 from ctrsink.train.deepspeed_import import (
     deepspeed,
@@ -48,10 +48,10 @@ class StepResult:
     """What one optimiser step of all ranks gave."""
 
     loss: float
-    """Mean log loss over the impressions of the global batch."""
+    """Mean over the impressions of the global batch, or what else the objective counts."""
     grad_norm: float
     """Of the whole gradient, before clipping; where it is not finite nothing was changed."""
-    signals: tuple[float, ...] = ()
+    votes: tuple[float, ...] = ()
     """Sums over ranks of what each rank handed in."""
 
 
@@ -63,7 +63,7 @@ class Engine:
         state: moments and step counts to go on with; those of groups that this stage does not train are ignored.
     """
 
-    def __init__(self, model: CTRModel, spec: RunSpec, stage: StageSpec, topology: Topology, state: EngineState | None) -> None:
+    def __init__(self, model: CTRModule, spec: RunSpec, stage: StageSpec, topology: Topology, state: EngineState | None) -> None:
         self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
         self.trainable = stage.trainable
         set_trainable(model, stage.trainable)
@@ -72,12 +72,12 @@ class Engine:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained, lr=1e-8, betas=spec.train.betas, eps=1e-8)
         # What DeepSpeed wraps Adam in depends on the ZeRO stage and has no common type.
-        self.engine: Any
+        self.deepspeed: Any
         self.optimizer: Any
         if topology.world > 1 and groups._WORLD_GROUP is None:
             # DeepSpeed would make this group itself, with torch's default time-out: half an hour.
             groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=spec.runtime.collective_timeout_s))
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec, self.named), dist_init_required=False
         )
         self._base: Any = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -87,44 +87,43 @@ class Engine:
         if state is not None:
             self.load(state)
 
-    def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """See CTRModel.forward; every rank must call it equally often."""
-        return self.engine(batch.to(self.topology.device), readout)
+    def forward(self, batch: Batch, objective: Objective) -> Out:
+        """See CTRModule.forward; every rank must call it equally often."""
+        return self.deepspeed(batch.to(self.topology.device), objective)
 
-    def step(
-        self, batches: list[Batch], impressions: int, stage: StageSpec, factor: float, signals: Sequence[float] = ()
-    ) -> StepResult:
+    def step(self, batches: list[Batch], units: int, stage: StageSpec, factor: float, votes: Sequence[float] = ()) -> StepResult:
         """One optimiser step over the micro-batches of this rank.
 
-        Impressions weigh equally whatever micro-batch or rank holds them, so the result does not depend on how a global batch
-        is shared out: `impressions` is the number in the global batch. Every rank must bring equally many micro-batches.
+        Impressions, or what else the objective counts, weigh equally whatever micro-batch or rank holds them, so the result does
+        not depend on how a global batch is shared out: `units` is their number in the global batch. Every rank must bring equally
+        many micro-batches.
 
         A gradient with a NaN or an infinity changes neither weights nor moments; its norm tells.
 
         Args:
-            signals: numbers of this rank that travel with the sum of the losses, at no cost.
+            votes: numbers of this rank that travel with the sum of the losses, at no cost.
         """
         for group, name in zip(self.optimizer.param_groups, self._group_names, strict=True):
             group["lr"] = stage.lr[name.split("/")[0]] * factor
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         # DeepSpeed divides by its accumulation and averages over ranks; both are undone here.
-        weight = ACCUMULATION * self.topology.world / impressions
+        weight = ACCUMULATION * self.topology.world / units
         norm = math.nan
         for number, batch in enumerate(batches, start=1):
-            self.engine.set_gradient_accumulation_boundary(last := number == len(batches))
-            loss, _ = self.forward(batch, stage.readout)
-            self.engine.backward(loss * weight)
+            self.deepspeed.set_gradient_accumulation_boundary(last := number == len(batches))
+            loss = self.forward(batch, stage.learns).loss
+            self.deepspeed.backward(loss * weight)
             if last and self.zero_stage == 0:
                 norm = self._norm()
             if last and self.zero_stage == 0 and not math.isfinite(norm):
-                self.engine.zero_grad()  # DeepSpeed would step all the same
+                self.deepspeed.zero_grad()  # DeepSpeed would step all the same
             else:
-                self.engine.step()
-            total += float(loss.detach())
+                self.deepspeed.step()
+            total += loss.detach()  # read once, at the end
         if self.zero_stage > 0:
-            norm = float(self.engine.get_global_grad_norm())
-        total, *summed = all_sum([total, *signals], self.topology)
-        return StepResult(total / impressions, norm, tuple(summed))
+            norm = float(self.deepspeed.get_global_grad_norm())
+        loss, *summed = all_sum(torch.cat([total[None], total.new_tensor(votes)]), self.topology)
+        return StepResult(loss / units, norm, tuple(summed))
 
     def _norm(self) -> float:
         """Norm of the gradient under ZeRO 0, where DeepSpeed does not keep it."""
@@ -140,7 +139,7 @@ class Engine:
         parameters, moments = {}, {}
         for name, parameter in self.named.items():
             value = self._full_value(parameter)
-            keys = MOMENTS if kept is None or trained_as(name, kept) else ()
+            keys = MOMENTS if kept is None or self.model.trained_as(name, kept) else ()
             pair = {f"{name}/{key}": self._full_moment(parameter, key) for key in keys}
             if wanted:
                 parameters[name] = value.float().cpu().clone()
@@ -154,7 +153,7 @@ class Engine:
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""
-        self.engine.destroy()
+        self.deepspeed.destroy()
 
     def _full_value(self, parameter: nn.Parameter) -> torch.Tensor:
         value = safe_get_full_fp32_param(parameter)
@@ -194,7 +193,7 @@ class Engine:
         """Go on with these moments and step counts; what this engine does not train is ignored."""
         for name, parameter in self.named.items():
             # Without the step count of its group (it was trained as part of another) a moment would be corrected wrongly.
-            if group_key(name, parameter, self.trainable) not in state.steps:
+            if group_key(self.model, name, parameter, self.trainable) not in state.steps:
                 continue
             for key in MOMENTS:
                 value = state.moments.get(f"{name}/{key}")
@@ -216,11 +215,11 @@ class Engine:
             safe_set_local_optimizer_state(parameter, padded.narrow(0, local * self.topology.rank, local), key)
 
 
-def parameter_groups(model: nn.Module, trainable: tuple[Group, ...], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: CTRModule, trainable: tuple[Group, ...], weight_decay: float) -> list[dict[str, Any]]:
     """Adam's parameter groups: one per trained group and whether its matrices decay; vectors and scalars never do."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        key = group_key(name, parameter, trainable)
+        key = group_key(model, name, parameter, trainable)
         if key is not None:
             found.setdefault(key, []).append(parameter)
     return [
@@ -229,9 +228,9 @@ def parameter_groups(model: nn.Module, trainable: tuple[Group, ...], weight_deca
     ]
 
 
-def group_key(name: str, parameter: nn.Parameter, trainable: tuple[Group, ...]) -> str | None:
+def group_key(model: CTRModule, name: str, parameter: nn.Parameter, trainable: tuple[Group, ...]) -> str | None:
     """Name of the parameter group that a stage trains the parameter in; None where it is frozen."""
-    group = trained_as(name, trainable)
+    group = model.trained_as(name, trainable)
     # Under ZeRO-3 the parameter itself is empty; its shape is kept beside it.
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return None if group is None else f"{group}/{'decay' if len(shape) > 1 else 'plain'}"

@@ -10,7 +10,7 @@ def _nothing(*args: object) -> None:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class HostHooks:
     """Questions that the loop asks between two steps, and where it shows what it did."""
 
     stop: Callable[[], str | None] = _nothing
@@ -23,5 +23,5 @@ class Surroundings:
     """Takes each row of metrics of the first rank, for whoever watches the process from outside."""
 
 
-ALONE = Surroundings()
+ALONE = HostHooks()
 """Nobody has anything to tell."""

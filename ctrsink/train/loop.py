@@ -8,33 +8,35 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from ctrsink.config import RunSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.dataset.cache import Cache
-from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
-from ctrsink.dist import Topology, all_max, barrier
+from ctrsink.dist import Topology, all_max, all_sum, barrier
 from ctrsink.errors import Diverged, InputError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
-from ctrsink.families.decoder.build import build_model, load_parameters
-from ctrsink.families.decoder.cost import FlopCount
+from ctrsink.families.facts import Facts
+from ctrsink.families.parameters import load_parameters
+from ctrsink.families.protocol import Out
+from ctrsink.families.registry import family_of, source_of
 from ctrsink.features.mix64 import mix64
 from ctrsink.run.folder import identities, write_result
 from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream
+from ctrsink.stream.stream import Step, TrainStream
 from ctrsink.train.capacity import tokens_within
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, require_data
 from ctrsink.train.checkpoint.native import Shards, load_native, restore
 from ctrsink.train.checkpoint.saving import Saver
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.failures import Finite, located
-from ctrsink.train.host_hooks import ALONE, Surroundings
+from ctrsink.train.host_hooks import ALONE, HostHooks
 from ctrsink.train.observe.advice import advice
 from ctrsink.train.observe.audit import Audit
 from ctrsink.train.observe.hardware import over_ranks, peak_of, precision_of
-from ctrsink.train.observe.probe import probe, probe_batch
+from ctrsink.train.observe.probe import probe_batch
 from ctrsink.train.observe.telemetry import Pace, Telemetry, progress_line
 from ctrsink.train.same_data import require_same_data
 from ctrsink.train.stages import StageController
@@ -66,19 +68,20 @@ class Trainer:
     Args:
         spec: the run.
         topology: this process among the workers.
-        vocabulary: size of the data set's tokenizer.
-        surroundings: what the place where this process runs has to tell it.
+        facts: sizes that the data set has, as the family's check found them.
+        hooks: what the place where this process runs has to tell it.
 
     Raises:
         InputError: the data set cannot be read, or was changed since the run was claimed.
     """
 
-    def __init__(self, spec: RunSpec, topology: Topology, vocabulary: int, surroundings: Surroundings = ALONE) -> None:
-        self.spec, self.topology, self.vocabulary, self.surroundings = spec, topology, vocabulary, surroundings
+    def __init__(self, spec: RunSpec, topology: Topology, facts: Facts, hooks: HostHooks = ALONE) -> None:
+        self.spec, self.topology, self.facts, self.hooks = spec, topology, facts, hooks
+        self.family = family_of(spec.model.family)
         self.dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
         require_same_data(spec, self.dataset.manifest, topology)
-        self.layout = Layout.of(spec.data, spec.model, self.dataset.manifest)
-        self.source = SequenceSource(self.dataset, "train", self.layout)
+        self.layout = self.family.layout(spec.data, spec.model, self.dataset.manifest)
+        self.source = source_of(self.dataset, "train", self.layout)
         self.controller = StageController(spec, sum(self.source.per_shard))
         self.progress = Progress()
         self.audit = Audit()  # of this rank, since this process began
@@ -107,7 +110,7 @@ class Trainer:
         self.progress.precision = precision_of(self.spec.train.precision, self.progress.precision, self.topology)
         stop_at = None if stop_after is None else self.controller.step + stop_after
         if self.topology.is_first:
-            self.telemetry = Telemetry(self.spec, self.controller.step, self.surroundings.gauges)
+            self.telemetry = Telemetry(self.spec, self.controller.step, self.hooks.gauges)
             for line in (
                 advice(self.spec, sum(self.source.per_shard), self.controller.last_step) if not self.controller.step else ()
             ):
@@ -177,7 +180,7 @@ class Trainer:
         with self._during("start of the stage"):
             engine = self._engine_for(stage)
             stream = self._stream_for(stage, engine)
-        pace = Pace(FlopCount.of(engine.model), stage.readout.through_sinks)
+        pace = Pace(engine.model.flop_count(stage.learns))
         with closing(iter(stream)) as steps:
             while True:
                 result, stopped, preempted = self._step(engine, stream, steps, stage, pace)
@@ -211,21 +214,21 @@ class Trainer:
             step = next(steps)
             waited = time.monotonic() - began
             seed_step(self.spec.seed, controller.step, self.topology.rank)
-            reason = self.surroundings.stop()
+            reason = self.hooks.stop()
             look = self.topology.is_first and began - self._looked > LOOK_EVERY_S
             factor = controller.factor()
             self._doing(lambda: "the computation of a step, on this rank or on another that it waits for")
-            micro_batches = self._evened(step)
-            result = engine.step(micro_batches, step.impressions, stage, factor, (reason is not None, look))
+            micro_batches, units = self._drawn(engine, self._evened(step), stage, step.impressions)
+            result = engine.step(micro_batches, units, stage, factor, (reason is not None, look))
         if (skipped := self.finite.skips(result, where)) is not None:
             log.warning("%s", skipped)
             self.audit += Audit(skipped=sum(batch.impressions for batch in step.micro_batches))
         else:
             self.audit += Audit.of(step.micro_batches)
-        stop, looks = result.signals
+        stop, looks = result.votes
         if looks:
             self._looked = time.monotonic()
-        announced = self.surroundings.preemption() if looks else None
+        announced = self.hooks.preemption() if looks else None
         preempted = announced not in (None, self._announced)  # the same one is told until the node goes
         if preempted:
             self._announced = announced
@@ -242,7 +245,7 @@ class Trainer:
         return f"rank {self.topology.rank}, step {self.controller.step + ahead}, stage {self.controller.stage.name}"
 
     def _doing(self, what: Callable[[], str]) -> None:
-        self.surroundings.doing(self.controller.step, lambda: f"{what()} ({self._where()})")
+        self.hooks.doing(self.controller.step, lambda: f"{what()} ({self._where()})")
 
     def _during(self, what: str) -> AbstractContextManager[None]:
         """Failures between two steps are told with what was done."""
@@ -255,6 +258,14 @@ class Trainer:
             return step.micro_batches
         missing = all_max(len(step.micro_batches), self.topology) - len(step.micro_batches)
         return [*step.micro_batches, *[step.filler] * missing]
+
+    def _drawn(self, engine: Engine, batches: list[Batch], stage: StageSpec, impressions: int) -> tuple[list[Batch], int]:
+        """The batches with what the objective draws at random, and what its loss is a mean over in the global batch."""
+        key = int(mix64(np.array([self.controller.step]), self.spec.seed)[0] >> 1)
+        drawn = [engine.model.drawn(batch, stage.learns, key) for batch in batches]
+        if stage.objective == "click":  # known to every rank by the order of the sequences
+            return drawn, impressions
+        return drawn, max(1, int(all_sum([sum(batch.units or 0 for batch in drawn)], self.topology)[0]))
 
     def _engine_for(self, stage: StageSpec) -> Engine:
         """The engine of this stage; a new one, on a model built anew, where what is trained changes.
@@ -270,7 +281,7 @@ class Trainer:
             self.engine.destroy()
             self.engine = None  # or two models would be held at a time
             gc.collect()
-        model = build_model(self.spec.model, self.vocabulary, self.spec.seed, self.progress.precision)
+        model = self.family.build(self.spec.model, self.facts, self.spec.seed, self.progress.precision)
         load_parameters(model, self.progress.parameters)
         model.to(self.topology.device).train()
         self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state)
@@ -302,7 +313,7 @@ class Trainer:
     def _capacity(self, stage: StageSpec, engine: Engine) -> int:
         """Tokens of a micro-batch, the same on all ranks: what the rank with the least memory can hold."""
         batch = self.source.build(self.source.some())
-        forward = lambda batch: engine.forward(batch, stage.readout)[0]  # noqa: E731
+        forward = lambda batch: engine.forward(batch, stage.learns).loss  # noqa: E731
         own = tokens_within(engine.model, forward, batch, self.spec.train.memory_gib)
         tokens = -all_max(-own, self.topology)
         log.info("micro-batches of %d tokens fit into the memory of a worker", tokens)
@@ -324,7 +335,7 @@ class Trainer:
         if self.probed is None:
             self.probed = probe_batch(self.dataset, "valid", self.layout).to(self.topology.device)
         with _evaluating(engine):
-            return probe(engine.forward, engine.model, self.probed, stage.readout)
+            return engine.model.look(self.probed, stage.learns, engine.forward)
 
     def _report(self, stage: StageSpec, row: dict[str, float], pace: Pace) -> None:
         last = self.controller.last_step
@@ -377,21 +388,21 @@ class Trainer:
             )
 
 
-def _forward(engine: Engine, stage: StageSpec) -> Callable[[Batch], torch.Tensor]:
-    return lambda batch: engine.forward(batch, stage.readout)[1]
+def _forward(engine: Engine, stage: StageSpec) -> Callable[[Batch], Out]:
+    return lambda batch: engine.forward(batch, stage.learns)
 
 
 @contextmanager
 def _evaluating(engine: Engine) -> Generator[None, None, None]:
     """Without dropout; back to training afterwards."""
-    engine.engine.eval()
+    engine.deepspeed.eval()
     try:
         yield
     finally:
-        engine.engine.train()
+        engine.deepspeed.train()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step: no generator state has to be saved, and any step can be repeated."""
-    key = int(mix64(torch.tensor([step]).numpy(), seed, rank)[0] >> 1)
+    key = int(mix64(np.array([step]), seed, rank)[0] >> 1)
     torch.manual_seed(key)

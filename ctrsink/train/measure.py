@@ -17,7 +17,7 @@ def evaluate_run(run_dir: str, splits: tuple[Split, ...], step: int | None = Non
     """
     run = restore_run(run_dir, step)
     spec = run.spec.evaluate.model_copy(update={"splits": splits})
-    forward = lambda batch: run.model(batch, run.readout)[1]  # noqa: E731
+    forward = lambda batch: run.model(batch, run.objective)  # noqa: E731
     try:
         return evaluate_splits(forward, run.dataset, run.layout, spec, run_dir, run.checkpoint.step, Topology())
     except Diverged as error:

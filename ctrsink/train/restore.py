@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
-from ctrsink.config import ReadoutSpec, RunSpec
+from ctrsink.config import RunSpec
+from ctrsink.config.stages import Objective
 from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
-from ctrsink.families.decoder.build import build_model, load_parameters
-from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.facts import Facts, facts_of
+from ctrsink.families.parameters import load_parameters
+from ctrsink.families.protocol import CTRModule
+from ctrsink.families.registry import family_of, source_of
 from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.run.folder import identities, read_run
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, Step, find_checkpoint, require_data
 from ctrsink.train.stages import StageController
 
@@ -23,9 +25,10 @@ class TrainedRun:
     dataset: Dataset
     layout: Layout
     checkpoint: Checkpoint
-    model: CTRModel
+    facts: Facts
+    model: CTRModule
     """In evaluation mode; LoRA not merged."""
-    readout: ReadoutSpec
+    objective: Objective
     """That of the stage which made the checkpoint."""
 
 
@@ -41,13 +44,13 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     checkpoint = find_checkpoint(run_dir, step)
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
-    layout = Layout.of(spec.data, spec.model, dataset.manifest)
-    # Wherever the run trained, this is the backend that every device has.
-    portable = spec.model.model_copy(update={"attention": "sdpa"})
+    family = family_of(spec.model.family)
+    layout = family.layout(spec.data, spec.model, dataset.manifest)
+    facts = facts_of(dataset.manifest, len(load_tokenizer(spec.data.uri)))
     precision = checkpoint.precision or spec.train.precision  # frozen weights were rounded to it
-    model = build_model(portable, len(load_tokenizer(spec.data.uri)), spec.seed, precision).float()
+    model = family.build(family.portable(spec.model), facts, spec.seed, precision).float()
     model.mixed_precision = False
     load_parameters(model, checkpoint.parameters)
-    controller = StageController(spec, sum(SequenceSource(dataset, "train", layout).per_shard))
+    controller = StageController(spec, sum(source_of(dataset, "train", layout).per_shard))
     controller.load_state_dict(checkpoint.controller)
-    return TrainedRun(spec, dataset, layout, checkpoint, model.eval(), controller.stage.readout)
+    return TrainedRun(spec, dataset, layout, checkpoint, facts, model.eval(), controller.stage.learns)

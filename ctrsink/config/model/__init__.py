@@ -10,11 +10,15 @@ from ctrsink.config.model.family import FamilySpec
 from ctrsink.config.model.told import TargetSpec
 
 
+FIRST_FAMILY = "decoder"
+"""That of a section which names none."""
+
+
 def _family(value: Any) -> Any:
     """The family that a section names; the first of them where it names none."""
     if isinstance(value, BaseModel):
         return getattr(value, "family", None)
-    return value.get("family", "decoder") if isinstance(value, dict) else "decoder"
+    return value.get("family", FIRST_FAMILY) if isinstance(value, dict) else FIRST_FAMILY
 
 
 ModelSpec = Annotated[
@@ -22,4 +26,4 @@ ModelSpec = Annotated[
     Discriminator(_family),
 ]
 
-__all__ = ["BackboneSpec", "BiasSpec", "DecoderSpec", "DinSpec", "FamilySpec", "LoraSpec", "ModelSpec", "SinkSpec", "TargetSpec"]
+__all__ = ["FIRST_FAMILY", "BackboneSpec", "BiasSpec", "DecoderSpec", "DinSpec", "FamilySpec", "LoraSpec", "ModelSpec", "SinkSpec", "TargetSpec"]

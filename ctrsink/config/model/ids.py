@@ -21,7 +21,7 @@ class IdsSpec(FamilySpec):
     target: tuple[SignalName, ...] = ("item_id", "item_mean", "item_count", "expected", "user_res", "user_count")
     """Signals of each target."""
     rows: int = Field(default=10_000, ge=2)
-    """Rows of the embedding table of each id and of each hashed column; two values may share one. Row 0 is for what is unknown."""
+    """Rows of the embedding table of each id and of each hashed column; two values may share one. Row 0 is for the unknown."""
     buckets: int = Field(default=100, ge=2)
     """Rows of the embedding table of each signal that is a bucket."""
     embedding_size: int = Field(default=32, ge=1)

@@ -68,9 +68,9 @@ def attach(layers: list[nn.Module], biases: nn.ModuleList) -> None:
 
 def _compute_table(bias: InterSinkBias, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given: AttentionInputs | None = kwargs.get("attention_inputs")
-    if given is None:  # the layer above drops keywords: CTRModel finds that the plan was not followed
+    if given is None:  # the layer above drops keywords: CTRModel finds that the inputs were not followed
         return
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    sinks, hidden = given.packed.sinks, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     # Slots that are not valid point anywhere: without causal order they take part, but must not bring in other sequences.
-    states = hidden[0][given.packed_sinks].masked_fill(~given.sink_valid[..., None], 0.0)
-    given.tables[layer_index(module)] = bias(states, given.sink_valid, given.window)
+    states = hidden[0][sinks.padded].masked_fill(~sinks.valid[..., None], 0.0)
+    given.tables[layer_index(module)] = bias(states, sinks.valid, given.window)

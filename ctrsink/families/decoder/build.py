@@ -1,4 +1,4 @@
-"""From a ModelSpec to a CTRModel: backbone from a hub id, a folder or a configuration; LoRA; everything from one seed."""
+"""From a DecoderSpec to a CTRModel: backbone from a hub id, a folder or a configuration; LoRA; everything from one seed."""
 
 import warnings
 from typing import Any
@@ -10,18 +10,18 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from ctrsink.config.model import LoraSpec, ModelSpec
+from ctrsink.config.model import DecoderSpec, LoraSpec
 from ctrsink.errors import InputError, did_you_mean, first_line
 from ctrsink.families.decoder.model import BACKENDS, CTRModel, decoder_layers
 from ctrsink.families.decoder.supported import check_config, check_flex, check_layers, guard_length
+from ctrsink.families.parameters import DTYPES
 
 _TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
 _COMMON_FIELDS = frozenset({"head_dim", "rope_theta", "rope_scaling"})  # understood also where a configuration does not list them
 _MOST_PARAMETERS = 10**13
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "fp32") -> CTRModel:
+def build_model(spec: DecoderSpec, vocabulary: int, seed: int, precision: str = "fp32") -> CTRModel:
     """A CTRModel whose every random weight comes from `seed`, so that all ranks and all restarts build the same one.
 
     Args:
@@ -49,7 +49,7 @@ def build_model(spec: ModelSpec, vocabulary: int, seed: int, precision: str = "f
     return model
 
 
-def check_model(spec: ModelSpec, vocabulary: int) -> None:
+def check_model(spec: DecoderSpec, vocabulary: int) -> None:
     """Build the model that `spec` describes without its memory, to refuse now what would fail in a worker.
 
     A backbone from `path` is not looked at: its configuration was good for those who trained it.
@@ -84,7 +84,7 @@ def check_model(spec: ModelSpec, vocabulary: int) -> None:
         )
 
 
-def backbone_config(spec: ModelSpec, vocabulary: int) -> PretrainedConfig:
+def backbone_config(spec: DecoderSpec, vocabulary: int) -> PretrainedConfig:
     """The configuration of the backbone, before any weight is made or read.
 
     Raises:
@@ -109,7 +109,7 @@ def backbone_config(spec: ModelSpec, vocabulary: int) -> PretrainedConfig:
     return config
 
 
-def _backbone(spec: ModelSpec, vocabulary: int, dtype: torch.dtype) -> Any:
+def _backbone(spec: DecoderSpec, vocabulary: int, dtype: torch.dtype) -> Any:
     source, config = spec.backbone, backbone_config(spec, vocabulary)
     if source.config is not None:
         try:
@@ -189,17 +189,3 @@ def linear_layers(backbone: nn.Module) -> list[str]:
     """Names of the linear layers of a decoder layer, `q_proj` and so on, in their order; Phi-3 has `qkv_proj` instead."""
     modules = (pair for layer in decoder_layers(backbone) for pair in layer.named_modules())
     return list(dict.fromkeys(name.split(".")[-1] for name, module in modules if isinstance(module, nn.Linear)))
-
-
-def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Put checkpointed values into `model`, in fp32.
-
-    Raises:
-        InputError: a name does not exist there, or has another shape.
-    """
-    named = dict(model.named_parameters())
-    for name, value in parameters.items():
-        if name not in named or named[name].shape != value.shape:
-            found = tuple(named[name].shape) if name in named else "absent"
-            raise InputError(f"the checkpoint does not fit the model: {name} is {tuple(value.shape)} there and {found} here")
-        named[name].data = value.clone()

@@ -1,5 +1,6 @@
 """CTRModel: a decoder backbone with sinks, inter-sink bias and a click head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,24 +8,32 @@ from torch import nn
 from torch.nn import functional
 
 from ctrsink.attention import blocks, flex, sdpa
-from ctrsink.attention.inputs import Watch
-from ctrsink.config.model import ModelSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.attention.inputs import AttentionInputs, Watch
+from ctrsink.attention.packed import Packed
+from ctrsink.config.model import DecoderSpec
+from ctrsink.config.stages import Objective
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.bias import InterSinkBias, attach
+from ctrsink.families.decoder.cost import flop_count
+from ctrsink.families.decoder.embeddings import SignalEmbedding, Table, token_scale
+from ctrsink.families.decoder.groups import group_of, trained_as
 from ctrsink.families.decoder.head import ClickHead, JointHead
+from ctrsink.families.decoder.look import gammas_and_shares
 from ctrsink.families.decoder.readout import read
-from ctrsink.families.decoder.similarity import SimilarityBias
+from ctrsink.families.decoder.shares import watched
+from ctrsink.families.decoder.similarity import SimilarityBias, similarity_of
 from ctrsink.families.decoder.temporal import TemporalBias
-from ctrsink.families.embeddings import SignalEmbedding, Table, token_scale
+from ctrsink.families.protocol import CTRModule, Flops, Out
 from ctrsink.features.registry import SIGNALS, signal
 from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.columns import TARGETS
 
+LAYER = 24  # states of a token that a layer holds while it computes, about: projections, attention, the gated MLP
 BACKENDS = {"sdpa": sdpa.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
 
 
-class CTRModel(nn.Module):
+class CTRModel(CTRModule):
     """Click probabilities of the targets in a Batch (CTR-Sink, arXiv 2508.03668).
 
     Args:
@@ -32,13 +41,11 @@ class CTRModel(nn.Module):
         spec: which sinks and bias it carries.
     """
 
-    def __init__(self, backbone: nn.Module, spec: ModelSpec) -> None:
+    def __init__(self, backbone: nn.Module, spec: DecoderSpec) -> None:
         super().__init__()
         config: Any = backbone.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         hidden, heads = config.hidden_size, config.num_attention_heads
         self.backbone = backbone
-        self.mixed_precision = False
-        """Matrix products in bfloat16 whatever the weights are held in."""
         self.head = ClickHead(hidden)
         self.sinks = self.target = None
         self.biases = nn.ModuleList()
@@ -74,65 +81,102 @@ class CTRModel(nn.Module):
         """Told of every layer's attention while it is set."""
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Input vectors [B, L, D]: token embeddings, sinks, and at a target's last token what it is told beside."""
-        tokens = self.backbone.get_input_embeddings()(batch.input_ids)  # pyright: ignore[reportCallIssue]
+        """Input vectors [N, D]: token embeddings, sinks, and at a target's last token what it is told beside."""
+        read = batch.inputs
+        tokens = self.backbone.get_input_embeddings()(read["input_ids"])  # pyright: ignore[reportCallIssue]
         if self.sinks is not None:
-            index = batch.sink_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
-            tokens = tokens.scatter(1, index, self.sinks(batch.signals, batch.sink_numbers).to(tokens.dtype))
+            vectors = self.sinks(read["signals"], read["sink_numbers"])
+            tokens = tokens.index_copy(0, read["sink_positions"], vectors.to(tokens.dtype))
         if self.target is not None:
-            index = batch.asked_positions[:, :, None].expand(-1, -1, tokens.shape[-1])
-            told = self.target(batch.asked_signals, batch.asked_numbers) * batch.asked_valid[:, :, None]
-            tokens = tokens.scatter_add(1, index, told.to(tokens.dtype))
+            told = self.target(read["asked_signals"], read["asked_numbers"])
+            tokens = tokens.index_add(0, read["asked_positions"], told.to(tokens.dtype))
         return tokens
 
-    def _asked_biases(self, batch: Batch) -> list[torch.Tensor]:
+    def _asked_biases(self, batch: Batch, packed: Packed) -> list[torch.Tensor]:
         """What each layer adds to the logits of those asked at sinks, [B, H, M, K]; none where the model has nothing to add."""
-        found = [bias(batch.asked_times, batch.sink_times) for bias in self.temporal]
-        # Without a single sink in what was built together no similarity was either.
-        slots = (*batch.asked_valid.shape, batch.sink_valid.shape[1])
-        known = batch.similarity if batch.similarity.shape[2] else batch.similarity.new_zeros(slots)
-        similar = [bias(known) for bias in self.similarity]
+        found = similar = []
+        if self.temporal:
+            sides = (("asked_times", packed.asked), ("sink_times", packed.sinks))
+            asked, seen = (of.axis.pad(batch.inputs[name], of.width) for name, of in sides)
+            found = [bias(asked, seen) for bias in self.temporal]
+        if self.similarity:
+            known = similarity_of(batch, packed)
+            similar = [bias(known) for bias in self.similarity]
         return [sum(pair) for pair in zip(found, similar, strict=True)] if found and similar else found or similar  # pyright: ignore[reportReturnType]
 
-    def hidden_states(self, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
-        """States after the final norm, [B, L, D].
+    def hidden_states(self, batch: Batch, packed: Packed, objective: Objective) -> torch.Tensor:
+        """States after the final norm, [N, D].
 
         Raises:
-            RuntimeError: the backbone did not pass the attention plan on to its attention.
+            RuntimeError: the backbone did not pass the attention's inputs on to it.
         """
-        sinks_only = readout.through_sinks
-        if self.attention == "flex":
-            plan = flex.inputs(batch, sinks_only, self.window)
-        elif self.attention == "blocks":
-            plan = blocks.inputs(batch, sinks_only, self.window)
-        else:
-            plan = sdpa.inputs(batch, sinks_only, self.window, bool(self.temporal or self.similarity))
-        plan.watch = self.watch
-        plan.at_asked.update(enumerate(self._asked_biases(batch)))
+        given = self._inputs(packed, objective.readout.through_sinks)
+        given.watch = self.watch
+        given.at_asked.update(enumerate(self._asked_biases(batch, packed)))
         out = self.backbone(
-            inputs_embeds=plan.packing.pack(self.embed(batch))[None],
+            inputs_embeds=self.embed(batch)[None],
             attention_mask=None,
-            position_ids=plan.packing.pack(batch.position_ids)[None],
+            position_ids=batch.inputs["position_ids"][None],
             use_cache=False,
-            attention_inputs=plan,
+            attention_inputs=given,
         )
-        if len(plan.followed) != self.layers:
+        if len(given.followed) != self.layers:
             raise RuntimeError(
-                f"the attention of {self.layers - len(plan.followed)} of {self.layers} layers knew nothing of sinks and of where "
-                f"sequences end: {type(self.backbone).__name__} does not pass keywords on to it, or has another backend"
+                f"the attention of {self.layers - len(given.followed)} of {self.layers} layers knew nothing of sinks and of "
+                f"where sequences end: {type(self.backbone).__name__} does not pass keywords on to it, or has another backend"
             )
-        return plan.packing.unpack(out.last_hidden_state[0])
+        return out.last_hidden_state[0]
 
-    def forward(self, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (sum of the log losses of the valid targets, logits [B, T]), both in fp32."""
+    def _inputs(self, packed: Packed, sinks_only: bool) -> AttentionInputs:
+        if self.attention == "flex":
+            return flex.inputs(packed, sinks_only, self.window)
+        if self.attention == "blocks":
+            return blocks.inputs(packed, sinks_only, self.window)
+        return sdpa.inputs(packed, sinks_only, self.window, bool(self.temporal or self.similarity))
+
+    def forward(self, batch: Batch, objective: Objective) -> Out:
+        targets = batch.targets
         # In here and not around the call: DeepSpeed switches off whatever autocast surrounds it.
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            states = read(self.hidden_states(batch, readout), batch, readout)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            packed = Packed.of(batch)
+            states = self.hidden_states(batch, packed, objective)
+            states = read(states, packed, batch.inputs["readout_positions"], batch.axes[TARGETS], objective.readout)
         # Under autocast the head's matrix product would round logits to bfloat16's three digits, and make ties of them.
         with torch.autocast(states.device.type, enabled=False):
-            logits = self.head(states.float(), batch.readout_numbers) + batch.base
-        losses = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-        return (losses * batch.readout_valid).sum(), logits
+            logits = self.head(states.float(), batch.inputs["readout_numbers"]) + batch.inputs["base"]
+        losses = functional.binary_cross_entropy_with_logits(logits, targets.labels, reduction="none")
+        return Out((losses * targets.counted).sum(), logits)
+
+    def group_of(self, name: str) -> str:
+        return group_of(name)
+
+    def trained_as(self, name: str, trainable: tuple[str, ...]) -> str | None:
+        return trained_as(name, trainable)
+
+    def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
+        return flop_count(self, objective.readout.through_sinks)
+
+    def look(self, batch: Batch, objective: Objective, forward: Callable[[Batch, Objective], Any]) -> dict[str, float]:
+        return gammas_and_shares(self, batch, objective, forward)
+
+    def paid(self, batch: Batch, objective: Objective) -> torch.Tensor | None:
+        with torch.inference_mode(), watched(self, batch, objective) as share:
+            self(batch, objective)
+        if share.paid is None:
+            return None
+        return share.paid[0, batch.axes["asked"].longest - 1, : batch.axes["sinks"].longest]
+
+    def hidden_bytes(self, tokens: int) -> int:
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.modules())
+        # Checkpointed layers keep what enters them, out of sight of the hooks; one at a time is computed again.
+        return self._state_bytes(tokens) * (self.layers + LAYER) if checkpointed else 0
+
+    def least_bytes(self, tokens: int) -> int:
+        return LAYER * self._state_bytes(tokens)
+
+    def _state_bytes(self, tokens: int) -> int:
+        """Of one state of every token, for any head."""
+        return 4 * tokens * self.head.norm.normalized_shape[0]
 
 
 def decoder_layers(backbone: nn.Module) -> list[nn.Module]:

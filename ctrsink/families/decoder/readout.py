@@ -2,26 +2,33 @@
 
 import torch
 
+from ctrsink.attention.kinds import PAD, SINK
+from ctrsink.attention.packed import Packed, Padded
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.sequences.batch import PAD, SINK, Batch
+from ctrsink.sequences.batch import Axis
 
 
-def read(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
-    """States [B, L, D] -> one vector per readout slot [B, T, D].
+def read(hidden: torch.Tensor, packed: Packed, positions: torch.Tensor, targets: Axis, readout: ReadoutSpec) -> torch.Tensor:
+    """States [N, D] -> one vector per target [T, D].
 
     `attend` takes the state at the target's last token. `pool` takes the mean over what the readout is `over`, up to the target;
     the target's own last token is always a member, because the target follows its history and no earlier state knows of it.
+
+    Args:
+        positions: int64 [T]; last text position of each target, in the packed row.
     """
-    index = batch.readout_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-    own = hidden.gather(1, index)
     if readout.form == "attend":
-        return own
-    last = batch.readout_positions[:, :, None]
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    member = (batch.kinds == SINK if readout.over == "sinks" else batch.kinds != PAD)[:, None, :] & (columns < last)
+        return hidden.index_select(0, positions)
+    of, width = Padded.of(packed), max(1, targets.longest)
+    length = of.kinds.shape[1]
+    own = positions - packed.sequences.offsets[targets.owner]
+    last = targets.pad(own, width, length - 1)[:, :, None]
+    columns = torch.arange(length, device=hidden.device)
+    member = (of.kinds == SINK if readout.over == "sinks" else of.kinds != PAD)[:, None, :] & (columns < last)
     # Of targets that share a history each counts its own text only.
-    event = batch.event_ids[:, None, :]
-    member &= ~batch.candidate[:, None, :] | (event == event.transpose(1, 2).gather(1, last))
+    event = of.events[:, None, :]
+    member &= ~of.candidate[:, None, :] | (event == event.transpose(1, 2).gather(1, last))
     wide = torch.promote_types(hidden.dtype, torch.float32)  # long sums and counts do not fit bfloat16
     weight = (member | (columns == last)).to(wide)
-    return weight @ hidden.to(wide) / weight.sum(-1, keepdim=True)
+    mean = weight @ packed.sequences.pad(hidden, length).to(wide) / weight.sum(-1, keepdim=True)
+    return targets.pack(mean)

@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+from ctrsink.attention.packed import Packed
+from ctrsink.sequences.batch import Batch
+
 STRENGTH = 10.0  # similarities are small numbers: most lie within 0.1
 
 
@@ -19,3 +22,12 @@ class SimilarityBias(nn.Module):
     def forward(self, similarity: torch.Tensor) -> torch.Tensor:
         """[B, T, K] -> [B, H, T, K]."""
         return STRENGTH * similarity[:, None] * self.slope[:, None, None]
+
+
+def similarity_of(batch: Batch, packed: Packed) -> torch.Tensor:
+    """Of each event asked and each sink of its sequence, [B, M, K]; 0 where there is none, or nothing is known."""
+    pairs, asked, sinks = batch.axes["pairs"], packed.asked, packed.sinks
+    seen = sinks.axis.offsets.diff()[pairs.owner].clamp(min=1)  # where a sequence has pairs it has sinks
+    slot = (pairs.owner * asked.width + pairs.place // seen) * sinks.width + pairs.place % seen
+    empty = torch.zeros(len(asked.axis.lengths) * asked.width * sinks.width, device=slot.device)
+    return empty.index_copy(0, slot, batch.inputs["similarity"]).view(-1, asked.width, sinks.width)

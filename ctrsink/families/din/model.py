@@ -6,9 +6,10 @@ import torch
 
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.stages import Objective
+from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import EventEmbedding
 from ctrsink.families.ids.module import IdsModule, linear_flops, mlp, seen_pairs
-from ctrsink.families.protocol import Facts, Flops
+from ctrsink.families.protocol import Flops
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS
 

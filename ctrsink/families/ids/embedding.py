@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ctrsink.config.model.ids import IdsSpec
-from ctrsink.families.protocol import Facts
+from ctrsink.families.facts import Facts
 from ctrsink.features.registry import of_kind, signal
 
 

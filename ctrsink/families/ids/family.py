@@ -7,15 +7,19 @@ from typing import Any
 from ctrsink.config import RunSpec
 from ctrsink.config.data import DataSpec
 from ctrsink.config.model.ids import IdsSpec
+from ctrsink.config.stages import Objective
 from ctrsink.dataset.layout import Layout, require_signals, scales_of
 from ctrsink.dataset.manifest import Manifest
-from ctrsink.families.protocol import CTRModule, Facts, Wording
+from ctrsink.families.facts import Facts, Wording, facts_of
+from ctrsink.families.protocol import CTRModule
 from ctrsink.features.registry import of_kind
 from ctrsink.sequences import behaviours
+from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
 
 log = logging.getLogger("ctrsink.train")
+TARGET_NUMBERS = ("target_numbers",)
 
 
 def layout(data: DataSpec, model: IdsSpec, manifest: Manifest) -> Layout:
@@ -57,7 +61,7 @@ def check(run: RunSpec, manifest: Manifest, vocabulary: Callable[[], int]) -> Fa
             "model.rows %d: some of the %d items of %s share an embedding of item_id; from rows %d on none does",
             model.rows, manifest.item_count, run.data.uri, manifest.item_count + 1,
         )  # fmt: skip
-    return Facts(vocabulary(), manifest.item_count, len(manifest.feedback_texts))
+    return facts_of(manifest, vocabulary())
 
 
 def portable(model: IdsSpec) -> IdsSpec:
@@ -68,6 +72,17 @@ def portable(model: IdsSpec) -> IdsSpec:
 def merged(module: CTRModule, model: IdsSpec) -> tuple[dict[str, Any], int]:
     """See Family.merged."""
     return model.model_dump(mode="json"), 0
+
+
+def looked(module: Any, untrained: Callable[[], CTRModule], batches: list[Batch], objective: Objective) -> dict[str, Any]:
+    """See Family.looked: nothing but what all families show."""
+    return {}
+
+
+def described(module: CTRModule, model: IdsSpec, layout: Layout) -> list[str]:
+    """See Family.described."""
+    title = " ".join((type(model).__doc__ or "").split())
+    return [title, f"Behaviours are {', '.join(model.behaviours)}; targets {', '.join(model.target)}."]
 
 
 def narrowed(name: str) -> bool:

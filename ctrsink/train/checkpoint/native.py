@@ -153,7 +153,7 @@ def load_native(engine: Engine, shards: Shards) -> None:
     checkpoint, topology = shards.checkpoint, engine.topology
     same_groups = checkpoint.steps.keys() == engine.steps().keys()
     if not shards.whole and same_groups:
-        path, _ = engine.engine.load_checkpoint(str(shards.local), tag=SHARDS, load_module_strict=False)
+        path, _ = engine.deepspeed.load_checkpoint(str(shards.local), tag=SHARDS, load_module_strict=False)
         _agree(None if path else RunError(f"DeepSpeed found nothing in {shards.local}"), "could not load its shards", topology)
         if engine.zero_stage < 3:  # its views of the moments, by parameter, are still those of the state that was replaced
             engine.optimizer._hp_optimizer_states_linked = False
@@ -221,8 +221,8 @@ def _write_shards(engine: Engine, uri: str) -> dict[str, dict[str, Any]]:
     """This rank's shards, put at `uri`; returns their entries in the marker."""
     with tempfile.TemporaryDirectory(prefix="ctrsink-shards-") as temporary:
         # Without `latest`, which is not written atomically; what is frozen comes again from the seed or the backbone's folder.
-        with _late(engine.engine.checkpoint_engine) as failed:
-            engine.engine.save_checkpoint(temporary, tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+        with _late(engine.deepspeed.checkpoint_engine) as failed:
+            engine.deepspeed.save_checkpoint(temporary, tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
         if failed:
             raise RunError(f"{temporary}: {first_line(failed[0])}; the node's temporary folder must hold this rank's shards")
         folder = Path(temporary) / SHARDS

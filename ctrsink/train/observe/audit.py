@@ -37,8 +37,8 @@ class Audit:
         """The impressions of these batches."""
         out = cls()
         for batch in batches:
-            # Row of the user in the data set's index, number of the event: [n, 2].
-            user, event = batch.targets[batch.readout_valid].numpy().astype(np.uint64).T
+            of = batch.targets
+            user, event = (rows[of.counted].numpy().astype(np.uint64) for rows in (of.users, of.events))
             with np.errstate(over="ignore"):
                 checksum = int(mix64(user << np.uint64(32) | event, 0).sum(dtype=np.uint64))
             out += cls(batch.impressions, checksum)

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ctrsink import storage, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.errors import InputError, RunError
-from ctrsink.families.decoder.cost import FlopCount
+from ctrsink.families.protocol import Flops
 from ctrsink.run.folder import BOARD_NAME, METRICS_NAME, flatten
 from ctrsink.sequences.batch import Batch
 from ctrsink.train.observe.mlflow_run import MlflowRun
@@ -29,7 +29,7 @@ class Telemetry:
     Args:
         spec: the run; its folder is local or s3://.
         step: optimiser steps that the run continues from; rows of later steps, written before it was cut off, are dropped.
-        gauges: see Surroundings.
+        gauges: see HostHooks.
 
     Raises:
         InputError: MLflow is asked for and not installed.
@@ -123,12 +123,11 @@ class Pace:
     """Rates since the last report: impressions/s, tokens/s, TFLOP/s, share of time that waited for data.
 
     Args:
-        flops: what the model needs, with what is trained now.
-        sinks_only: as in `ctrsink.attention.rule_dense.visible`.
+        flops: counts what the model needs for a batch, with what is trained now.
     """
 
-    def __init__(self, flops: FlopCount, sinks_only: bool) -> None:
-        self._count, self._sinks_only = flops, sinks_only
+    def __init__(self, flops: Callable[[Batch], Flops]) -> None:
+        self._count = flops
         self._begin()
 
     def _begin(self) -> None:
@@ -141,7 +140,7 @@ class Pace:
         """One optimiser step: impressions of the whole global batch; micro-batches and seconds of waiting of this rank."""
         self._impressions += impressions
         self._tokens += sum(batch.tokens for batch in micro_batches)
-        self._flops += sum(self._count.step(batch, self._sinks_only).total for batch in micro_batches)
+        self._flops += sum(self._count(batch).total for batch in micro_batches)
         self._waited += waited
         self._steps += 1
 

@@ -4,10 +4,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ctrsink.config import RunSpec
+from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import Manifest, ShardEntry, Split
 from ctrsink.dataset.reader import Dataset
-from ctrsink.stream.stream import BUILT_AT_ONCE, SequenceSource
+from ctrsink.families.registry import source_of
+from ctrsink.stream.stream import BUILT_AT_ONCE
+
+
+def foreseen(run: RunSpec, layout: Layout, manifest: Manifest, limit: int | None) -> int | None:
+    """Build the sequences of a run that may be wrong; positions of the first that has more than `limit`, None where none has.
+
+    Args:
+        limit: of families whose sequences are text; None for any number.
+
+    Raises:
+        InputError: a sequence would show an impression the answers of its own request.
+    """
+    shards = suspects(manifest, layout, limit)
+    if not shards:
+        return None
+    dataset = Dataset(run.data.uri, 2, Cache.of(run.data.cache))
+    measured = run.evaluate.splits if run.evaluate.max_sequences is None else ()
+    return longer_than(limit, dataset, layout, sorted({"train", *measured}), shards)
 
 
 def suspects(manifest: Manifest, layout: Layout, limit: int | None) -> list[int]:
@@ -48,14 +68,14 @@ def longer_than(limit: int | None, dataset: Dataset, layout: Layout, splits: Seq
         splits: of all but train only the newest part is looked at.
 
     Raises:
-        InputError: a sequence cannot be built, see build_sequences.
+        InputError: a sequence cannot be built, see Family.encode.
     """
     for split in splits:
-        source = SequenceSource(dataset, split, layout, newest=split != "train")
+        source = source_of(dataset, split, layout, newest=split != "train")
         ends = np.cumsum(source.per_shard)
         for number in shards:
             for first in range(ends[number] - source.per_shard[number], ends[number], BUILT_AT_ONCE):
-                longest = source.longest(np.arange(first, min(first + BUILT_AT_ONCE, ends[number])))
-                if limit is not None and longest > limit:
+                found = source.sequences(np.arange(first, min(first + BUILT_AT_ONCE, ends[number])))
+                if limit is not None and (longest := int(found.columns["position_ids"].max()) + 1) > limit:
                     return longest
     return None

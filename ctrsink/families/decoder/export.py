@@ -1,0 +1,68 @@
+"""What is left of a decoder when LoRA is merged and its backbone is described by its configuration."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+from ctrsink.attention import sdpa
+from ctrsink.config.model import DecoderSpec
+from ctrsink.dataset.layout import Layout
+from ctrsink.errors import InputError
+from ctrsink.families.decoder.merge import merge_lora
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.decoder.supported import guard_length
+from ctrsink.families.protocol import CTRModule
+
+
+def merged(module: CTRModule, model: DecoderSpec) -> tuple[dict[str, Any], int]:
+    """Merge LoRA in place; the section of the model that is left, and layers merged.
+
+    Raises:
+        InputError: the architecture is none of transformers' own.
+        RunError: an adapter holds values that are not finite.
+    """
+    assert isinstance(module, CTRModel)
+    config: Any = module.backbone.config
+    fields: dict[str, Any] = config.to_dict()
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise InputError(
+            f"model.backbone: transformers itself has no architecture {fields['model_type']}, so it cannot be exported"
+        )
+    layers = merge_lora(module)
+    # Where the weights came from is a path of this machine, and their type is that of the exported model.
+    for key in ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype"):
+        fields.pop(key, None)
+    plain = model.model_dump(mode="json") | {"backbone": {"config": fields}, "lora": None, "attention": "sdpa"}
+    return plain | {"trust_remote_code": False, "gradient_checkpointing": False}, layers
+
+
+def rebuilt(plain: dict[str, Any]) -> CTRModel:
+    """The model of such a section, before it has its weights."""
+    model = DecoderSpec.model_validate(plain)
+    fields = dict(model.backbone.config or {})
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    backbone = AutoModel.from_config(config, attn_implementation=sdpa.BACKEND)
+    guard_length(backbone)
+    return CTRModel(backbone, model)
+
+
+def described(module: CTRModule, model: DecoderSpec, layout: Layout) -> list[str]:
+    """Sentences for the model card."""
+    assert isinstance(module, CTRModel)
+    backbone: Any = module.backbone
+    source = model.backbone
+    origin = "trained from random weights" if source.path is None else f"from `{source.path.rstrip('/').rsplit('/', 1)[-1]}`"
+    parts = [f"A decoder ({backbone.config.model_type}, {origin}) that predicts clicks from a user's history as text."]
+    if model.sinks is not None:
+        bias = f", inter-sink bias in {len(module.biases)} layers" if module.biases else ""
+        parts.append(f"CTR-Sink (arXiv 2508.03668): a sink after each behaviour, signals {', '.join(model.sinks.signals)}{bias}.")
+    if model.target is not None:
+        parts.append(f"Targets are told {', '.join(model.target.signals)}.")
+    if model.similarity is not None:
+        of = {"neighbours": "what users thought of both", "vectors": "their texts"}[model.similarity]
+        parts.append(f"Targets look for the sinks of items that are similar by {of}.")
+    if layout.text_history is not None:
+        parts.append(f"Of the behaviours before a target's sequence the latest {layout.text_history} have a text.")
+    if model.lora is not None:
+        parts.append(f"LoRA of rank {model.lora.rank} was merged into the weights in fp32.")
+    return parts

@@ -1,0 +1,32 @@
+"""Parameters of a model of any family: values put in, groups frozen."""
+
+import torch
+from torch import nn
+
+from ctrsink.errors import InputError
+from ctrsink.families.protocol import CTRModule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    """Put checkpointed values into `model`, in fp32.
+
+    Raises:
+        InputError: a name does not exist there, or has another shape.
+    """
+    named = dict(model.named_parameters())
+    for name, value in parameters.items():
+        if name not in named or named[name].shape != value.shape:
+            found = tuple(named[name].shape) if name in named else "absent"
+            raise InputError(f"the checkpoint does not fit the model: {name} is {tuple(value.shape)} there and {found} here")
+        named[name].data = value.clone()
+
+
+def set_trainable(model: CTRModule, trainable: tuple[str, ...]) -> None:
+    """Freeze everything else; what is trained is held in fp32 whatever the precision of the rest."""
+    for name, parameter in model.named_parameters():
+        trained = model.trained_as(name, trainable) is not None
+        parameter.requires_grad_(trained)
+        if trained:
+            parameter.data = parameter.data.float()
