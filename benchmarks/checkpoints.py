@@ -90,7 +90,8 @@ def measure(spec: RunSpec, trained: str, places: dict[str, str], repeats: int) -
     """A row per place; the first save of each is the warm-up."""
     from ctrsink.config import KeepSpec
     from ctrsink.dist import Topology
-    from ctrsink.families.decoder.build import build_model, load_parameters
+    from ctrsink.families.parameters import load_parameters
+from ctrsink.families.decoder.build import build_model
     from ctrsink.train.checkpoint.checkpoint import Checkpoint, find_checkpoint, folder_of
     from ctrsink.train.engine import Engine, EngineState
 

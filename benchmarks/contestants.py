@@ -17,6 +17,7 @@ from ctrsink import storage
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.sequences.batch import Batch
+from ctrsink.families.registry import source_of
 from ctrsink.stream.stream import SequenceSource, TrainStream
 
 OURS = "ctrsink"
@@ -62,7 +63,7 @@ Open = Callable[[Task, int, float], Iterator[Batch]]
 def source(task: Task) -> SequenceSource:
     """The impressions as ours sees them; the other forms are made from it, and it says what is right."""
     layout = Layout("per_target", task.history, 1, task.signals, 100 if task.signals else 1)
-    return SequenceSource(Dataset(task.data), "train", layout)
+    return source_of(Dataset(task.data), "train", layout)
 
 
 def open_ours(task: Task, seed: int, share: float) -> Iterator[Batch]:

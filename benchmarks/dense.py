@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ctrsink.config.model import ModelSpec
+from ctrsink.config.model import DecoderSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.families.decoder.bias import InterSinkBias
 from ctrsink.families.decoder.build import build_model
@@ -42,7 +42,7 @@ class DenseModel(nn.Module):
             layer.self_attn.register_forward_pre_hook(partial(self._add_mask, bias), with_kwargs=True)
 
     @classmethod
-    def build(cls, spec: ModelSpec, vocabulary: int, seed: int, precision: str = "fp32") -> "DenseModel":
+    def build(cls, spec: DecoderSpec, vocabulary: int, seed: int, precision: str = "fp32") -> "DenseModel":
         """See build_model."""
         return cls(build_model(spec, vocabulary, seed, precision))
 

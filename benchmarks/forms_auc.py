@@ -140,7 +140,7 @@ def _take(trainee: Trainee, step: Step, rate: float) -> None:
 def tested(args: argparse.Namespace, spec: RunSpec, trainee: Trainee) -> dict[str, float]:
     """Metrics on the sample: the same impressions for every form, as sequences of one target."""
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
-    layout = Layout.of(spec.data, spec.model, dataset.manifest)
+    layout = layout_on(spec.data, spec.model, dataset.manifest)
     most = layout.history + layout.targets - 1
     alone = replace(layout, examples="per_target", history=most, targets=1)
     model = trainee.model.eval()

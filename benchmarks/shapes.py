@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
+from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, DecoderSpec, SinkSpec
 from ctrsink.config.stages import Group
 from ctrsink.dataset.events import UserEvents
 from ctrsink.dataset.layout import Layout
@@ -34,9 +34,9 @@ def shape_of(name: str, layers: int | None = None) -> dict[str, Any]:
 
 def random_spec(
     fields: dict[str, Any], sinks: bool, bias_layers: float, attention: Literal["sdpa", "flex"] = "sdpa"
-) -> ModelSpec:
+) -> DecoderSpec:
     """A random model with LoRA; `bias_layers` is the share of the layers that carry the bias, 0 for none."""
-    return ModelSpec(
+    return DecoderSpec(
         backbone=BackboneSpec(config=fields),
         attention=attention,
         sinks=SinkSpec(signals=("previous_gap",)) if sinks else None,
@@ -45,7 +45,7 @@ def random_spec(
     )
 
 
-def trained_groups(spec: ModelSpec) -> tuple[Group, ...]:
+def trained_groups(spec: DecoderSpec) -> tuple[Group, ...]:
     """The groups of TRAINED that the model has."""
     absent = {"sink": spec.sinks is None, "bias": spec.bias is None}
     return tuple(group for group in TRAINED if not absent.get(group))

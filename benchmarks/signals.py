@@ -23,6 +23,7 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.families.registry import source_of
 from ctrsink.stream.stream import SequenceSource, Step
 
 _NO_BIAS = ("model.similarity=null", "stages.0.trainable=[sink, head, backbone]")
@@ -79,10 +80,10 @@ def _vocabulary(spec: RunSpec) -> int:
 def _loader(spec: RunSpec, sequences: int) -> Callable[[bool], float]:
     """Impressions per second of the processor; `reading`: with the time to read the shards and to compute their signals."""
     dataset = Dataset(spec.data.uri, 64)
-    layout = Layout.of(spec.data, spec.model, dataset.manifest)
+    layout = layout_on(spec.data, spec.model, dataset.manifest)
 
     def measure(reading: bool) -> float:
-        source = SequenceSource(dataset if not reading else Dataset(spec.data.uri, 64), "train", layout)
+        source = source_of(dataset if not reading else Dataset(spec.data.uri, 64), "train", layout)
         ids = np.arange(min(sequences, sum(source.per_shard)))
         if not reading:
             source.build(ids[:1])

@@ -31,6 +31,7 @@ from ctrsink.config import RunSpec, load_run
 from ctrsink.run.folder import request_stop
 from ctrsink.runtime.process import stay_on_loopback
 from ctrsink.stream.order import Order
+from ctrsink.families.registry import source_of
 from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.checkpoint.checkpoint import list_checkpoints
 from ctrsink.train.observe.audit import Audit, expected
@@ -211,7 +212,7 @@ def _stage(name: str, steps: int, over: str, rate: float = 0.003) -> str:
 def row_of(name: str, spec: RunSpec, result: dict[str, Any]) -> Row:
     """What became of a run that has ended."""
     run = restore_run(spec.run_dir)
-    source = SequenceSource(run.dataset, "train", run.layout)
+    source = source_of(run.dataset, "train", run.layout)
     order = Order(source.per_shard, spec.seed, spec.data.shuffle_shards)
     # A resumed run drops the rows behind its checkpoint: what is left is one row per step.
     worlds = [sum(key.startswith("memory_gib/rank") for key in row) for row in read_metrics(spec.run_dir)]

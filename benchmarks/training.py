@@ -23,6 +23,7 @@ from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.groups import set_trainable
 from ctrsink.prepare.build import prepare
 from ctrsink.sequences.batch import Batch
+from ctrsink.families.registry import source_of
 from ctrsink.stream.stream import SequenceSource, Step, TrainStream
 
 
@@ -107,7 +108,7 @@ def prepare_once(spec: RunSpec) -> str:
 def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
     """The steps of the run as training reads them."""
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
-    source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model, dataset.manifest))
+    source = source_of(dataset, "train", layout_on(spec.data, spec.model, dataset.manifest))
     train = spec.train
     accumulation, tokens = spec.accumulation(spec.stages[-1], world), train.micro_batch_tokens
     assert tokens != "auto"

@@ -10,18 +10,20 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TextSpec, TokenizerSpec
-from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec, SinkSpec
+from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec
 from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.families.decoder.encode import encode
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.facts import Wording
+from ctrsink.families.registry import family_of
 from ctrsink.features.categories import categories
 from ctrsink.features.ragged import Ragged
 from ctrsink.prepare.build import prepare
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
-from ctrsink.sequences.columns import Sequence
+from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
 
 VOCABULARY = 97
@@ -73,13 +75,13 @@ def events_of(chronology: UserEvents, layout: Layout) -> Events:
     )
 
 
-def told_sequence(chronology: UserEvents, targets: np.ndarray, layout: Layout, prefix: np.ndarray = PREFIX) -> Sequence:
-    """As build_sequence, of any layout."""
+def told_sequence(chronology: UserEvents, targets: np.ndarray, layout: Layout, prefix: np.ndarray = PREFIX) -> Sequences:
+    """The sequence of `targets` (numbers of events in the chronology, ascending)."""
     cuts = Cuts([events_of(chronology, layout)], np.array([1]), np.array([0]), Ragged.of([targets]))
-    return build_sequences(cuts, layout, FEEDBACKS, prefix)[0]
+    return encode(cuts, layout, Wording(FEEDBACKS, prefix))
 
 
-def random_sequence(chance: np.random.Generator, layout: Layout, events: int, prefix: np.ndarray = PREFIX) -> Sequence:
+def random_sequence(chance: np.random.Generator, layout: Layout, events: int, prefix: np.ndarray = PREFIX) -> Sequences:
     """The sequence of the last piece of a chronology of `events` events."""
     targets = np.arange(max(0, events - layout.targets), events)
     return told_sequence(random_chronology(chance, events), targets, layout, prefix)
@@ -88,13 +90,25 @@ def random_sequence(chance: np.random.Generator, layout: Layout, events: int, pr
 def random_batch(seed: int, layout: Layout, events: tuple[int, ...]) -> Batch:
     """A batch with a row per entry of `events`, the number of events in its chronology."""
     chance = np.random.default_rng(seed)
-    return collate([random_sequence(chance, layout, n) for n in events], list(range(len(events))))
+    return batch_of([random_sequence(chance, layout, n) for n in events])
+
+
+def batch_of(sequences: list[Sequences], users: list[int] | None = None, counted: list[bool] | None = None) -> Batch:
+    """All `sequences` in one batch; the users are 0, 1, ... where none are given."""
+    rows = np.arange(len(sequences))
+    counts = None if counted is None else np.array(counted)
+    return collate(Sequences.joined(sequences), rows, rows if users is None else np.array(users), counts)
+
+
+def layout_on(data: Any, model: Any, manifest: Any) -> Layout:
+    """The layout of a run's sections on a data set."""
+    return family_of(model.family).layout(data, model, manifest)
 
 
 def layout_of(
     examples: Any = "per_user", history: int = 5, targets: int = 3, signals: tuple[str, ...] = ("previous_gap",), **more: Any
 ) -> Layout:
-    return Layout(examples, history, targets if examples == "per_user" else 1, signals, 10, **more)
+    return Layout("decoder", examples, history, targets if examples == "per_user" else 1, signals, 10, **more)
 
 
 def tiny_spec(
@@ -105,7 +119,7 @@ def tiny_spec(
     sinks: bool = True,
     lora: LoraSpec | None = None,
     **more: Any,
-) -> ModelSpec:
+) -> DecoderSpec:
     """A decoder of 32 dimensions; `bias` left out means one in every layer."""
     fields: dict[str, Any] = {
         "model_type": kind,
@@ -120,10 +134,10 @@ def tiny_spec(
         more |= {"sinks": SinkSpec(signals=("previous_gap",), buckets=10, embedding_size=8), "bias": bias or BiasSpec(layers=1.0)}
     else:
         more |= {"sinks": None, "bias": None}
-    return ModelSpec(backbone=BackboneSpec(config=fields), lora=lora, **more)
+    return DecoderSpec(backbone=BackboneSpec(config=fields), lora=lora, **more)
 
 
-def tiny_model(spec: ModelSpec, seed: int = 1, precision: str = "fp32") -> CTRModel:
+def tiny_model(spec: DecoderSpec, seed: int = 1, precision: str = "fp32") -> CTRModel:
     return build_model(spec, VOCABULARY, seed, precision).eval()
 
 
@@ -139,7 +153,7 @@ def form_batch(examples: str, seed: int, events: tuple[int, ...], **more: Any) -
         known = np.where(np.arange(count) >= asked, asked, np.arange(count))
         shown = dataclasses.replace(shown, known=known, timestamps=shown.timestamps[known])
         sequences.append(told_sequence(shown, np.arange(asked, count), layout))
-    return collate(sequences, list(range(len(events))))
+    return batch_of(sequences)
 
 
 def run_tree(**sections: Any) -> dict[str, Any]:

@@ -12,14 +12,15 @@ from torch import nn
 from transformers import AutoModel
 
 import ctrsink.serve  # makes the model type known  # noqa: F401
-from ctrsink.config.model import BiasSpec, LoraSpec, ModelSpec
+from ctrsink.config.model import BiasSpec, DecoderSpec, LoraSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.export.package import export_run
-from ctrsink.families.decoder.build import build_model, load_parameters
+from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.groups import group_of, set_trainable
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.parameters import load_parameters
+from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import restore_run
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
@@ -40,7 +41,7 @@ close = torch.testing.assert_close
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
 
-def spec_of(kind: str, **more: Any) -> ModelSpec:
+def spec_of(kind: str, **more: Any) -> DecoderSpec:
     return tiny_spec(kind, fields=WIDTH | KINDS[kind], bias=BiasSpec(layers=1.0, gamma=2.0), **more)
 
 
@@ -220,6 +221,6 @@ def test_a_run_is_exported_with_its_lora_merged(kind: str, data: Prepared, tmp_p
     merged = export_run(spec.run_dir, str(tmp_path / "out"))["merged_layers"]
     assert merged == 2 * (4 if kind == "phi3" else 7)
     trained = restore_run(spec.run_dir)
-    batch = SequenceSource(trained.dataset, "test", trained.layout).build(torch.arange(4).numpy())
+    batch = source_of(trained.dataset, "test", trained.layout).build(torch.arange(4).numpy())
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     close(model(batch), trained.model(batch, trained.readout)[1], atol=1e-5, rtol=0)

@@ -29,7 +29,7 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.groups import set_trainable
-from ctrsink.stream.stream import SequenceSource
+from ctrsink.families.registry import source_of
 from tests.builders import make_dataset
 
 MIB = 2**20
@@ -212,7 +212,7 @@ def test_tiny_model_trains_with_one_and_two_workers(tmp_path: Path, repository: 
 @pytest.mark.parametrize("signals", [(), ("previous_gap", "recency_rank")])
 def test_samples_become_the_same_batch_as_ours(tmp_path: Path, signals: tuple[str, ...]) -> None:
     dataset = Dataset(make_dataset(tmp_path))
-    source = SequenceSource(dataset, "train", Layout("per_target", 5, 1, signals, 10))
+    source = source_of(dataset, "train", Layout("per_target", 5, 1, signals, 10))
     total, start = sum(source.per_shard), 0
     for samples in read_samples(source, chunk=7):
         ids = np.arange(start, min(start + 7, total))
@@ -227,7 +227,7 @@ def test_samples_become_the_same_batch_as_ours(tmp_path: Path, signals: tuple[st
 
 
 def test_parquet_files_hold_every_impression_once(tmp_path: Path) -> None:
-    source = SequenceSource(Dataset(make_dataset(tmp_path)), "train", Layout("per_target", 5, 1))
+    source = source_of(Dataset(make_dataset(tmp_path)), "train", Layout("per_target", 5, 1))
     total = sum(source.per_shard)
     write_parquet(tmp_path / "parquet", read_samples(source, chunk=7), total)
     tables = [pq.read_table(path) for path in sorted((tmp_path / "parquet").iterdir())]

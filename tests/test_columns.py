@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ctrsink.config import ReadoutSpec, parse_run
 from ctrsink.config.data import PrepareSpec, SourceSpec
-from ctrsink.config.model import ModelSpec
+from ctrsink.config.model import DecoderSpec
 from ctrsink.dataset.column_cells import known, stored
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.signal_tables import write_signals
@@ -279,7 +279,7 @@ def test_the_base_score_is_what_the_model_adds_to() -> None:
 @pytest.mark.parametrize("base", ["item.price", "hashed.log.slot", "mean.item.brand"])
 def test_the_base_score_is_a_number_of_the_log(base: str) -> None:
     with pytest.raises(ValueError, match=f"{base} is no number of the log: name its column as log.NAME"):
-        ModelSpec.model_validate({"backbone": {"config": {"model_type": "llama"}}, "base": base})
+        DecoderSpec.model_validate({"backbone": {"config": {"model_type": "llama"}}, "base": base})
 
 
 def test_ids_need_a_stage_that_trains_them(tmp_path: Path) -> None:

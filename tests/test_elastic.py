@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from ctrsink import storage
 from ctrsink.dataset.manifest import MANIFEST_NAME, SPLITS, FileEntry
 from ctrsink.dataset.reader import Dataset
+from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.order import Order, deal
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches
+from ctrsink.stream.stream import Step, TrainStream, evaluation_batches
 from tests.builders import layout_of, make_dataset
 
 LAYOUTS = {"per_target": layout_of("per_target", 4), "per_user": layout_of("per_user", 3, 2)}
@@ -84,7 +85,7 @@ def test_a_chain_of_8_2_3_8_ranks_loses_nothing_and_repeats_nothing(
     uri: str, examples: str, cuts: tuple[int, int, int], seed: int
 ) -> None:
     """20 sequences a step: neither 8 ranks nor 3 divide them."""
-    source = SequenceSource(Dataset(uri, keep_shards=4), "train", LAYOUTS[examples])
+    source = source_of(Dataset(uri, keep_shards=4), "train", LAYOUTS[examples])
     total, batch = sum(source.per_shard), 20
     needed = -(-2 * total // batch)
     seen: Counter[tuple[int, int]] = Counter()
@@ -115,7 +116,7 @@ def test_a_chain_of_8_2_3_8_ranks_loses_nothing_and_repeats_nothing(
 
 
 def test_a_rank_without_a_sequence_fills_in_and_counts_nothing(uri: str) -> None:
-    source = SequenceSource(Dataset(uri), "train", LAYOUTS["per_user"])
+    source = source_of(Dataset(uri), "train", LAYOUTS["per_user"])
     steps = [TrainStream(source, 1, 2, 3, 2, rank, 4).step(0) for rank in range(4)]
     assert [len(step.micro_batches) for step in steps] == [2] * 4
     batches = [batch for step in steps for batch in step.micro_batches]
@@ -163,7 +164,7 @@ def longer(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def chronological(dataset: Dataset, examples: str, position: int = 0, batch: int = 7) -> TrainStream:
-    stream = TrainStream(SequenceSource(dataset, "train", LAYOUTS[examples]), 5, 2, batch, 1, 0, 1, "chronological")
+    stream = TrainStream(source_of(dataset, "train", LAYOUTS[examples]), 5, 2, batch, 1, 0, 1, "chronological")
     stream.load_state_dict({"position": position})
     return stream
 
@@ -213,7 +214,7 @@ def test_past_events_are_history_and_never_targets(longer: str, split: str, exam
     dataset = Dataset(longer)
     past = dataset.index["past_events"]
     assert (past == PAST).sum() >= 3
-    source = SequenceSource(dataset, split, LAYOUTS[examples])
+    source = source_of(dataset, split, LAYOUTS[examples])
     batches = list(evaluation_batches(source, 5, 0, 1, None))
     assert sorted(target for batch in batches for target in targets_of(batch)) == impressions_of(dataset, split)
     users = [user for batch in batches for user, event in targets_of(batch) if event == past[user] > 0]
@@ -232,7 +233,7 @@ from pathlib import Path
 from ctrsink.dataset.reader import Dataset
 from ctrsink.stream.stream import SequenceSource, TrainStream
 from tests.test_elastic import LAYOUTS
-stream = TrainStream(SequenceSource(Dataset({uri!r}, keep_shards=3), "train", LAYOUTS["per_target"]), 0, 1, 8, 1, 0, 1)
+stream = TrainStream(source_of(Dataset({uri!r}, keep_shards=3), "train", LAYOUTS["per_target"]), 0, 1, 8, 1, 0, 1)
 pages = []
 for number, step in enumerate(stream.steps(0, 10_000), start=1):
     if number in (1_000, 10_000):

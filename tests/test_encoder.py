@@ -23,11 +23,11 @@ from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.export.package import export_run
+from ctrsink.families.registry import source_of
 from ctrsink.prepare import vectors
 from ctrsink.prepare.build import append, prepare
 from ctrsink.prepare.encoder import Encoder
 from ctrsink.serve import Scorer, request_of
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import restore_run
 from ctrsink.wheel import fetch_wheel
 from tests.conftest import BUCKET
@@ -113,7 +113,7 @@ def test_only_new_items_are_encoded_when_a_log_is_appended(tiny: Path, tmp_path:
     assert after.encoder
     assert after.encoder.fingerprint == before.encoder.fingerprint
     assert after.shards[: len(before.shards)] == before.shards
-    SequenceSource(Dataset(str(to)), "train", Layout("per_target", 9, 1, ("similarity",), 10, 3)).build(np.arange(4))
+    source_of(Dataset(str(to)), "train", Layout("per_target", 9, 1, ("similarity",), 10, 3)).build(np.arange(4))
     assert verify(str(to), lambda _: None)["shards"] == len(after.shards)
     encoded.clear()
     later = [{**row, "timestamp": row["timestamp"] + 10**9} for row in ROWS[:HALF]]
@@ -147,8 +147,8 @@ def test_a_data_set_without_vectors_is_refused_where_they_are_needed(tiny: Path,
     prepare(spec_of(write_log(tmp_path / "log.csv", ROWS[:HALF])), uri)
     for layout in (Layout("per_target", 5, 1, ("similarity",), 10), Layout("per_target", 5, 1, retrieve=2)):
         with pytest.raises(InputError, match=r"has no item vectors.*prepare it again with prepare\.encoder"):
-            SequenceSource(Dataset(uri), "train", layout)
-    SequenceSource(Dataset(uri), "train", Layout("per_target", 5, 1))
+            source_of(Dataset(uri), "train", layout)
+    source_of(Dataset(uri), "train", Layout("per_target", 5, 1))
     with pytest.raises(InputError, match=r"prepare\.encoder is given, but the data set .* was prepared without"):
         append(spec_with(tiny, write_log(tmp_path / "b.csv", ROWS[HALF:])), uri)
 

@@ -13,14 +13,13 @@ from transformers import AutoModel, AutoTokenizer
 
 import ctrsink.serve  # makes the model type known
 from ctrsink import storage
-from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import FOLDER
-from ctrsink.export.merge import merge_lora
 from ctrsink.export.package import export_run, portable
+from ctrsink.families.decoder.merge import merge_lora
+from ctrsink.families.registry import source_of
 from ctrsink.prepare.tokenize import fingerprint
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.restore import restore_run
 from tests.conftest import BUCKET
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
@@ -35,7 +34,7 @@ def test_merged_lora_computes_the_same_with_plain_layers(data: Prepared, tmp_pat
     spec = run_spec(data, str(tmp_path / "run"))
     write_run(spec)
     run = restore_run(spec.run_dir)
-    batch = SequenceSource(run.dataset, "test", run.layout).build(torch.arange(3).numpy())
+    batch = source_of(run.dataset, "test", run.layout).build(torch.arange(3).numpy())
     with torch.no_grad():
         adapted = run.model(batch, run.readout)[1]
         for name, parameter in run.model.named_parameters():
@@ -55,7 +54,7 @@ def test_auto_model_computes_what_the_run_computes(data: Prepared, tmp_path: Pat
     result = export_run(spec.run_dir, str(tmp_path / "out"), dtype)  # pyright: ignore[reportArgumentType]
     assert (result["step"], result["dtype"], result["merged_layers"]) == (5, dtype, 14)
     run = restore_run(spec.run_dir)
-    batch = SequenceSource(run.dataset, "test", run.layout).build(torch.arange(4).numpy())
+    batch = source_of(run.dataset, "test", run.layout).build(torch.arange(4).numpy())
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         probabilities, expected = model(batch).sigmoid(), run.model(batch, run.readout)[1].sigmoid()
@@ -106,7 +105,7 @@ def test_full_training_and_models_without_sinks_are_exported_too(data: Prepared,
         result = export_run(spec.run_dir, str(tmp_path / f"{name}-out"))
         assert result["merged_layers"] == 0
         run = restore_run(spec.run_dir)
-        batch = SequenceSource(run.dataset, "valid", run.layout).build(torch.arange(2).numpy())
+        batch = source_of(run.dataset, "valid", run.layout).build(torch.arange(2).numpy())
         with torch.no_grad():
             expected = run.model(batch, run.readout)[1]
             found = AutoModel.from_pretrained(tmp_path / f"{name}-out").eval()(batch)
@@ -195,5 +194,5 @@ def test_run_and_export_on_s3(data: Prepared, tmp_path: Path, s3_server: object)
         export_run(spec.run_dir, to)
     scorer = ctrsink.serve.Scorer.load(to)
     dataset = Dataset(data.uri)
-    assert Layout.of(spec.data, spec.model, dataset.manifest) == scorer.layout
+    assert layout_on(spec.data, spec.model, dataset.manifest) == scorer.layout
     assert len(scorer.score(ctrsink.serve.request_of(dataset, 0, 3, [0, 1, 2]))) == 3

@@ -14,7 +14,8 @@ from ctrsink import storage
 from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError, StorageUnavailable
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream
+from ctrsink.families.registry import source_of
+from ctrsink.stream.stream import Step, TrainStream
 from tests.builders import layout_of, make_dataset
 from tests.services.faulty_proxy import Fault, FaultyProxy
 
@@ -49,7 +50,7 @@ def proxy(between: FaultyProxy, uri: str, monkeypatch: pytest.MonkeyPatch) -> Fa
 def steps_of(uri: str, cache: Cache | None = None) -> list[Step]:
     """Two epochs, with so few shards in memory that each is read several times."""
     dataset = Dataset(uri, keep_shards=3, cache=cache)
-    source = SequenceSource(dataset, "train", layout_of("per_user", 3, 2))
+    source = source_of(dataset, "train", layout_of("per_user", 3, 2))
     stream = TrainStream(source, seed=3, shuffle_shards=2, batch_size=3, accumulation=1, rank=0, world=1)
     return list(stream.steps(0, 2 * sum(source.per_shard) // 3))
 

@@ -14,9 +14,10 @@ from ctrsink.dataset.manifest import SPLITS, read_manifest
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.splits import longest_runs
 from ctrsink.errors import InputError
+from ctrsink.families.foresee import longer_than, most_positions, suspects
+from ctrsink.families.registry import source_of
 from ctrsink.runtime import start as starting
-from ctrsink.stream.foresee import longer_than, most_positions, suspects
-from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.stream.stream import TrainStream
 from tests.builders import make_dataset
 from tests.command_line import call, good, refused
 from tests.runs import run_tree
@@ -76,7 +77,7 @@ def test_no_sequence_has_more_positions_than_its_shard_may(
     )
     most, longest = 0, 0
     for split in SPLITS:
-        source = SequenceSource(dataset, split, layout)
+        source = source_of(dataset, split, layout)
         ends = np.cumsum(source.per_shard)
         for number, (end, count) in enumerate(zip(ends.tolist(), source.per_shard, strict=True)):
             if count:
@@ -147,7 +148,7 @@ def test_a_data_set_from_before_there_were_counts_is_left_to_the_workers(togethe
 
 @pytest.mark.parametrize("tokens", [None, 20, 400])
 def test_with_fewer_sequences_than_ranks_each_is_trained_once(alone: str, tokens: int | None) -> None:
-    source = SequenceSource(Dataset(alone), "train", Layout("per_target", 3, 1, ("previous_gap",), 4))
+    source = source_of(Dataset(alone), "train", Layout("per_target", 3, 1, ("previous_gap",), 4))
     for position in (0, 2, 4):
         owners: list[tuple[int, int]] = []
         for rank in range(5):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TokenizerSpec
-from ctrsink.config.model import BiasSpec, ModelSpec, SinkSpec, TargetSpec
+from ctrsink.config.model import BiasSpec, DecoderSpec, SinkSpec, TargetSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.dataset.events import Events, UserEvents
@@ -25,12 +25,13 @@ from ctrsink.evaluate.evaluator import predict
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.encode import build_sequences
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.registry import source_of
 from ctrsink.features.ragged import Ragged
 from ctrsink.prepare.build import prepare
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from ctrsink.sequences.windows import Cuts, split_requests
-from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.stream.stream import TrainStream
 from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, events_of, make_log, tiny_spec, told_sequence
 
 SIGNALS: tuple[str, ...] = ("time_gap", "recency_rank", "previous_gap")
@@ -40,7 +41,7 @@ READOUTS = [ReadoutSpec(over=over, form=form) for over in ("all", "sinks") for f
 close = torch.testing.assert_close
 
 
-def spec_of(kind: str, temporal: bool, window: int | None, similarity: str | None) -> ModelSpec:
+def spec_of(kind: str, temporal: bool, window: int | None, similarity: str | None) -> DecoderSpec:
     spec = tiny_spec(kind, bias=BiasSpec(layers=1.0, gamma=2.0))
     sinks = SinkSpec(signals=(*SIGNALS, *NUMBERS), buckets=10, embedding_size=8)
     return spec.model_copy(
@@ -225,14 +226,14 @@ def targets_of(batch: Batch) -> list[tuple[int, int]]:
 
 
 def impressions_of(dataset: Dataset, split: str) -> list[tuple[int, int]]:
-    source = SequenceSource(dataset, split, layout_of("per_target"))
+    source = source_of(dataset, split, layout_of("per_target"))
     return sorted(targets_of(source.build(np.arange(sum(source.per_shard)))))
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 @pytest.mark.parametrize("targets", [1, 3, 50])
 def test_requests_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset, split: str, targets: int) -> None:
-    source = SequenceSource(dataset, split, layout_of("per_request", targets))
+    source = source_of(dataset, split, layout_of("per_request", targets))
     ids = np.arange(sum(source.per_shard))
     batches = source.build_all([ids[::2][::-1], ids[1::2]] if len(ids) > 1 else [ids], [None, None])
     found = sorted(t for batch in batches for t in targets_of(batch))
@@ -244,7 +245,7 @@ def test_requests_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset,
 
 
 def test_the_data_set_has_requests_of_several_impressions(dataset: Dataset) -> None:
-    source = SequenceSource(dataset, "train", layout_of("per_request", 50))
+    source = source_of(dataset, "train", layout_of("per_request", 50))
     batch = source.build(np.arange(sum(source.per_shard)))
     sizes = Counter(batch.readout_valid.sum(1).tolist())
     assert sizes[1] > 2
@@ -257,7 +258,7 @@ def test_an_epoch_of_requests_trains_each_impression_once_for_any_workers(
     dataset: Dataset, sharing: tuple[int, int], batch_size: int, targets: int
 ) -> None:
     world, accumulation = sharing
-    source = SequenceSource(dataset, "train", layout_of("per_request", targets))
+    source = source_of(dataset, "train", layout_of("per_request", targets))
     total = sum(source.per_shard)
     found: Counter[tuple[int, int]] = Counter()
     counted = 0

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import Qwen2Config, Qwen2Model
 
 from ctrsink.attention import sdpa
-from ctrsink.config.model import BackboneSpec, BiasSpec, ModelSpec, SinkSpec
+from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, SinkSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.sequences.batch import PAD, SINK, TEXT, Batch
@@ -37,7 +37,7 @@ def golden() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def build(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> CTRModel:
     config = Qwen2Config(**meta["config"], attn_implementation=sdpa.BACKEND)
     table = tensors["sink_embedding.0.weight"]
-    spec = ModelSpec(
+    spec = DecoderSpec(
         backbone=BackboneSpec(config={"model_type": "qwen2"}),
         sinks=SinkSpec(signals=("recency_rank",), buckets=table.shape[0], embedding_size=table.shape[1]),
         bias=BiasSpec(layers=meta["layers"] / config.num_hidden_layers, gamma=meta["gamma"], causal=False),

@@ -14,16 +14,15 @@ import torch.distributed as dist
 import yaml
 
 from ctrsink.config import RunSpec, parse_run
-from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import Diverged, InputError, RunError
 from ctrsink.families.decoder.build import build_model
+from ctrsink.families.registry import source_of
 from ctrsink.run.folder import read_result, request_stop
 from ctrsink.runtime.start import start
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.order import Order
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.checkpoint.checkpoint import find_checkpoint, list_checkpoints
 from ctrsink.train.engine import Engine
 from ctrsink.train.loop import Trainer
@@ -50,7 +49,7 @@ def losses(run_dir: Path) -> list[float]:
 def expected_of(spec: RunSpec, position: int) -> Audit:
     """What the data set says that a run must have trained on when its stream stands at `position`."""
     dataset = Dataset(spec.data.uri, 8)
-    source = SequenceSource(dataset, "train", Layout.of(spec.data, spec.model, dataset.manifest))
+    source = source_of(dataset, "train", layout_on(spec.data, spec.model, dataset.manifest))
     return expected(source, Order(source.per_shard, spec.seed, spec.data.shuffle_shards), 0, position)
 
 

@@ -12,9 +12,10 @@ from ctrsink import kept, storage
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError, RunError
 from ctrsink.export.package import export_run
+from ctrsink.families.registry import source_of
 from ctrsink.run import repeats
 from ctrsink.run.folder import read_result
-from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.stream.stream import TrainStream
 from ctrsink.train.checkpoint.checkpoint import BEST, MARKER, STATE, find_checkpoint, list_checkpoints, load_checkpoint
 from tests.builders import layout_of, make_dataset
 from tests.command_line import call, content, good, refused
@@ -78,7 +79,7 @@ def test_a_checkpoint_of_a_newer_program_is_neither_damaged_nor_passed_over(run:
 
 
 def test_the_state_of_a_stream(tmp_path: Path) -> None:
-    source = SequenceSource(Dataset(make_dataset(tmp_path)), "train", layout_of("per_target"))
+    source = source_of(Dataset(make_dataset(tmp_path)), "train", layout_of("per_target"))
     stream = TrainStream(source, 0, 2, 4, 1, 0, 1)
     with pytest.raises(InputError, match="the state of the stream was written by a newer ctrsink"):
         stream.load_state_dict({"version": kept.VERSION + 1, "position": 8})

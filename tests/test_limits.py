@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, GptOssModel
 
-from ctrsink.config.model import BackboneSpec, LoraSpec, ModelSpec
+from ctrsink.config.model import BackboneSpec, DecoderSpec, LoraSpec
 from ctrsink.config.stages import ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
@@ -21,7 +21,7 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "
 
 
 def refused(kind: str, **fields: Any) -> str:
-    spec = ModelSpec(backbone=BackboneSpec(config=TINY | {"model_type": kind} | fields))
+    spec = DecoderSpec(backbone=BackboneSpec(config=TINY | {"model_type": kind} | fields))
     with pytest.raises(InputError) as caught:
         build_model(spec, VOCABULARY, 0)
     message = str(caught.value)
@@ -53,7 +53,7 @@ def test_attention_sinks_are_refused_where_transformers_would_drop_them(monkeypa
     assert "attention sinks of its own" in refused("gpt_oss", **FULL)
 
 
-def stored(kind: str, path: Path, **fields: Any) -> ModelSpec:
+def stored(kind: str, path: Path, **fields: Any) -> DecoderSpec:
     """A tiny model of the architecture in a folder, as one downloads it."""
     made = tiny_model(tiny_spec(kind, fields={"sliding_window": None}))
     config: Any = made.backbone.config

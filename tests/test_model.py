@@ -8,14 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, ModelSpec
+from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec
 from ctrsink.config.stages import Group, ReadoutSpec
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.build import build_model, load_parameters
+from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.embeddings import CategoryEmbedding, Table
 from ctrsink.families.decoder.groups import group_of, set_trainable, trained_as
 from ctrsink.families.decoder.model import CTRModel, decoder_layers
 from ctrsink.families.decoder.readout import read
-from ctrsink.families.embeddings import CategoryEmbedding, Table
+from ctrsink.families.parameters import load_parameters
 from ctrsink.sequences.batch import PAD, SINK
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 
@@ -202,7 +203,7 @@ def test_bfloat16_trains_with_finite_fp32_results(trainable: tuple[Group, ...], 
 
 def refused(config: dict[str, object], **more: object) -> str:
     """The message for a backbone of these fields over the tiny Llama's."""
-    spec = ModelSpec.model_validate({"backbone": {"config": config}, **more})
+    spec = DecoderSpec.model_validate({"backbone": {"config": config}, **more})
     with pytest.raises(InputError) as caught:
         build_model(spec, VOCABULARY, 0)
     assert "\n" not in str(caught.value)
@@ -218,7 +219,7 @@ def test_windowed_attention_is_refused() -> None:
     layers = ["full_attention", "sliding_attention"]
     message = refused(TINY | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "layer_types": layers})
     assert "qwen2 uses sliding_attention" in message
-    spec = ModelSpec(backbone=BackboneSpec(config=TINY | {"model_type": "mistral", "sliding_window": None}))
+    spec = DecoderSpec(backbone=BackboneSpec(config=TINY | {"model_type": "mistral", "sliding_window": None}))
     assert build_model(spec, VOCABULARY, 0).biases
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctrsink.config.model import ModelSpec
+from ctrsink.config.model import DecoderSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder import pretrained
 from ctrsink.families.decoder.build import build_model
+from ctrsink.families.decoder.embeddings import token_scale
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.pretrained import SOURCES, from_hub, get_pretrained
-from ctrsink.families.embeddings import token_scale
 from ctrsink.features.registry import SIGNALS, signal
 from ctrsink.folder import new_folder
 from ctrsink.prepare.tokenize import fingerprint
@@ -172,7 +172,7 @@ def test_the_model_in_the_wheel_answers_and_keeps_its_tokenizer(tmp_path: Path) 
 def test_sinks_and_targets_start_at_the_scale_of_its_tokens(tmp_path: Path) -> None:
     """Whatever they are told: a vector many times longer than a token's would take all attention first."""
     folder = get_pretrained("smollm2-135m", tmp_path / "smollm2")
-    spec = ModelSpec.model_validate({"backbone": {"path": str(folder)}, "bias": None})
+    spec = DecoderSpec.model_validate({"backbone": {"path": str(folder)}, "bias": None})
     backbone = build_model(spec, 49152, seed=0).backbone
     scale = token_scale(backbone)
     assert 0.01 < scale < 1
@@ -187,7 +187,7 @@ def test_sinks_and_targets_start_at_the_scale_of_its_tokens(tmp_path: Path) -> N
             more = {of: {"signals": [name], "rows": 100}}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
-                model = CTRModel(backbone, ModelSpec.model_validate(spec.model_dump() | {"sinks": None, "target": None} | more))
+                model = CTRModel(backbone, DecoderSpec.model_validate(spec.model_dump() | {"sinks": None, "target": None} | more))
             part = model.sinks if of == "sinks" else model.target
             assert part is not None
             known = categories % (told.values or 100)

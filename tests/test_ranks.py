@@ -45,7 +45,7 @@ losses = []
 for step in range(3):
     own = batches[(int(rank) + step) % 2]
     losses.append(engine.step([own], sum(b.impressions for b in batches), stage, 1.0).loss)
-engine.engine.eval()
+engine.deepspeed.eval()
 for batch in (batches[int(rank)], batches[1 - int(rank)]):
     engine.forward(batch, stage.readout)
 temporal = {n: float(v.abs().max()) for n, v in engine.state().moments.items() if n.startswith("temporal")}

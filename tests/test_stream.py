@@ -17,6 +17,7 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import SPLITS, FileEntry, read_file
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
+from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import FEEDBACK, SINK, Batch
 from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
 from tests.builders import layout_of, make_dataset, make_log
@@ -36,7 +37,7 @@ def dataset(uri: str) -> Dataset:
 
 
 def source_of(dataset: Dataset, split: str = "train", examples: str = "per_user") -> SequenceSource:
-    return SequenceSource(dataset, split, LAYOUTS[examples])
+    return source_of(dataset, split, LAYOUTS[examples])
 
 
 def targets_of(batch: Batch) -> list[tuple[int, int]]:
@@ -88,7 +89,7 @@ def test_the_shards_hold_the_log(dataset: Dataset) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", [layout_of("per_target", 4), layout_of("per_user", 3, 2), layout_of("per_user", 0, 50)])
 def test_sequences_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset, split: str, layout: Layout) -> None:
-    source = SequenceSource(dataset, split, layout)
+    source = source_of(dataset, split, layout)
     ids = np.arange(sum(source.per_shard))
     batch = source.build(ids)
     assert sorted(targets_of(batch)) == impressions_of(dataset, split)
@@ -164,7 +165,7 @@ def test_sources_of_two_layouts_share_a_data_set(uri: str) -> None:
         layout_of("per_target", signals=(), numbers=numbers, scales=scales)
         for numbers in (("deviation", "item_mean"), ("item_mean", "deviation"))
     ]
-    sources = [SequenceSource(dataset, "train", layout) for layout in layouts]
+    sources = [source_of(dataset, "train", layout) for layout in layouts]
     ids = np.arange(40)
     first, second = (source.build(ids) for source in sources)
     assert float(first.sink_numbers[..., 0].std()) > 0
@@ -279,7 +280,7 @@ def test_a_split_without_impressions_is_refused(tmp_path: Path) -> None:
     dataset = Dataset(make_dataset(tmp_path))
     dataset.index["valid_impressions"] = np.zeros(dataset.manifest.users, np.int32)
     with pytest.raises(InputError, match="no impression in its valid split"):
-        SequenceSource(dataset, "valid", LAYOUTS["per_user"])
+        source_of(dataset, "valid", LAYOUTS["per_user"])
 
 
 def damage(path: Path, how: str) -> None:

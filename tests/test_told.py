@@ -12,12 +12,12 @@ import torch
 from ctrsink.config import ReadoutSpec
 from ctrsink.config.data import NeighboursSpec
 from ctrsink.config.model import SinkSpec, TargetSpec
-from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
+from ctrsink.families.decoder.embeddings import token_scale
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.families.embeddings import token_scale
+from ctrsink.families.registry import source_of
 from ctrsink.features.ragged import Ragged
 from ctrsink.features.registry import of_kind
 from ctrsink.prepare.build import append, prepare
@@ -25,7 +25,7 @@ from ctrsink.report.look import shares_of
 from ctrsink.runtime.preflight import check
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.windows import Cuts, windows_of
-from ctrsink.stream.stream import SequenceSource, evaluation_batches
+from ctrsink.stream.stream import evaluation_batches
 from ctrsink.train.capacity import GIB, saved_bytes, tokens_within
 from ctrsink.train.restore import restore_run
 from tests.builders import form_batch, tiny_model, tiny_spec
@@ -184,7 +184,7 @@ def test_what_users_thought_of_both_decides_what_is_retrieved(data: Prepared) ->
     """Of each target's history those of the items most similar to its own, in their order; of equally similar ones the later."""
     spec = spec_of(data, "run", "per_target", history=9, retrieve=3, retrieve_by="neighbours")
     dataset = Dataset(data.uri)
-    layout = Layout.of(spec.data, spec.model, dataset.manifest)
+    layout = layout_on(spec.data, spec.model, dataset.manifest)
     dataset.use(layout)
     chosen = 0
     for number in range(len(dataset.manifest.shards)):
@@ -230,7 +230,7 @@ def test_what_is_appended_has_the_columns_of_the_data_set(data: Prepared, tmp_pa
 def test_the_base_is_what_the_log_says_in_each_sequence_and_0_where_it_says_nothing(data: Prepared) -> None:
     spec = spec_of(data, "run", "per_user", targets=4)
     dataset = Dataset(data.uri)
-    layout = Layout.of(spec.data, spec.model, dataset.manifest)
+    layout = layout_on(spec.data, spec.model, dataset.manifest)
     dataset.use(layout)
     logged = {}
     with Path(data.spec.source.path).open(newline="", encoding="utf-8") as file:
@@ -238,7 +238,7 @@ def test_the_base_is_what_the_log_says_in_each_sequence_and_0_where_it_says_noth
             logged[int(row["when"])] = float(row["rank"] or 0)
     assert len(set(logged.values())) > 5
     seen = 0
-    for batch in evaluation_batches(SequenceSource(dataset, "test", layout), 4, 0, 1, None):
+    for batch in evaluation_batches(source_of(dataset, "test", layout), 4, 0, 1, None):
         assert batch.base is not None
         for (user, event), value in zip(
             batch.targets[batch.readout_valid].tolist(), batch.base[batch.readout_valid], strict=True
@@ -301,9 +301,9 @@ def test_shares_are_means_over_the_batches_that_have_them(data: Prepared, tmp_pa
     spec = spec_of(data, str(tmp_path / "run"), "per_target", history=4)
     write_run(spec)
     run = restore_run(spec.run_dir)
-    some = list(evaluation_batches(SequenceSource(run.dataset, "test", run.layout, newest=True), 4, 0, 1, 4))
+    some = list(evaluation_batches(source_of(run.dataset, "test", run.layout, newest=True), 4, 0, 1, 4))
     bare = restore_run(spec.run_dir)
-    none = list(evaluation_batches(SequenceSource(bare.dataset, "train", bare.layout, newest=True), 1, 0, 1, 1))
+    none = list(evaluation_batches(source_of(bare.dataset, "train", bare.layout, newest=True), 1, 0, 1, 1))
     assert int(none[0].sink_valid.sum()) == 0
     assert shares_of(run, run.model, [*some, *none]) == shares_of(run, run.model, some) != {}
 
