@@ -155,7 +155,7 @@ def _data_verify(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model_get(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.families.decoder.pretrained import get_pretrained
+    from ctrsink.prepare.pretrained import get_pretrained
 
     return {"model": str(get_pretrained(args.name, args.to))}
 

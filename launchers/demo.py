@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ctrsink import logs, storage, strict_json
 from ctrsink.config import RunSpec, load_run
+from ctrsink.config.model import DecoderSpec
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError, RunError
 from ctrsink.evaluate.baselines import smoothed_item_mean
@@ -96,8 +97,9 @@ def get_ready(model: str, spec: RunSpec) -> None:
     """Model, log and prepared shards, where they are not there yet."""
     assert spec.prepare is not None
     if model == "smollm2":
-        from ctrsink.families.decoder.pretrained import get_pretrained
+        from ctrsink.prepare.pretrained import get_pretrained
 
+        assert isinstance(spec.model, DecoderSpec)
         assert spec.model.backbone.path is not None
         get_pretrained("smollm2-135m", spec.model.backbone.path)
     download("movielens-100k", spec.prepare.source.path)

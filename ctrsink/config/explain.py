@@ -49,8 +49,9 @@ def _line(first: ErrorDetails, root: Any) -> str:
             expected = first["ctx"]["expected"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
             return f"{shown(value)} is not allowed{_nearest(value, expected)} (allowed: {expected})"
         case "union_tag_invalid":
-            named, allowed = (first["ctx"][of] for of in ("tag", "expected_tags"))  # pyright: ignore[reportTypedDictNotRequiredAccess]
-            return f"{first['ctx']['discriminator'].strip('_()')} {shown(named)} is not allowed{_nearest(named, allowed)} (allowed: {allowed})"
+            of = first["ctx"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+            named, allowed = of["tag"], of["expected_tags"]
+            return f"family {shown(named)} is not allowed{_nearest(named, allowed)} (allowed: {allowed})"
         case "value_error":
             return first["msg"].removeprefix("Value error, ")
         case kind if kind in _EXPECTED:
@@ -61,8 +62,8 @@ def _line(first: ErrorDetails, root: Any) -> str:
 
 
 def _key(root: Any, loc: tuple[int | str, ...], unknown: bool) -> tuple[tuple[int | str, ...], Any]:
-    """`loc` without what pydantic puts in between for itself, the alternative of a union that it tried or `[key]`; and the type of
-    what the last key stands in.
+    """`loc` without what pydantic puts in between for itself, the alternative of a union that it tried or `[key]`; and the type
+    of what the last key stands in.
 
     Args:
         unknown: its last part is a key that does not exist.

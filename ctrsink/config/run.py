@@ -86,6 +86,11 @@ class RunSpec(Section):
                     f"stages.{stage.name}: plateau needs a validation sample: add train.validation, for example {{every: 100}}"
                 )
 
+        if self.stages[-1].objective != "click":
+            raise ValueError(
+                f"stages.{self.stages[-1].name}: the last stage's objective must be click: a run ends with predictions"
+            )
+
     def _check_order(self) -> None:
         """In chronological order the data may grow: what depends on their size would change for steps that were taken already."""
         if self.data.order == "shuffled":

@@ -46,8 +46,8 @@ class ScheduleSpec(Section):
 class PlateauSpec(Section):
     """No improvement of a metric on the validation sample (`train.validation`)."""
 
-    metric: Literal["auc", "gauc", "logloss"] = "auc"
-    """What is watched; `logloss` falls when it improves, the others rise."""
+    metric: Literal["auc", "gauc", "logloss", "accuracy"] = "auc"
+    """What is watched; `logloss` falls when it improves, the others rise. Where the objective is `cloze` it is `accuracy`."""
     patience: int = Field(default=3, ge=1)
     """Validations in a row without an improvement."""
     min_delta: float = Field(default=0.0, ge=0)
@@ -103,6 +103,8 @@ class StageSpec(Section):
                     "a stage that only a plateau ends has no length for its schedule: add steps or epochs, "
                     "or take schedule {kind: constant, warmup: 0}"
                 )
+        if self.plateau is not None and (self.plateau.metric == "accuracy") != (self.objective == "cloze"):
+            raise ValueError(f"plateau.metric {self.plateau.metric} is not measured where the objective is {self.objective}")
         if not self.trainable or len(set(self.trainable)) != len(self.trainable):
             raise ValueError("trainable names at least one group, each once")
         missing = [g for g in self.trainable if g not in self.lr]

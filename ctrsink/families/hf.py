@@ -78,7 +78,9 @@ def model_type_of(family: str) -> str:
 
 def _classes(family: str) -> tuple[type[ExportedConfig], type[ExportedModel]]:
     name = "CTRSink" if family == FIRST_FAMILY else f"CTRSink{family.capitalize()}"
-    config = type(f"{name}Config", (ExportedConfig,), {"model_type": model_type_of(family), "family": family})
+    # Annotated, or the field's own default would stay.
+    of = {"model_type": model_type_of(family), "family": family, "__annotations__": {"family": str}}
+    config = type(f"{name}Config", (ExportedConfig,), of)
     return config, type(f"{name}Model", (ExportedModel,), {"config_class": config})
 
 

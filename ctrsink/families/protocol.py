@@ -45,6 +45,9 @@ class CTRModule(nn.Module):
     mixed_precision: bool = False
     """Matrix products in bfloat16 whatever the weights are held in."""
 
+    large: tuple[str, ...] = ()
+    """Groups whose optimiser state is too large to pass through one process."""
+
     def forward(self, batch: Batch, objective: Objective) -> Out:
         raise NotImplementedError
 

@@ -18,6 +18,7 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology, all_max, all_sum, barrier
 from ctrsink.errors import Diverged, InputError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
+from ctrsink.evaluate.tallies import measured
 from ctrsink.families.facts import Facts
 from ctrsink.families.parameters import load_parameters
 from ctrsink.families.protocol import Out
@@ -325,8 +326,9 @@ class Trainer:
         if validation is None or not (controller.ended or controller.step % validation.every == 0):
             return {}
         sample = self.spec.evaluate.model_copy(update={"max_sequences": validation.sequences})
+        at = _forward(engine, stage), self.dataset, "valid", self.layout, sample, self.topology
         with _evaluating(engine):
-            found = predict(_forward(engine, stage), self.dataset, "valid", self.layout, sample, self.topology).metrics()
+            found = predict(*at).metrics() if stage.objective == "click" else measured(*at)
         controller.observe(found)
         return {f"valid/{name}": value for name, value in found.items()}
 
@@ -389,7 +391,7 @@ class Trainer:
 
 
 def _forward(engine: Engine, stage: StageSpec) -> Callable[[Batch], Out]:
-    return lambda batch: engine.forward(batch, stage.learns)
+    return lambda batch: engine.forward(engine.model.drawn(batch, stage.learns, 0), stage.learns)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.family import FamilySpec
 from ctrsink.config.model.told import TargetSpec
 
-
 FIRST_FAMILY = "decoder"
 """That of a section which names none."""
 
@@ -26,4 +25,15 @@ ModelSpec = Annotated[
     Discriminator(_family),
 ]
 
-__all__ = ["FIRST_FAMILY", "BackboneSpec", "BiasSpec", "DecoderSpec", "DinSpec", "FamilySpec", "LoraSpec", "ModelSpec", "SinkSpec", "TargetSpec"]
+__all__ = [
+    "FIRST_FAMILY",
+    "BackboneSpec",
+    "BiasSpec",
+    "DecoderSpec",
+    "DinSpec",
+    "FamilySpec",
+    "LoraSpec",
+    "ModelSpec",
+    "SinkSpec",
+    "TargetSpec",
+]

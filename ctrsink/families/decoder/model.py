@@ -41,6 +41,8 @@ class CTRModel(CTRModule):
         spec: which sinks and bias it carries.
     """
 
+    large = ("backbone",)
+
     def __init__(self, backbone: nn.Module, spec: DecoderSpec) -> None:
         super().__init__()
         config: Any = backbone.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

@@ -44,7 +44,7 @@ class Saver:
             RunError, InputError: the checkpoint, or too many before it, could not be written.
         """
         began = time.monotonic()
-        if self._spec.train.checkpoint_format == "native" and "backbone" in engine.trainable:
+        if self._spec.train.checkpoint_format == "native" and set(engine.trainable) & set(engine.model.large):
             self._save_native(engine, make(EngineState({}, {}, engine.steps())), metrics)
         else:
             state = engine.state(self._topology.is_first)
