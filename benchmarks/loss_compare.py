@@ -25,7 +25,7 @@ from ctrsink.errors import InputError
 # Forms, backends that train on a CPU, and what changes the layout of a sequence or the rule of attention.
 FORMS = {
     "per_target": ("data.examples=per_target", "train.batch_size=16", "train.micro_batch_size=8"),
-    "per_request": ("data.examples=per_request", "data.targets=8"),
+    "per_request": ("data.examples=per_request", "data.targets=8", "train.micro_batch_tokens=4096"),
     "per_user": ("data.examples=per_user", "data.targets=12"),
 }
 BACKENDS = ("sdpa", "blocks")
