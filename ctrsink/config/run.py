@@ -7,6 +7,7 @@ from ctrsink.config.data import DataSpec, PrepareSpec
 from ctrsink.config.model import ModelSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.config.train import EvaluateSpec, RuntimeSpec, TrainSpec
+from ctrsink.config.tree import shown
 from ctrsink.errors import did_you_mean
 
 
@@ -68,12 +69,14 @@ class RunSpec(Section):
         if model.ids and not any("ids" in stage.trainable for stage in self.stages):
             raise ValueError(f"stages: none trains the group ids, which the signal {model.ids[0]} has its embeddings in")
         for stage in self.stages:
-            for group in stage.trainable:
+            for group in (*stage.trainable, *stage.lr):
                 if group not in model.GROUPS:
                     near = did_you_mean(group, model.GROUPS)
-                    raise ValueError(
-                        f"stages.{stage.name}: {group} is no group of the model{near} (allowed: {', '.join(model.GROUPS)})"
-                    )
+                    allowed = ", ".join(model.GROUPS)
+                    raise ValueError(f"stages.{stage.name}: {shown(group)} is no group of the model{near} (allowed: {allowed})")
+            for group in stage.trainable:
+                if group not in stage.lr:
+                    raise ValueError(f"stages.{stage.name}: no learning rate for the trainable group {group}: add lr.{group}")
                 if group in model.absent:
                     raise ValueError(f"stages.{stage.name}: trainable {group} does not exist, because {model.absent[group]}")
             if stage.objective not in model.OBJECTIVES:

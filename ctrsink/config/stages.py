@@ -107,7 +107,4 @@ class StageSpec(Section):
             raise ValueError(f"plateau.metric {self.plateau.metric} is not measured where the objective is {self.objective}")
         if not self.trainable or len(set(self.trainable)) != len(self.trainable):
             raise ValueError("trainable names at least one group, each once")
-        missing = [g for g in self.trainable if g not in self.lr]
-        if missing:
-            raise ValueError(f"no learning rate for the trainable group {missing[0]}: add lr.{missing[0]}")
         return self

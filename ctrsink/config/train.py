@@ -90,8 +90,8 @@ class TrainSpec(Section):
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimiser steps between checkpoints; a stage's end always makes one."""
     checkpoint_format: Literal["portable", "native"] = "portable"
-    """`portable`: safetensors by parameter name, gathered by the first worker, written while training goes on. `native`: in a stage
-    that trains a whole language model each worker writes its own shards of the optimiser's state, and training waits: for full
+    """`portable`: safetensors by parameter name, gathered by the first worker, written while training goes on. `native`: where a
+    stage trains a whole language model, each worker writes its own shards of the optimiser's state, and training waits: for full
     fine-tuning of models whose optimiser state does not fit one host's memory. Needs `zero_stage` 1 to 3."""
     keep: KeepSpec = KeepSpec()
     """Which checkpoints stay."""

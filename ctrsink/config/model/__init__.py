@@ -7,6 +7,7 @@ from pydantic import BaseModel, Discriminator, Tag
 from ctrsink.config.model.decoder import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.family import FamilySpec
+from ctrsink.config.model.hstu import HstuSpec
 from ctrsink.config.model.told import TargetSpec
 
 FIRST_FAMILY = "decoder"
@@ -17,11 +18,12 @@ def _family(value: Any) -> Any:
     """The family that a section names; the first of them where it names none."""
     if isinstance(value, BaseModel):
         return getattr(value, "family", None)
-    return value.get("family", FIRST_FAMILY) if isinstance(value, dict) else FIRST_FAMILY
+    family = value.get("family", FIRST_FAMILY) if isinstance(value, dict) else FIRST_FAMILY
+    return "null" if family is None else family  # of None pydantic would tell the name of this function
 
 
 ModelSpec = Annotated[
-    Annotated[DecoderSpec, Tag("decoder")] | Annotated[DinSpec, Tag("din")],
+    Annotated[DecoderSpec, Tag("decoder")] | Annotated[DinSpec, Tag("din")] | Annotated[HstuSpec, Tag("hstu")],
     Discriminator(_family),
 ]
 

@@ -8,7 +8,6 @@ from ctrsink.attention import sdpa
 from ctrsink.config.model import DecoderSpec
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.merge import merge_lora
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.supported import guard_length
 from ctrsink.families.protocol import CTRModule
@@ -21,6 +20,8 @@ def merged(module: CTRModule, model: DecoderSpec) -> tuple[dict[str, Any], int]:
         InputError: the architecture is none of transformers' own.
         RunError: an adapter holds values that are not finite.
     """
+    from ctrsink.families.decoder.merge import merge_lora  # an exported model is loaded without PEFT
+
     assert isinstance(module, CTRModel)
     config: Any = module.backbone.config
     fields: dict[str, Any] = config.to_dict()

@@ -1,0 +1,1 @@
+"""HSTU: a causal transformer over ids, which trains a chronology in one pass (arXiv 2402.17152)."""
