@@ -163,7 +163,7 @@ def spec_of(args: argparse.Namespace, folder: Path, examples: str, precision: st
         "window": args.window,
     }
     if args.model == PUBLISHED_MODEL:
-        from ctrsink.families.decoder.pretrained import get_pretrained
+        from ctrsink.prepare.pretrained import get_pretrained
 
         path = str(get_pretrained(args.model, folder / "models" / args.model))
         model["backbone"] = {"path": path}

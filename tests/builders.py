@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,19 @@ def random_sequence(chance: np.random.Generator, layout: Layout, events: int, pr
 
 def random_batch(seed: int, layout: Layout, events: tuple[int, ...]) -> Batch:
     """A batch with a row per entry of `events`, the number of events in its chronology."""
+    return rows_of(random_sequences(seed, layout, events))
+
+
+def random_sequences(seed: int, layout: Layout, events: tuple[int, ...]) -> Sequences:
+    """Those of `random_batch`."""
     chance = np.random.default_rng(seed)
-    return batch_of([random_sequence(chance, layout, n) for n in events])
+    return Sequences.joined([random_sequence(chance, layout, n) for n in events])
+
+
+def rows_of(sequences: Sequences, rows: Iterable[int] | None = None) -> Batch:
+    """The batch of these sequences (None: of all), each of a user of its own number."""
+    numbers = np.arange(len(sequences)) if rows is None else np.array(list(rows))
+    return collate(sequences, numbers, numbers)
 
 
 def batch_of(sequences: list[Sequences], users: list[int] | None = None, counted: list[bool] | None = None) -> Batch:

@@ -20,7 +20,7 @@ def main(failure: str, rank: int, store: str, data: str, folder: str) -> None:
 
     from ctrsink.config import parse_run
     from ctrsink.dist import Topology
-    from ctrsink.prepare.tokenize import load_tokenizer
+    from ctrsink.runtime import preflight
     from ctrsink.train.engine import Engine
     from ctrsink.train.loop import Trainer
     from tests.runs import run_tree
@@ -39,7 +39,7 @@ def main(failure: str, rank: int, store: str, data: str, folder: str) -> None:
     spec = parse_run(run_tree(data, folder, runtime={"kind": "ray", "workers": 2}, train={"checkpoint_every": 4}), "test")
     began = time.monotonic()
     try:
-        Trainer(spec, Topology(rank, 2), len(load_tokenizer(data))).run()
+        Trainer(spec, Topology(rank, 2), preflight.check(spec)).run()
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         print(f"{time.monotonic() - began:.1f}", flush=True)

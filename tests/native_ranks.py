@@ -39,8 +39,8 @@ class Ranks:
 
     def engine(self, zero: int, stage: int, parameters: dict[str, torch.Tensor], state: Any = None) -> Any:
         from ctrsink.config import parse_run
+        from ctrsink.families.decoder.build import build_model
         from ctrsink.families.parameters import load_parameters
-from ctrsink.families.decoder.build import build_model
         from ctrsink.train.engine import Engine
 
         spec = parse_run(tree(zero, self.topology.world), "test")

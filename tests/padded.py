@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import torch
 
 from ctrsink.attention.packed import Packed, Padded
-from ctrsink.sequences.batch import Batch
+from ctrsink.config.stages import Objective
+from ctrsink.families.decoder.model import CTRModel
+from ctrsink.sequences.batch import Batch, Targets
 from ctrsink.sequences.columns import Sequences
 
 
@@ -62,3 +64,36 @@ def named(sequences: Sequences) -> SimpleNamespace:
     """The columns of one sequence, by name."""
     assert len(sequences) == 1
     return SimpleNamespace(**sequences.columns)
+
+
+def in_rows(batch: Batch, of_positions: torch.Tensor) -> torch.Tensor:
+    """[N, ...] of the batch's positions -> [B, L, ...] as in `padded`, zeros at padding."""
+    return batch.axes["positions"].pad(of_positions, Padded.of(Packed.of(batch)).kinds.shape[1])
+
+
+def of_targets(batch: Batch, values: torch.Tensor) -> torch.Tensor:
+    """[T] of the batch's targets -> [B, T] as in `padded`, zeros where there is none."""
+    targets = batch.axes["targets"]
+    return targets.pad(values, max(1, targets.longest))
+
+
+def states_of(model: CTRModel, batch: Batch, objective: Objective) -> torch.Tensor:
+    """The model's states after the final norm, [B, L, D], zeros at padding."""
+    return in_rows(batch, model.hidden_states(batch, Packed.of(batch), objective))
+
+
+def changed(batch: Batch, **inputs: torch.Tensor) -> Batch:
+    """The batch with other inputs of these names."""
+    assert inputs.keys() <= batch.inputs.keys()
+    return dataclasses.replace(batch, inputs=batch.inputs | inputs)
+
+
+def same(one: Batch, other: Batch) -> bool:
+    """Whether two batches hold the same, bit by bit."""
+    assert one.inputs.keys() == other.inputs.keys()
+    assert one.axes.keys() == other.axes.keys()
+    pairs = [(one.inputs[name], other.inputs[name]) for name in one.inputs]
+    pairs += [(one.axes[name].offsets, other.axes[name].offsets) for name in one.axes]
+    pairs += [(getattr(one.targets, f.name), getattr(other.targets, f.name)) for f in dataclasses.fields(Targets)]
+    counts = [(of.tokens, of.impressions, of.costs, of.units) for of in (one, other)]
+    return counts[0] == counts[1] and all(torch.equal(a, b) for a, b in pairs)

@@ -48,20 +48,20 @@ def main(rank: int, world: int, store: str, data: str, folder: str) -> None:
     from ctrsink.config import parse_run
     from ctrsink.dist import Topology
     from ctrsink.families.decoder.build import build_model
-    from ctrsink.prepare.tokenize import load_tokenizer
+    from ctrsink.runtime import preflight
     from ctrsink.train.loop import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    vocabulary = len(load_tokenizer(data))
     for zero, accumulation in CASES:
         spec = parse_run(tree(data, folder, world, zero, accumulation), "test")
-        first = Trainer(spec, Topology(rank, world), vocabulary)
+        facts = preflight.check(spec)
+        first = Trainer(spec, Topology(rank, world), facts)
         first.run(stop_after=8)  # the first stage
-        before = dict(build_model(spec.model, vocabulary, spec.seed).named_parameters())
+        before = dict(build_model(spec.model, facts.vocabulary, spec.seed).named_parameters())
         left = frozen(first)
         same = bool(left) and all(torch.equal(value, before[name]) for name, value in left.items())
         first.engine.destroy()
-        result = Trainer(spec, Topology(rank, world), vocabulary).run()
+        result = Trainer(spec, Topology(rank, world), facts).run()
         print(json.dumps({"frozen_unchanged": same, "checksum": result["checksum"], "finished": result["finished"]}), flush=True)
     dist.destroy_process_group()
 

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,22 @@ from torch import nn
 from transformers import AutoModel
 
 import ctrsink.serve  # makes the model type known  # noqa: F401
+from ctrsink.attention.kinds import FEEDBACK, PAD, PREFIX, SINK, TEXT
 from ctrsink.config.model import BiasSpec, DecoderSpec, LoraSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.export.package import export_run
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.groups import group_of, set_trainable
+from ctrsink.families.decoder.groups import group_of
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.families.parameters import load_parameters
+from ctrsink.families.parameters import load_parameters, set_trainable
 from ctrsink.families.registry import source_of
-from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.train.restore import restore_run
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
+from tests.padded import changed, in_rows, padded, states_of
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
 
-ALL, POOL = ReadoutSpec(over="all"), ReadoutSpec(over="sinks", form="pool")
+ALL, POOL = Objective(readout=ReadoutSpec(over="all")), Objective(readout=ReadoutSpec(over="sinks", form="pool"))
 WIDTH = {"hidden_size": 64, "intermediate_size": 96}
 # Gemma's heads are wider than its states divided by their number; Mistral's own default is a window.
 KINDS: dict[str, dict[str, Any]] = {
@@ -53,31 +54,34 @@ def plain_transformers(model: CTRModel) -> Any:
     return plain
 
 
-def run(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(model: CTRModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits of the valid targets and the gradients of their loss."""
     model.zero_grad(set_to_none=True)
-    loss, logits = model(batch, readout)
-    loss.backward()
-    return logits[batch.readout_valid].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    out = model(batch, objective)
+    out.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return out.logits[batch.targets.counted].detach(), grads
 
 
 @torch.no_grad()
 def test_without_sinks_it_is_the_plain_model(kind: str) -> None:
     """Also what a model does to its embeddings (Gemma multiplies them) happens once."""
     model, batch = tiny_model(spec_of(kind, sinks=False)), random_batch(3, layout_of(signals=()), (7, 2, 4))
-    mask = batch.kinds != PAD
-    mine = model.hidden_states(batch, ALL)
-    expected = plain_transformers(model)(input_ids=batch.input_ids, attention_mask=mask.long()).last_hidden_state
+    of = padded(batch)
+    mask = of.kinds != PAD
+    mine = states_of(model, batch, ALL)
+    expected = plain_transformers(model)(input_ids=of.input_ids, attention_mask=mask.long()).last_hidden_state
     close(mine[mask], expected[mask], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_sequences_too_short_for_a_sink_are_the_plain_model(kind: str) -> None:
     model, batch = tiny_model(spec_of(kind)), random_batch(3, layout_of(), (1, 1))
-    assert not batch.sink_valid.any()
-    mask = batch.kinds != PAD
-    expected = plain_transformers(model)(input_ids=batch.input_ids, attention_mask=mask.long()).last_hidden_state
-    close(model.hidden_states(batch, ALL)[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    of = padded(batch)
+    assert not of.sink_valid.any()
+    mask = of.kinds != PAD
+    expected = plain_transformers(model)(input_ids=of.input_ids, attention_mask=mask.long()).last_hidden_state
+    close(states_of(model, batch, ALL)[mask], expected[mask], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -87,15 +91,15 @@ def test_without_a_bias_sinks_are_nothing_but_vectors(kind: str) -> None:
     vectors: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        vectors.append(kwargs["attention_inputs"].packing.unpack(kwargs["inputs_embeds"][0]))
+        vectors.append(in_rows(batch, kwargs["inputs_embeds"][0]))
 
     handle = model.backbone.register_forward_pre_hook(keep, with_kwargs=True)
-    biased = model.hidden_states(batch, ALL)
+    biased = states_of(model, batch, ALL)
     for bias in model.biases:
         bias.get_parameter("gamma").data.zero_()
-    mine = model.hidden_states(batch, ALL)
+    mine = states_of(model, batch, ALL)
     handle.remove()
-    mask = batch.kinds != PAD
+    mask = padded(batch).kinds != PAD
     expected = plain_transformers(model)(inputs_embeds=vectors[0], attention_mask=mask.long()).last_hidden_state
     close(mine[mask], expected[mask], atol=1e-5, rtol=1e-5)
     assert (biased[mask] - expected[mask]).abs().max() > 1e-3
@@ -104,18 +108,19 @@ def test_without_a_bias_sinks_are_nothing_but_vectors(kind: str) -> None:
 @torch.no_grad()
 def test_nothing_before_a_changed_position_moves(kind: str) -> None:
     model, batch = tiny_model(spec_of(kind)), random_batch(1, layout_of(), (6, 4))
-    before = model.hidden_states(batch, ALL)
-    kinds = batch.kinds[0].tolist()
+    before = states_of(model, batch, ALL)
+    of = padded(batch)
+    kinds = of.kinds[0].tolist()
     # The first and the last of each kind: a prefix, a text, a feedback and a sink token are all changed.
     first_and_last = {find(kinds, k) for k in (PREFIX, TEXT, FEEDBACK, SINK) for find in (list.index, last_index)}
     for at in sorted(first_and_last):
-        changed = replace(batch, input_ids=batch.input_ids.clone(), signals=batch.signals.clone())
+        ids, signals = batch.inputs["input_ids"].clone(), batch.inputs["signals"].clone()
         if kinds[at] == SINK:
-            slot = batch.sink_positions[0].tolist().index(at)
-            changed.signals[0, slot] = (changed.signals[0, slot] + 1) % 10
+            slot = of.sinks[0].tolist().index(at)  # of the first sequence, as the position is: its number in the batch
+            signals[slot] = (signals[slot] + 1) % 10
         else:
-            changed.input_ids[0, at] = (changed.input_ids[0, at] + 1) % VOCABULARY
-        after = model.hidden_states(changed, ALL)
+            ids[at] = (ids[at] + 1) % VOCABULARY
+        after = states_of(model, changed(batch, input_ids=ids, signals=signals), ALL)
         assert torch.equal(after[0, :at], before[0, :at])
         assert (after[0, at] - before[0, at]).abs().max() > 1e-4
         assert torch.equal(after[1], before[1])
@@ -188,10 +193,10 @@ def test_a_model_goes_on_from_stored_parameters(kind: str) -> None:
         if group_of(name) in ("sink", "bias", "head", "lora"):
             parameter += 0.1 * torch.randn_like(parameter)
             stored[name] = parameter.clone()
-    expected = first(batch, POOL)[1]
-    assert (again(batch, POOL)[1] - expected)[batch.readout_valid].abs().max() > 1e-3
+    expected = first(batch, POOL).logits
+    assert (again(batch, POOL).logits - expected)[batch.targets.counted].abs().max() > 1e-3
     load_parameters(again, stored)
-    close(again(batch, POOL)[1], expected, atol=1e-5, rtol=0)
+    close(again(batch, POOL).logits, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -201,7 +206,7 @@ def test_a_folder_of_the_backbone_builds_the_same_model(kind: str, tmp_path: Pat
     made.backbone.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     loaded = build_model(spec.model_copy(update={"backbone": spec.backbone.model_copy(update=folder(tmp_path))}), VOCABULARY, 1)
     load_parameters(loaded, {n: p for n, p in made.named_parameters() if group_of(n) in ("sink", "bias", "head")})
-    close(loaded.eval()(batch, POOL)[1], made(batch, POOL)[1])
+    close(loaded.eval()(batch, POOL).logits, made(batch, POOL).logits)
 
 
 def folder(path: Path) -> dict[str, Any]:
@@ -223,4 +228,4 @@ def test_a_run_is_exported_with_its_lora_merged(kind: str, data: Prepared, tmp_p
     trained = restore_run(spec.run_dir)
     batch = source_of(trained.dataset, "test", trained.layout).build(torch.arange(4).numpy())
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
-    close(model(batch), trained.model(batch, trained.readout)[1], atol=1e-5, rtol=0)
+    close(model(batch), trained.model(batch, trained.objective).logits, atol=1e-5, rtol=0)

@@ -10,33 +10,35 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 
-from ctrsink.attention import sdpa
-from ctrsink.attention.packing import Packing
+from ctrsink.attention.kinds import FEEDBACK, PREFIX, SINK, TEXT
+from ctrsink.attention.packed import Padded
 from ctrsink.attention.rule_dense import target_rows, visible
 from ctrsink.config.model import BiasSpec, SinkSpec, TargetSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.families.decoder.bias import InterSinkBias
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.sequences.batch import FEEDBACK, PREFIX, SINK, TEXT, Batch
-from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
+from ctrsink.sequences.batch import Batch
+from tests.builders import layout_of, random_batch, random_sequences, rows_of, tiny_model, tiny_spec
+from tests.padded import changed, in_rows, of_targets, padded, states_of
 
-ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
+ALL, SINKS = Objective(readout=ReadoutSpec(over="all")), Objective(readout=ReadoutSpec(over="sinks"))
+OBJECTIVES = [Objective(readout=ReadoutSpec(over=over, form=form)) for over in ("all", "sinks") for form in ("attend", "pool")]
 DENSE = "dense_reference"
 close = torch.testing.assert_close
 
 
-def plain_mask(batch: Batch, sinks_only: bool, window: int | None = None) -> torch.Tensor:
+def plain_mask(of: Padded, sinks_only: bool, window: int | None = None) -> torch.Tensor:
     """bool [B, L, L], by the sentence of the published method: a target uses of its history the sinks only."""
-    kinds, events = batch.kinds.tolist(), batch.event_ids.tolist()
-    b, length = batch.input_ids.shape
+    kinds, events = of.kinds.tolist(), of.events.tolist()
+    b, length = of.kinds.shape
     mask = torch.zeros(b, length, length, dtype=torch.bool)
     for row in range(b):
         for i in range(length):
             for j in range(i + 1):
                 own = events[row][i] == events[row][j]
                 history = kinds[row][j] in (TEXT, FEEDBACK) and not own
-                hidden = sinks_only and bool(batch.aligned[row, i]) and history
-                sibling = bool(batch.candidate[row, j]) and not own
+                hidden = sinks_only and bool(of.aligned[row, i]) and history
+                sibling = bool(of.candidate[row, j]) and not own
                 far = window is not None and events[row][i] - events[row][j] > window and kinds[row][j] != PREFIX
                 mask[row, i, j] = i == j or not (hidden or sibling or far)
     return mask
@@ -46,74 +48,71 @@ def dense_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """softmax(q k^T * scaling + bias + mask) v with a whole [B, H, L, L] bias; the mask is the test's own."""
-    plan = kwargs["attention_inputs"]
-    rows = plan.sinks
-    query, key, value = (plan.packing.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
-    b, heads, length, _ = query.shape
+    given = kwargs["attention_inputs"]
+    axis, length = given.packed.sequences, given.padded.kinds.shape[1]
+    query, key, value = (axis.pad(x[0].transpose(0, 1), length).transpose(1, 2) for x in (query, key, value))
+    b, heads, _, _ = query.shape
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     bias = torch.zeros(b, length, length)
-    plan.followed.add(module.layer_idx)
-    table = plan.tables.pop(module.layer_idx, None)
+    given.followed.add(module.layer_idx)
+    table = given.tables.pop(module.layer_idx, None)
     if table is not None:
         pieces = []
         for row in range(b):
-            at = rows.positions[row][plan.sink_valid[row]]
+            at = given.padded.sinks[row][given.padded.sink_valid[row]]
             chosen = table[row, : len(at), : len(at)]
             pieces.append(torch.zeros(length, length).index_put((at[:, None], at[None, :]), chosen))
         bias = torch.stack(pieces)
     bias = bias[:, None].expand(b, heads, length, length)
-    if module.layer_idx in plan.at_asked:
-        bias = bias + dense_at_asked(plan, module.asked, plan.at_asked[module.layer_idx], length)
+    if module.layer_idx in given.at_asked:
+        bias = bias + dense_at_asked(given.padded, given.at_asked[module.layer_idx])
     logits = query @ key.transpose(2, 3) * scaling + bias
     weights = logits.masked_fill(~module.plain_mask[:, None], float("-inf")).softmax(-1)
-    return plan.packing.pack((weights @ value).transpose(1, 2))[None], None
+    return axis.pack((weights @ value).transpose(1, 2))[None], None
 
 
-def dense_at_asked(
-    plan: sdpa.SdpaInputs, asked: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor, length: int
-) -> torch.Tensor:
-    """The bias [B, H, M, K] of those asked (positions, validity: [B, M]) at the sinks, in its places of [B, H, L, L]."""
-    positions, valid = asked
-    rows = nn.functional.one_hot(positions, length).float() * valid[:, :, None]
-    columns = nn.functional.one_hot(plan.sinks.positions, length).float() * plan.sink_valid[:, :, None]
+def dense_at_asked(of: Padded, table: torch.Tensor) -> torch.Tensor:
+    """The bias [B, H, M, K] of those asked at the sinks, in its places of [B, H, L, L]."""
+    length = of.kinds.shape[1]
+    rows = nn.functional.one_hot(of.asked, length).float() * of.asked_valid[:, :, None]
+    columns = nn.functional.one_hot(of.sinks, length).float() * of.sink_valid[:, :, None]
     return torch.einsum("brl,bhrk,bkm->bhlm", rows, table, columns)
 
 
 AttentionInterface.register(DENSE, dense_attention)
 
 
-def run(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(model: CTRModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits of the valid targets and the gradients of their loss."""
     model.zero_grad(set_to_none=True)
-    loss, logits = model(batch, readout)
-    loss.backward()
-    return logits[batch.readout_valid].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    out = model(batch, objective)
+    out.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return out.logits[batch.targets.counted].detach(), grads
 
 
-def run_dense(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run_dense(model: CTRModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     dense = copy.deepcopy(model)
     dense.backbone.config._attn_implementation = DENSE  # pyright: ignore[reportAttributeAccessIssue]
-    mask = plain_mask(batch, readout.over == "sinks" and readout.form == "attend", model.window)
+    readout = objective.readout
+    mask = plain_mask(padded(batch), readout.over == "sinks" and readout.form == "attend", model.window)
     for layer in attention_layers(dense):
         layer.self_attn.plain_mask = mask
-        layer.self_attn.asked = (batch.asked_positions, batch.asked_valid)
-    return run(dense, batch, readout)
+    return run(dense, batch, objective)
 
 
 def attention_layers(model: CTRModel) -> list[nn.Module]:
     return list(model.backbone.layers)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-@pytest.mark.parametrize(
-    "readout", [ReadoutSpec(over=over, form=form) for over in ("all", "sinks") for form in ("attend", "pool")], ids=str
-)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda of: f"{of.readout.over}-{of.readout.form}")
 @pytest.mark.parametrize(("kind", "kv_heads"), [("llama", 4), ("qwen2", 2), ("qwen3", 1)])
-def test_results_and_gradients_equal_the_dense_form(kind: str, kv_heads: int, readout: ReadoutSpec) -> None:
+def test_results_and_gradients_equal_the_dense_form(kind: str, kv_heads: int, objective: Objective) -> None:
     model = tiny_model(tiny_spec(kind, kv_heads, bias=BiasSpec(layers=1.0, gamma=3.0)))
     batch = random_batch(3, layout_of(), (8, 1, 4, 2))
-    logits, grads = run(model, batch, readout)
-    expected, expected_grads = run_dense(model, batch, readout)
+    logits, grads = run(model, batch, objective)
+    expected, expected_grads = run_dense(model, batch, objective)
     close(logits, expected, atol=1e-5, rtol=1e-5)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
@@ -121,7 +120,7 @@ def test_results_and_gradients_equal_the_dense_form(kind: str, kv_heads: int, re
     # The bias matters here: without it the results are others.
     for bias in model.biases:
         bias.get_parameter("gamma").data.zero_()
-    assert (run(model, batch, readout)[0] - logits).abs().max() > 1e-3
+    assert (run(model, batch, objective)[0] - logits).abs().max() > 1e-3
 
 
 @settings(max_examples=12)
@@ -134,23 +133,24 @@ def test_results_and_gradients_equal_the_dense_form(kind: str, kv_heads: int, re
     st.sampled_from([0.5, 1.0]),
 )
 def test_any_batch_equals_the_dense_form(
-    seed: int, events: list[int], examples: str, readout: ReadoutSpec, kv_heads: int, share: float
+    seed: int, events: list[int], examples: str, objective: Objective, kv_heads: int, share: float
 ) -> None:
     """K = 0, 1 and many sinks, in one batch or alone; every share of layers."""
     model = tiny_model(tiny_spec(kv_heads=kv_heads, bias=BiasSpec(layers=share, gamma=2.0)))
     batch = random_batch(seed, layout_of(examples), tuple(events))
-    close(run(model, batch, readout)[0], run_dense(model, batch, readout)[0], atol=1e-5, rtol=1e-5)
+    close(run(model, batch, objective)[0], run_dense(model, batch, objective)[0], atol=1e-5, rtol=1e-5)
 
 
 @given(st.integers(0, 2**32), st.booleans())
 @settings(max_examples=20)
 def test_visibility_is_the_written_rule(seed: int, per_user: bool) -> None:
     batch = random_batch(seed, layout_of("per_user" if per_user else "per_target"), (5, 1, 3))
-    every = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
+    of = padded(batch)
+    every = torch.arange(of.kinds.shape[1]).expand_as(of.kinds)
     for sinks_only in (True, False):
         for window in (None, 2):
-            assert torch.equal(visible(batch, every, sinks_only, window), plain_mask(batch, sinks_only, window))
-    assert target_rows(batch, False, None) is None
+            assert torch.equal(visible(of, every, sinks_only, window), plain_mask(of, sinks_only, window))
+    assert target_rows(of, False, None) is None
 
 
 def bias_by_loop(module: InterSinkBias, sinks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -209,75 +209,71 @@ class Double(nn.Module):
 
 
 @pytest.fixture(params=[ALL, SINKS], ids=["all", "sinks"])
-def readout(request: pytest.FixtureRequest) -> ReadoutSpec:
+def objective(request: pytest.FixtureRequest) -> Objective:
     return request.param
 
 
-def states(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
+def states(model: CTRModel, batch: Batch, objective: Objective) -> torch.Tensor:
     with torch.no_grad():
-        return model.hidden_states(batch, readout)
+        return states_of(model, batch, objective)
 
 
-def test_nothing_before_a_changed_token_moves(readout: ReadoutSpec) -> None:
+def test_nothing_before_a_changed_token_moves(objective: Objective) -> None:
     model, batch = tiny_model(tiny_spec()), random_batch(1, layout_of(), (6, 6))
-    before = states(model, batch, readout)
-    length = int((batch.kinds[0] != 0).sum())
+    before = states(model, batch, objective)
+    of = padded(batch)
+    length = int((of.kinds[0] != 0).sum())
     for at in range(length):
-        changed = copy.deepcopy(batch)
-        if batch.kinds[0, at] == SINK:
-            slot = batch.sink_positions[0].tolist().index(at)
-            changed.signals[0, slot] = (changed.signals[0, slot] + 1) % 10
+        ids, signals = batch.inputs["input_ids"].clone(), batch.inputs["signals"].clone()
+        if of.kinds[0, at] == SINK:
+            slot = of.sinks[0].tolist().index(at)  # of the first sequence, as the position is: its number in the batch
+            signals[slot] = (signals[slot] + 1) % 10
         else:
-            changed.input_ids[0, at] = (changed.input_ids[0, at] + 1) % 97
-        after = states(model, changed, readout)
+            ids[at] = (ids[at] + 1) % 97
+        after = states(model, changed(batch, input_ids=ids, signals=signals), objective)
         assert torch.equal(after[0, :at], before[0, :at])
         assert (after[0, at] - before[0, at]).abs().max() > 1e-4
         assert torch.equal(after[1], before[1])
 
 
-def test_neither_padding_nor_neighbours_change_a_row(readout: ReadoutSpec) -> None:
+def test_neither_padding_nor_neighbours_change_a_row(objective: Objective) -> None:
     model, events = tiny_model(tiny_spec()), (7, 1, 3, 5)
-    together = random_batch(4, layout_of(), events)
+    sequences = random_sequences(4, layout_of(), events)
+    together = rows_of(sequences)
+    lengths = {padded(together).kinds.shape[1]}
     with torch.no_grad():
-        logits = model(together, readout)[1]
+        logits = model(together, objective).logits
         for row in range(len(events)):
-            length = int((together.kinds[row] != 0).sum()) + 1
-            alone = Batch(**{k: v[row : row + 1] for k, v in vars(together).items()})
-            slots = max(1, int(alone.sink_valid.sum()))
-            cut = {
-                k: getattr(alone, k)[:, :length]
-                for k in ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids")
-            }
-            cut |= {k: getattr(alone, k)[:, :slots] for k in ("sink_valid", "signals")}
-            cut["sink_positions"] = alone.sink_positions[:, :slots].clamp(max=length - 1)
-            cut["readout_positions"] = alone.readout_positions.clamp(max=length - 1)
-            valid = together.readout_valid[row]
-            close(model(Batch(**{**vars(alone), **cut}), readout)[1][0][valid], logits[row][valid], atol=1e-5, rtol=1e-5)
+            alone = rows_of(sequences, [row])
+            lengths.add(padded(alone).kinds.shape[1])
+            own = together.targets.users == row
+            close(model(alone, objective).logits, logits[own], atol=1e-5, rtol=1e-5)
+    assert len(lengths) > 2  # the backend pads each of them otherwise
 
 
-def test_sequences_in_another_order_give_the_same_results(readout: ReadoutSpec) -> None:
-    model, batch = tiny_model(tiny_spec()), random_batch(4, layout_of(), (7, 1, 3, 5))
-    order = torch.tensor([2, 0, 3, 1])
-    permuted = Batch(**{k: v[order] for k, v in vars(batch).items()})
+def test_sequences_in_another_order_give_the_same_results(objective: Objective) -> None:
+    model, sequences = tiny_model(tiny_spec()), random_sequences(4, layout_of(), (7, 1, 3, 5))
+    order = [2, 0, 3, 1]
+    batch, permuted = rows_of(sequences), rows_of(sequences, order)
     with torch.no_grad():
-        loss, logits = model(batch, readout)
-        other, moved = model(permuted, readout)
-    close(moved, logits[order], atol=1e-5, rtol=1e-5)
+        loss, logits, _ = model(batch, objective)
+        other, moved, _ = model(permuted, objective)
+    close(of_targets(permuted, moved), of_targets(batch, logits)[order], atol=1e-5, rtol=1e-5)
     close(other, loss)
 
 
-def test_gamma_zero_is_no_bias(readout: ReadoutSpec) -> None:
+def test_gamma_zero_is_no_bias(objective: Objective) -> None:
     model, batch = tiny_model(tiny_spec()), random_batch(2, layout_of(), (6, 3))
     plain = tiny_model(tiny_spec().model_copy(update={"bias": None}))
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("biases")})
     for bias in model.biases:
         bias.get_parameter("gamma").data.zero_()
-    mine, expected = states(model, batch, readout), states(plain, batch, readout)
-    inside = batch.kinds != 0
+    mine, expected = states(model, batch, objective), states(plain, batch, objective)
+    inside = padded(batch).kinds != 0
     close(mine[inside], expected[inside], atol=1e-6, rtol=1e-6)
 
 
-def input_gradient(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
+def input_gradient(model: CTRModel, batch: Batch, objective: Objective) -> torch.Tensor:
     """Norm of the gradient of one readout's logit with respect to each input vector, [L]."""
     seen: list[torch.Tensor] = []
 
@@ -286,18 +282,18 @@ def input_gradient(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> torch
         seen.append(kwargs["inputs_embeds"])
 
     handle = model.backbone.register_forward_pre_hook(keep, with_kwargs=True)
-    last = int(batch.readout_valid[0].sum()) - 1
-    model(batch, readout)[1][0, last].backward()
+    last = int((batch.targets.users == 0).sum()) - 1  # of the first sequence
+    model(batch, objective).logits[last].backward()
     handle.remove()
     assert seen[0].grad is not None
-    return Packing.of(batch).unpack(seen[0].grad[0])[0].norm(dim=-1)
+    return in_rows(batch, seen[0].grad[0])[0].norm(dim=-1)
 
 
 @pytest.mark.parametrize("examples", ["per_target", "per_user"])
 def test_under_readout_sinks_a_target_uses_its_history_through_sinks_only(examples: str) -> None:
     """In one layer there is no way around: the text of the history gives nothing, its sinks do."""
     batch = random_batch(6, layout_of(examples), (6,))
-    kinds, events = batch.kinds[0], batch.event_ids[0]
+    kinds, events = padded(batch).kinds[0], padded(batch).events[0]
     target = events == events.max()
     history = ((kinds == TEXT) | (kinds == FEEDBACK)) & ~target
     gradient = input_gradient(tiny_model(tiny_spec(layers=1)), batch, SINKS)
@@ -311,14 +307,14 @@ def test_under_readout_sinks_a_target_uses_its_history_through_sinks_only(exampl
     assert (input_gradient(tiny_model(tiny_spec(layers=1)), batch, ALL)[history] > 0).all()
 
 
-def test_no_layer_computes_on_padding(readout: ReadoutSpec) -> None:
+def test_no_layer_computes_on_padding(objective: Objective) -> None:
     model, batch = tiny_model(tiny_spec()), random_batch(6, layout_of(), (3, 8, 1))
     seen: list[torch.Size] = []
     for layer in attention_layers(model):
         layer.mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    model(batch, readout)
+    model(batch, objective)
     assert seen == [torch.Size([1, batch.tokens, 32])] * 2
-    assert batch.tokens < batch.kinds.numel()
+    assert batch.tokens < padded(batch).kinds.numel()
 
 
 @pytest.mark.parametrize(
@@ -331,7 +327,7 @@ def test_no_layer_computes_on_padding(readout: ReadoutSpec) -> None:
     ],
 )
 def test_gradients_reach_every_part(
-    categories: tuple[str, ...], numbers: tuple[str, ...], target: TargetSpec | None, readout: ReadoutSpec
+    categories: tuple[str, ...], numbers: tuple[str, ...], target: TargetSpec | None, objective: Objective
 ) -> None:
     spec = tiny_spec(layers=3, bias=BiasSpec(layers=0.67), target=target, similarity="vectors" if target else None)
     sinks = SinkSpec(signals=(*categories, *numbers), buckets=24, embedding_size=8)
@@ -343,7 +339,7 @@ def test_gradients_reach_every_part(
         target_numbers=target.numbers if target else (),
         similarity=spec.similarity,
     )
-    _, grads = run(model, random_batch(5, layout, (8, 4)), readout)
+    _, grads = run(model, random_batch(5, layout, (8, 4)), objective)
     assert grads.keys() == dict(model.named_parameters()).keys()
     for name, grad in grads.items():
         if name.startswith("biases") and name.endswith("key.bias"):
@@ -358,12 +354,12 @@ def test_a_single_sink_teaches_the_scale_only() -> None:
     assert grads["biases.0.query.weight"].abs().max() < 1e-8
 
 
-def test_gradient_checkpointing_changes_no_gradient(readout: ReadoutSpec) -> None:
+def test_gradient_checkpointing_changes_no_gradient(objective: Objective) -> None:
     batch = random_batch(5, layout_of(), (8, 4))
     plain, saving = tiny_model(tiny_spec()).train(), tiny_model(tiny_spec(gradient_checkpointing=True)).train()
     assert saving.backbone.is_gradient_checkpointing
-    logits, grads = run(plain, batch, readout)
-    other, recomputed = run(saving, batch, readout)
+    logits, grads = run(plain, batch, objective)
+    other, recomputed = run(saving, batch, objective)
     close(other, logits)
     assert recomputed.keys() == grads.keys()
     for name in grads:

@@ -1,18 +1,18 @@
 """The inter-sink bias: exact gradients in double precision, any number of sinks, independence of what does not belong to it."""
 
 import copy
-from dataclasses import fields
 
 import pytest
 import torch
 
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.attention.kinds import PAD
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.families.decoder.bias import InterSinkBias
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.sequences.batch import PAD, Batch
-from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
+from tests.builders import layout_of, random_batch, random_sequences, rows_of, tiny_model, tiny_spec
+from tests.padded import of_targets, padded, states_of
 
-ALL, POOL = ReadoutSpec(over="all"), ReadoutSpec(over="sinks", form="pool")
+ALL, POOL = Objective(readout=ReadoutSpec(over="all")), Objective(readout=ReadoutSpec(over="sinks", form="pool"))
 HISTORY = 5
 close = torch.testing.assert_close
 
@@ -67,9 +67,10 @@ def test_the_bias_matters_from_the_second_sink_on(examples: str) -> None:
     plain, strong = scale(model, 0.0), scale(model, 30.0)
     for events in range(1, HISTORY + 2):
         batch = random_batch(7, layout_of(examples, HISTORY, 1), (events,))
-        sinks = int(batch.sink_valid.sum())
+        of = padded(batch)
+        sinks = int(of.sink_valid.sum())
         assert sinks == min(events - 1, HISTORY) if examples == "per_target" else sinks >= events - 1
-        difference = (strong.hidden_states(batch, ALL) - plain.hidden_states(batch, ALL))[batch.kinds != PAD].abs().max()
+        difference = (states_of(strong, batch, ALL) - states_of(plain, batch, ALL))[of.kinds != PAD].abs().max()
         if sinks == 0:
             assert difference == 0
         else:
@@ -77,16 +78,16 @@ def test_the_bias_matters_from_the_second_sink_on(examples: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("readout", [ALL, POOL], ids=str)
-def test_rows_of_no_one_and_all_sinks_in_one_batch_are_what_each_is_alone(readout: ReadoutSpec) -> None:
+@pytest.mark.parametrize("objective", [ALL, POOL], ids=["all", "pool"])
+def test_rows_of_no_one_and_all_sinks_in_one_batch_are_what_each_is_alone(objective: Objective) -> None:
     model, events = scale(tiny_model(tiny_spec()), 3.0), (1, 2, HISTORY + 1, 3)
-    layout = layout_of("per_target", HISTORY)
-    together = random_batch(4, layout, events)
-    assert sorted(together.sink_valid.sum(1).tolist()) == [0, 1, 2, HISTORY]
-    logits = model(together, readout)[1]
-    order = torch.tensor([3, 1, 0, 2])
-    permuted = Batch(**{f.name: getattr(together, f.name)[order] for f in fields(together)})
-    close(model(permuted, readout)[1], logits[order], atol=1e-5, rtol=1e-5)
+    sequences = random_sequences(4, layout_of("per_target", HISTORY), events)
+    together = rows_of(sequences)
+    assert sorted(padded(together).sink_valid.sum(1).tolist()) == [0, 1, 2, HISTORY]
+    logits = of_targets(together, model(together, objective).logits)
+    order = [3, 1, 0, 2]
+    permuted = rows_of(sequences, order)
+    close(of_targets(permuted, model(permuted, objective).logits), logits[order], atol=1e-5, rtol=1e-5)
     for row in range(len(events)):
-        alone = Batch(**{f.name: getattr(together, f.name)[row : row + 1] for f in fields(together)})
-        close(model(alone, readout)[1], logits[row : row + 1], atol=1e-5, rtol=1e-5)
+        alone = rows_of(sequences, [row])
+        close(of_targets(alone, model(alone, objective).logits), logits[row : row + 1], atol=1e-5, rtol=1e-5)

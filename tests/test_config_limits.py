@@ -120,7 +120,7 @@ def test_a_value_of_100000_characters_is_not_repeated(tmp_path: Path, override: 
         ("runtime.workers={mn: 1}", "unknown key runtime.workers.mn, did you mean min? (allowed: min, max) [and 2 more]"),
         ("runtime.workers={min: 0, max: 3}", "run.yaml: runtime.workers"),
         ("train.micro_batch_tokens=x", "run.yaml: train.micro_batch_tokens: Input should be a valid integer"),
-        ("stages.0.lr.hed=3", "run.yaml: stages.0.lr.hed: 'hed' is not allowed, did you mean head? (allowed: 'sink', 'bias'"),
+        ("stages.0.lr.hed=3", "run.yaml: stages.one: 'hed' is no group of the model, did you mean head? (allowed: sink, bias, "),
         ("train.betas=[-1, 0.95]", "run.yaml: train.betas.0: Input should be greater than or equal to 0 (got -1)"),
         ("train.betas=[0.9, 1]", "run.yaml: train.betas.1: Input should be less than 1 (got 1)"),
         ("train.betas=[0.9]", "run.yaml: missing key train.betas.1"),

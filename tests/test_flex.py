@@ -12,18 +12,19 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctrsink.attention import flex
-from ctrsink.attention.packing import Packing
+from ctrsink.attention.kinds import PAD
+from ctrsink.attention.packed import Packed, Padded
 from ctrsink.attention.rule_dense import visible
 from ctrsink.attention.rule_packed import Sight
 from ctrsink.config.model import BiasSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.sequences.batch import Batch
 from tests.builders import VOCABULARY, form_batch, layout_of, random_batch, tiny_model, tiny_spec
 
-ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
+ALL, SINKS = Objective(readout=ReadoutSpec(over="all")), Objective(readout=ReadoutSpec(over="sinks"))
 EXAMPLES = ["per_target", "per_request", "per_user"]
 close = torch.testing.assert_close
 
@@ -48,25 +49,25 @@ def pair(precision: str = "fp32", **options: Any) -> tuple[CTRModel, CTRModel]:
     return models[0], models[1]
 
 
-def run(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss, logits = model(batch, readout)
-    loss.backward()
-    return logits[batch.readout_valid].detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+def run(model: CTRModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    out = model(batch, objective)
+    out.loss.backward()
+    return out.logits[batch.targets.counted].detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-@pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
+@pytest.mark.parametrize("objective", [ALL, SINKS], ids=["all", "sinks"])
 @pytest.mark.parametrize(
     ("temporal", "similarity", "window"),
     [(False, None, None), (True, None, None), (False, "vectors", None), (True, "vectors", 2)],
 )
 def test_results_and_gradients_equal_those_of_sdpa(
-    examples: str, readout: ReadoutSpec, temporal: bool, similarity: str | None, window: int | None
+    examples: str, objective: Objective, temporal: bool, similarity: str | None, window: int | None
 ) -> None:
     sdpa, other = pair(temporal=temporal, similarity=similarity, window=window, bias=BiasSpec(layers=0.5, gamma=2.0))
     batch = form_batch(examples, 4, (8, 1, 5), similarity=similarity)
-    logits, grads = run(other, batch, readout)
-    expected, expected_grads = run(sdpa, batch, readout)
+    logits, grads = run(other, batch, objective)
+    expected, expected_grads = run(sdpa, batch, objective)
     close(logits, expected, atol=1e-5, rtol=1e-5)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
@@ -84,7 +85,7 @@ def test_results_and_gradients_equal_those_of_sdpa(
     st.sampled_from([None, 1, 3]),
 )
 def test_any_batch_equals_sdpa(
-    seed: int, events: list[int], examples: str, readout: ReadoutSpec, kv_heads: int, window: int | None
+    seed: int, events: list[int], examples: str, objective: Objective, kv_heads: int, window: int | None
 ) -> None:
     """No sink, one and many, in one batch or alone; heads that share keys."""
     sdpa, other = pair(
@@ -92,7 +93,7 @@ def test_any_batch_equals_sdpa(
     )
     batch = form_batch(examples, seed, tuple(events), similarity="vectors")
     with torch.no_grad():
-        close(other(batch, readout)[1], sdpa(batch, readout)[1], atol=1e-5, rtol=1e-5)
+        close(other(batch, objective).logits, sdpa(batch, objective).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"sinks": False}, {"bias": BiasSpec(causal=False)}, {"gradient_checkpointing": True}])
@@ -119,12 +120,13 @@ def test_who_sees_whom_is_the_rule_by_pair_and_by_block(
     seed: int, examples: str, sinks_only: bool, window: int | None, size: int
 ) -> None:
     batch = form_batch(examples, seed, (9, 1, 4, 6))
-    packing = Packing.of(batch)
-    b, length = batch.kinds.shape
-    every = torch.arange(length).expand(b, length)
-    padded = torch.block_diag(*visible(batch, every, sinks_only, window).float()).bool()
-    expected = padded[packing.places][:, packing.places]
-    sight = Sight.of(batch, packing, sinks_only, window)
+    packed = Packed.of(batch)
+    of = Padded.of(packed)
+    every = torch.arange(of.kinds.shape[1]).expand_as(of.kinds)
+    padded = torch.block_diag(*visible(of, every, sinks_only, window).float()).bool()
+    places = (of.kinds != PAD).flatten().nonzero()[:, 0]
+    expected = padded[places][:, places]
+    sight = Sight.of(packed, sinks_only, window)
     sees, index = sight.rule(), torch.arange(len(expected))
     assert torch.equal(sees(None, None, index[:, None], index[None, :]), expected)
     blocks = sight.block_mask(sees, size)
@@ -170,8 +172,8 @@ def test_nothing_outside_the_kernel_is_as_large_as_one_dense_mask(monkeypatch: p
     model = tiny_model(tiny_spec(attention="flex", temporal=True, window=4, layers=1, fields={"hidden_size": 64}))
     batch = random_batch(1, layout_of(history=250, targets=3), (250, 250, 250))
     with Largest() as seen:
-        model(batch, SINKS)[0].backward()
-    b, length = batch.kinds.shape
+        model(batch, SINKS).loss.backward()
+    b, length = Padded.of(Packed.of(batch)).kinds.shape
     assert 0 < seen.elements < b * length * length / 2
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ctrsink.config.data import ColumnSpec, PrepareSpec, SourceSpec, SplitSpec, TokenizerSpec
 from ctrsink.config.model import BiasSpec, DecoderSpec, SinkSpec, TargetSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
@@ -23,8 +23,9 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.encode import build_sequences
+from ctrsink.families.decoder.encode import encode
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.facts import Wording
 from ctrsink.families.registry import source_of
 from ctrsink.features.ragged import Ragged
 from ctrsink.prepare.build import prepare
@@ -32,12 +33,24 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from ctrsink.sequences.windows import Cuts, split_requests
 from ctrsink.stream.stream import TrainStream
-from tests.builders import FEEDBACKS, PREFIX, TEXTS, VOCABULARY, chronologies, events_of, make_log, tiny_spec, told_sequence
+from tests.builders import (
+    FEEDBACKS,
+    PREFIX,
+    TEXTS,
+    VOCABULARY,
+    batch_of,
+    chronologies,
+    events_of,
+    make_log,
+    tiny_spec,
+    told_sequence,
+)
+from tests.padded import padded
 
 SIGNALS: tuple[str, ...] = ("time_gap", "recency_rank", "previous_gap")
 NUMBERS: tuple[str, ...] = ("deviation", "item_mean")
 TARGET = TargetSpec(signals=("weekday", "item_mean", "item_count"))
-READOUTS = [ReadoutSpec(over=over, form=form) for over in ("all", "sinks") for form in ("attend", "pool")]
+READOUTS = [Objective(readout=ReadoutSpec(over=over, form=form)) for over in ("all", "sinks") for form in ("attend", "pool")]
 close = torch.testing.assert_close
 
 
@@ -79,6 +92,7 @@ def asked(draw: st.DrawFn) -> UserEvents:
 
 def layout_of(examples: str, targets: int = 1, history: int = 4, similarity: str | None = None) -> Layout:
     return Layout(
+        "decoder",
         examples,  # pyright: ignore[reportArgumentType]
         history,
         targets,
@@ -103,19 +117,18 @@ def both_forms(chronology: UserEvents, history: int) -> tuple[Batch, Batch]:
     layout = layout_of("per_target", history=history, similarity="vectors")
     apart = [told_sequence(chronology, targets[i : i + 1], layout) for i in range(len(targets))]
     cuts, _ = split_requests(cuts_of(chronology, targets))
-    built = build_sequences(cuts, dataclasses.replace(layout, examples="per_request"), FEEDBACKS, PREFIX)
-    together = [built[i] for i in range(len(cuts.targets.offsets) - 1)]
-    return collate(apart, [0] * len(apart)), collate(together, [0] * len(together))
+    together = encode(cuts, dataclasses.replace(layout, examples="per_request"), Wording(FEEDBACKS, PREFIX))
+    rows = np.arange(len(together))
+    return batch_of(apart, [0] * len(apart)), collate(together, rows, np.zeros_like(rows))
 
 
-def results(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def results(model: CTRModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits in the order of the events, and gradients."""
     model.zero_grad(set_to_none=True)
-    loss, logits = model(batch, readout)
+    loss, logits, _ = model(batch, objective)
     loss.backward()
-    order = batch.targets[..., 1][batch.readout_valid].argsort()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logits[batch.readout_valid][order].detach(), found
+    return logits[batch.targets.events.argsort()].detach(), found
 
 
 @settings(max_examples=40)
@@ -128,13 +141,13 @@ def results(model: CTRModel, batch: Batch, readout: ReadoutSpec) -> tuple[torch.
     st.sampled_from(READOUTS),
 )
 def test_per_request_equals_per_target_in_logits_and_gradients(
-    chronology: UserEvents, history: int, kind: str, temporal: bool, window: int | None, readout: ReadoutSpec
+    chronology: UserEvents, history: int, kind: str, temporal: bool, window: int | None, objective: Objective
 ) -> None:
     model = model_of(kind, temporal, window, similarity="vectors")
     apart, together = both_forms(chronology, history)
     assert together.tokens <= apart.tokens
-    expected, gradients = results(model, apart, readout)
-    logits, others = results(model, together, readout)
+    expected, gradients = results(model, apart, objective)
+    logits, others = results(model, together, objective)
     close(logits, expected, atol=1e-5, rtol=1e-5)
     assert others.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -222,7 +235,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def targets_of(batch: Batch) -> list[tuple[int, int]]:
-    return [(int(u), int(e)) for u, e in batch.targets[batch.readout_valid]]
+    of = batch.targets
+    return list(zip(of.users[of.counted].tolist(), of.events[of.counted].tolist(), strict=True))
 
 
 def impressions_of(dataset: Dataset, split: str) -> list[tuple[int, int]]:
@@ -240,14 +254,15 @@ def test_requests_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset,
     assert found == impressions_of(dataset, split)
     assert len(found) == dataset.manifest.splits[split].impressions  # pyright: ignore[reportArgumentType]
     for batch in batches:
-        for row in range(len(batch.input_ids)):
-            assert len(set(batch.asked_times[row][batch.asked_valid[row]].tolist())) == 1
+        of = padded(batch)
+        for row in range(len(of.kinds)):
+            assert len(set(of.asked_times[row][of.asked_valid[row]].tolist())) == 1
 
 
 def test_the_data_set_has_requests_of_several_impressions(dataset: Dataset) -> None:
     source = source_of(dataset, "train", layout_of("per_request", 50))
     batch = source.build(np.arange(sum(source.per_shard)))
-    sizes = Counter(batch.readout_valid.sum(1).tolist())
+    sizes = Counter(padded(batch).readout_valid.sum(1).tolist())
     assert sizes[1] > 2
     assert sum(count for size, count in sizes.items() if size > 1) > 10
 
@@ -274,11 +289,11 @@ def test_an_epoch_of_requests_trains_each_impression_once_for_any_workers(
 
 
 @pytest.mark.parametrize("temporal", [False, True], ids=["plain", "temporal"])
-@pytest.mark.parametrize("readout", READOUTS[::3], ids=str)
-def test_an_evaluation_per_request_is_that_per_target(dataset: Dataset, temporal: bool, readout: ReadoutSpec) -> None:
+@pytest.mark.parametrize("objective", READOUTS[::3], ids=str)
+def test_an_evaluation_per_request_is_that_per_target(dataset: Dataset, temporal: bool, objective: Objective) -> None:
     model, spec = model_of("llama", temporal, vocabulary=300), EvaluateSpec(batch_size=5)
     apart, together = (
-        predict(lambda batch: model(batch, readout)[1], dataset, "test", layout, spec, Topology())
+        predict(lambda batch: model(batch, objective), dataset, "test", layout, spec, Topology())
         for layout in (layout_of("per_target"), layout_of("per_request", 7))
     )
     assert together.users.tolist() == apart.users.tolist()

@@ -5,16 +5,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import Qwen2Config, Qwen2Model
 
 from ctrsink.attention import sdpa
+from ctrsink.attention.kinds import SINK, TEXT
+from ctrsink.attention.packed import Packed
 from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, SinkSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.sequences.batch import PAD, SINK, TEXT, Batch
+from ctrsink.sequences.batch import Axis, Batch, Targets
 
 GOLDEN = Path(os.environ.get("CTRSINK_GOLDEN", Path(__file__).parent / "golden" / "ctr_sink_qwen2_a.safetensors"))
 # The names of the published modules, and ours.
@@ -63,36 +66,49 @@ def build(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> CTRModel:
 
 
 def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
-    ids, positions = tensors["in.input_ids"], tensors["in.sink_positions"]
-    b, length = ids.shape
-    kinds = torch.where(tensors["in.attention_mask"].bool(), TEXT, PAD).to(torch.uint8)
-    kinds = kinds.scatter(1, positions, torch.full_like(positions, SINK).to(torch.uint8))
-    none = torch.zeros(b, 1, dtype=torch.long)
-    return Batch(
-        input_ids=ids,
-        kinds=kinds,
-        event_ids=torch.zeros(b, length, dtype=torch.int32),
-        aligned=torch.zeros(b, length, dtype=torch.bool),
-        candidate=torch.zeros(b, length, dtype=torch.bool),
-        position_ids=torch.arange(length).expand(b, length),
-        sink_positions=positions,
-        sink_valid=torch.ones_like(positions, dtype=torch.bool),
-        signals=tensors["in.signal_ids"][:, :, None],
-        sink_numbers=torch.zeros(b, positions.shape[1], 0),
-        sink_times=torch.zeros_like(positions),
-        readout_positions=none,
-        readout_valid=none.bool(),
-        readout_numbers=torch.zeros(b, 1, 0),
-        base=torch.zeros(b, 1),
-        asked_positions=none,
-        asked_valid=none.bool(),
-        asked_times=none,
-        asked_signals=torch.zeros(b, 1, 0, dtype=torch.long),
-        asked_numbers=torch.zeros(b, 1, 0),
-        labels=none.float(),
-        targets=none[:, :, None].expand(b, 1, 2),
-        similarity=torch.zeros(b, 1, 0),
+    """The file's rows one behind another, without their padding, which is on the right; there are no targets."""
+    ids, mask, at = tensors["in.input_ids"], tensors["in.attention_mask"].bool(), tensors["in.sink_positions"]
+    lengths = mask.sum(1)
+    assert torch.equal(mask, torch.arange(ids.shape[1]) < lengths[:, None])
+    positions, sinks, nothing = (
+        Axis.of(of) for of in (lengths.numpy(), np.full(len(ids), at.shape[1]), np.zeros(len(ids), np.int64))
     )
+    n, k = positions.total, sinks.total
+    kinds = torch.full_like(ids, TEXT).scatter(1, at, torch.full_like(at, SINK)).to(torch.uint8)
+    none, no_tokens = torch.zeros(0, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+    return Batch(
+        targets=Targets(labels=none.float(), users=none, events=none, times=none, counted=none.bool()),
+        inputs={
+            "input_ids": positions.pack(ids),
+            "kinds": positions.pack(kinds),
+            "event_ids": torch.zeros(n, dtype=torch.int32),
+            "aligned": no_tokens,
+            "candidate": no_tokens,
+            "position_ids": positions.place,
+            "sink_positions": sinks.pack(at) + positions.offsets[sinks.owner],
+            "signals": sinks.pack(tensors["in.signal_ids"])[:, None],
+            "sink_numbers": torch.zeros(k, 0),
+            "sink_times": torch.zeros(k, dtype=torch.long),
+            "readout_positions": none,
+            "readout_numbers": torch.zeros(0, 0),
+            "base": none.float(),
+            "asked_positions": none,
+            "asked_times": none,
+            "asked_signals": torch.zeros(0, 0, dtype=torch.long),
+            "asked_numbers": torch.zeros(0, 0),
+            "similarity": none.float(),
+        },
+        axes={"positions": positions, "sinks": sinks}
+        | dict.fromkeys(("targets", "asked", "pairs", "aligned", "candidates", "asked_rows", "places"), nothing),
+        tokens=n,
+        impressions=0,
+    )
+
+
+def states_of(model: CTRModel, batch: Batch, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """In rows as long as the file's, zeros at padding."""
+    found = model.hidden_states(batch, Packed.of(batch), Objective())
+    return batch.axes["positions"].pad(found, tensors["in.input_ids"].shape[1])
 
 
 def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -105,11 +121,12 @@ def test_hidden_states_and_pooling_match_the_published_code(golden: tuple[dict[s
     tensors, meta = golden
     model, batch = build(tensors, meta), batch_of(tensors)
     with torch.no_grad():
-        torch.testing.assert_close(model.embed(batch), tensors["out.inputs_embeds"], atol=1e-5, rtol=0)
-        hidden = model.hidden_states(batch, ReadoutSpec())
+        vectors, hidden = model.embed(batch), states_of(model, batch, tensors)
     valid = tensors["in.attention_mask"].bool()
+    torch.testing.assert_close(vectors, tensors["out.inputs_embeds"][valid], atol=1e-5, rtol=0)
+    sinks = torch.zeros_like(valid).scatter(1, tensors["in.sink_positions"], True)
     torch.testing.assert_close(hidden[valid], tensors["out.hidden_states"][valid], atol=1e-5, rtol=0)
-    torch.testing.assert_close(masked_mean(hidden, batch.kinds == SINK), tensors["out.pooled_sinks"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(masked_mean(hidden, sinks), tensors["out.pooled_sinks"], atol=1e-5, rtol=0)
     torch.testing.assert_close(masked_mean(hidden, valid), tensors["out.pooled_all"], atol=1e-5, rtol=0)
 
 
@@ -126,8 +143,8 @@ def test_the_first_layers_bias_is_gamma_times_the_published_table(
     with torch.no_grad():
         if gamma is not None:
             scale.fill_(gamma)
-        model.hidden_states(batch, ReadoutSpec())
-    index, length = batch.sink_positions, batch.input_ids.shape[1]
+        states_of(model, batch, tensors)
+    index, length = tensors["in.sink_positions"], tensors["in.input_ids"].shape[1]
     rows = tensors["out.layer0_inter_sink_bias"].gather(1, index[:, :, None].expand(-1, -1, length))
     table = rows.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
     torch.testing.assert_close(first[0], scale * table, atol=1e-5, rtol=0)
@@ -140,5 +157,5 @@ def test_gamma_zero_is_the_plain_model(golden: tuple[dict[str, torch.Tensor], di
     with torch.no_grad():
         for bias in model.biases:
             bias.get_parameter("gamma").zero_()
-        hidden = model.hidden_states(batch, ReadoutSpec())
+        hidden = states_of(model, batch, tensors)
     torch.testing.assert_close(hidden[valid], tensors["out.hidden_states_without_bias"][valid], atol=1e-5, rtol=0)

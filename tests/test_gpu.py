@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ctrsink.config.model import BiasSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.train.observe.telemetry import read_metrics
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
 from tests.runs import prepared_data, run_tree
@@ -56,9 +56,9 @@ def test_flex_is_sdpa_on_cuda_forward_and_backward(over: Any, window: int | None
         found: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
         for model in models:
             model.zero_grad(set_to_none=True)
-            loss, logits = model(batch, ReadoutSpec(over=over))
+            loss, logits, _ = model(batch, Objective(readout=ReadoutSpec(over=over)))
             (loss / batch.impressions).backward()
             grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
-            found.append((logits[batch.readout_valid].detach(), grads))
+            found.append((logits[batch.targets.counted].detach(), grads))
         torch.testing.assert_close(found[1][0], found[0][0], atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(found[1][1], found[0][1], atol=tolerance, rtol=tolerance)

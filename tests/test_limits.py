@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import AutoModel, GptOssModel
 
+from ctrsink.attention.kinds import PAD
 from ctrsink.config.model import BackboneSpec, DecoderSpec, LoraSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.sequences.batch import PAD
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
+from tests.padded import padded, states_of
 
-ALL = ReadoutSpec(over="all")
+ALL = Objective(readout=ReadoutSpec(over="all"))
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 
@@ -66,23 +67,24 @@ def stored(kind: str, path: Path, **fields: Any) -> DecoderSpec:
 def longest(model: CTRModel, events: tuple[int, ...]) -> int:
     batch = random_batch(3, layout_of(history=9), events)
     with torch.no_grad():
-        model.hidden_states(batch, ALL)
-    return batch.input_ids.shape[1]
+        states_of(model, batch, ALL)
+    return padded(batch).input_ids.shape[1]
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi3"])
 def test_a_pretrained_window_is_exact_up_to_its_length_and_refused_beyond(kind: str, tmp_path: Path) -> None:
     batch = random_batch(3, layout_of(signals=()), (6, 2))
-    mask, window = batch.kinds != PAD, batch.input_ids.shape[1]
+    of = padded(batch)
+    mask, window = of.kinds != PAD, of.input_ids.shape[1]
     spec = stored(kind, tmp_path, sliding_window=window)
     model = tiny_model(spec.model_copy(update={"sinks": None, "bias": None}))
     windowed = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")
     with torch.no_grad():
-        expected = windowed(input_ids=batch.input_ids, attention_mask=mask.long()).last_hidden_state
-        torch.testing.assert_close(model.hidden_states(batch, ALL)[mask], expected[mask], atol=1e-5, rtol=1e-5)
+        expected = windowed(input_ids=of.input_ids, attention_mask=mask.long()).last_hidden_state
+        torch.testing.assert_close(states_of(model, batch, ALL)[mask], expected[mask], atol=1e-5, rtol=1e-5)
         # The window is at work in what it is compared with.
         windowed.config.sliding_window = window // 2
-        other = windowed(input_ids=batch.input_ids, attention_mask=mask.long()).last_hidden_state
+        other = windowed(input_ids=of.input_ids, attention_mask=mask.long()).last_hidden_state
     assert (other - expected)[mask].abs().max() > 1e-3
     reason = rf"{kind} has a sliding window of {window} positions, a sequence of the data \d+: lower data\.history"
     with pytest.raises(InputError, match=reason):

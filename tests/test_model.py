@@ -1,5 +1,6 @@
 """The CTR model: what is built from a seed, groups of parameters, readouts, precision, and what cannot carry sinks."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -8,19 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrsink.attention.kinds import PAD, SINK
+from ctrsink.attention.packed import Packed
 from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec
-from ctrsink.config.stages import Group, ReadoutSpec
+from ctrsink.config.stages import Group, Objective, ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.embeddings import CategoryEmbedding, Table
-from ctrsink.families.decoder.groups import group_of, set_trainable, trained_as
+from ctrsink.families.decoder.groups import group_of, trained_as
 from ctrsink.families.decoder.model import CTRModel, decoder_layers
 from ctrsink.families.decoder.readout import read
-from ctrsink.families.parameters import load_parameters
-from ctrsink.sequences.batch import PAD, SINK
+from ctrsink.families.parameters import load_parameters, set_trainable
+from ctrsink.sequences.batch import Batch
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
+from tests.padded import in_rows, of_targets, padded, states_of
 
-ALL = ReadoutSpec()
+ALL = Objective()
 READOUTS = [ReadoutSpec(over=over, form=form) for over in ("sinks", "all") for form in ("attend", "pool")]
 close = torch.testing.assert_close
 
@@ -48,38 +52,50 @@ def test_every_weight_comes_from_the_seed() -> None:
 def test_the_loss_is_the_sum_over_valid_targets(readout: ReadoutSpec) -> None:
     model, batch = tiny_model(tiny_spec()), random_batch(1, layout_of(), (6, 1, 3))
     with torch.no_grad():
-        loss, logits = model(batch, readout)
-    assert logits.shape == batch.labels.shape
-    expected = 0.0
-    for b, t in torch.nonzero(batch.readout_valid).tolist():
-        probability = 1 / (1 + math.exp(-float(logits[b, t])))
-        expected -= math.log(probability if batch.labels[b, t] else 1 - probability)
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+        loss, logits, tallies = model(batch, Objective(readout=readout))
+    assert logits.shape == batch.targets.labels.shape
+    assert tallies is None
+    losses = []
+    for logit, label in zip(logits.tolist(), batch.targets.labels.tolist(), strict=True):
+        probability = 1 / (1 + math.exp(-logit))
+        losses.append(-math.log(probability if label else 1 - probability))
+    assert float(loss) == pytest.approx(sum(losses), rel=1e-5)
+    # A sequence that only fills the batch costs nothing.
+    counted = batch.targets.users != 0
+    filled = dataclasses.replace(batch, targets=dataclasses.replace(batch.targets, counted=counted))
+    with torch.no_grad():
+        loss, others, _ = model(filled, Objective(readout=readout))
+    assert torch.equal(others, logits)
+    assert float(loss) == pytest.approx(sum(one for one, valid in zip(losses, counted, strict=True) if valid), rel=1e-5)
 
 
 @pytest.mark.parametrize("readout", READOUTS, ids=str)
 @pytest.mark.parametrize("examples", ["per_user", "per_target"])
 def test_readouts_equal_a_plain_loop(examples: str, readout: ReadoutSpec) -> None:
     batch = random_batch(2, layout_of(examples), (7, 1, 4))
-    hidden = torch.randn(*batch.input_ids.shape, 5)
-    found = read(hidden, batch, readout)
-    for b, t in torch.nonzero(batch.readout_valid).tolist():
-        end = int(batch.readout_positions[b, t])
+    states, of = torch.randn(batch.tokens, 5), padded(batch)
+    hidden, found = in_rows(batch, states), of_targets(batch, readout_of(states, batch, readout))
+    for b, t in torch.nonzero(of.readout_valid).tolist():
+        end = int(of.readout_positions[b, t])
         if readout.form == "attend":
             members = [end]
         elif readout.over == "sinks":
-            members = [p for p in range(end) if batch.kinds[b, p] == SINK] + [end]
+            members = [p for p in range(end) if of.kinds[b, p] == SINK] + [end]
         else:
             members = list(range(end + 1))
         close(found[b, t], torch.stack([hidden[b, p] for p in members]).mean(0), atol=1e-5, rtol=1e-5)
+
+
+def readout_of(hidden: torch.Tensor, batch: Batch, readout: ReadoutSpec) -> torch.Tensor:
+    return read(hidden, Packed.of(batch), batch.inputs["readout_positions"], batch.axes["targets"], readout)
 
 
 def test_pooling_in_bfloat16_keeps_long_means() -> None:
     """Sums of hundreds of states: counted in bfloat16 they would stop growing at 256."""
     batch = random_batch(2, layout_of(history=200, targets=1), (190,))
     assert batch.tokens > 600
-    hidden = torch.ones(*batch.input_ids.shape, 3, dtype=torch.bfloat16) * 1.5
-    found = read(hidden, batch, ReadoutSpec(form="pool"))
+    hidden = torch.ones(batch.tokens, 3, dtype=torch.bfloat16) * 1.5
+    found = readout_of(hidden, batch, ReadoutSpec(form="pool"))
     close(found.float(), torch.full_like(found, 1.5, dtype=torch.float32), atol=1e-3, rtol=0)
 
 
@@ -107,23 +123,25 @@ def test_ids_are_hidden_at_random_in_training_alone() -> None:
 
 def test_sinks_replace_the_embedding_at_their_positions_only() -> None:
     model, batch = tiny_model(tiny_spec()), random_batch(3, layout_of(), (5, 2))
-    vectors, tokens = model.embed(batch), model.backbone.get_input_embeddings()(batch.input_ids)  # pyright: ignore[reportCallIssue]
-    other = (batch.kinds != SINK) & (batch.kinds != PAD)
+    of = padded(batch)
+    vectors, tokens = in_rows(batch, model.embed(batch)), model.backbone.get_input_embeddings()(of.input_ids)  # pyright: ignore[reportCallIssue]
+    other = (of.kinds != SINK) & (of.kinds != PAD)
     assert torch.equal(vectors[other], tokens[other])
     assert model.sinks is not None
-    sinks = model.sinks(batch.signals, batch.sink_numbers)
-    for b, k in torch.nonzero(batch.sink_valid).tolist():
-        close(vectors[b, batch.sink_positions[b, k]], sinks[b, k])
+    sinks = model.sinks(of.signals, of.sink_numbers)
+    for b, k in torch.nonzero(of.sink_valid).tolist():
+        close(vectors[b, of.sinks[b, k]], sinks[b, k])
 
 
 def test_without_sinks_the_model_is_the_plain_backbone() -> None:
     model, batch = tiny_model(tiny_spec(sinks=False)), random_batch(3, layout_of(signals=()), (5, 2))
     assert {group_of(n) for n, _ in model.named_parameters()} == {"backbone", "norm", "head"}
     with torch.no_grad():
-        mine = model.hidden_states(batch, ALL)
+        mine = states_of(model, batch, ALL)
         model.backbone.set_attn_implementation("sdpa")  # pyright: ignore[reportCallIssue]
-        mask = (batch.kinds != PAD).long()
-        plain = model.backbone(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        of = padded(batch)
+        mask = (of.kinds != PAD).long()
+        plain = model.backbone(input_ids=of.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     close(mine[mask.bool()], plain[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
@@ -169,7 +187,7 @@ def test_lora_leaves_the_model_as_it_is_at_the_start_and_covers_its_targets() ->
     plain.load_state_dict(renamed)
     batch = random_batch(1, layout_of(), (5, 3))
     with torch.no_grad():
-        close(adapted(batch, ALL)[1], plain(batch, ALL)[1])
+        close(adapted(batch, ALL).logits, plain(batch, ALL).logits)
 
 
 @pytest.mark.parametrize(("share", "layers", "count"), [(0.5, 4, 2), (0.01, 4, 1), (1.0, 3, 3), (0.34, 3, 1)])
@@ -189,14 +207,14 @@ def test_bfloat16_trains_with_finite_fp32_results(trainable: tuple[Group, ...], 
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     batch = random_batch(1, layout_of(), (7, 4, 1))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logits = model(batch, readout)
+        loss, logits, _ = model(batch, Objective(readout=readout))
     loss.backward()
     assert loss.dtype == logits.dtype == torch.float32
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert torch.isfinite(logits).all()
     exact = tiny_model(tiny_spec(kv_heads=2, lora=LoraSpec(rank=2) if "lora" in trainable else None))
     with torch.no_grad():
-        close(logits.detach(), exact(batch, readout)[1], atol=0.1, rtol=0.1)
+        close(logits.detach(), exact(batch, Objective(readout=readout)).logits, atol=0.1, rtol=0.1)
     # Rounded to bfloat16, two impressions in a thousand would have the same score and AUC would lose what they differ in.
     assert not torch.equal(logits, logits.bfloat16().float())
 
@@ -259,7 +277,7 @@ def test_a_folder_gives_its_weights_and_its_vocabulary_is_checked(tmp_path: Path
     load_parameters(loaded, parameters(made))
     batch = random_batch(1, layout_of(), (5, 3))
     with torch.no_grad():
-        close(loaded(batch, ALL)[1], made(batch, ALL)[1])
+        close(loaded(batch, ALL).logits, made(batch, ALL).logits)
     with pytest.raises(InputError, match=f"has {VOCABULARY} token embeddings, the data set's tokenizer {VOCABULARY + 1}"):
         build_model(spec, VOCABULARY + 1, 0)
 
@@ -280,7 +298,7 @@ def test_precision_holds_where_the_caller_switched_autocast_off(precision: str) 
     for layer in decoder_layers(model.backbone):
         layer.self_attn.q_proj.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     with torch.autocast("cpu", enabled=False):
-        loss, logits = model(random_batch(0, layout_of(), (6, 4)), ReadoutSpec())
+        loss, logits, _ = model(random_batch(0, layout_of(), (6, 4)), Objective())
     loss.backward()
     assert seen == {torch.float32 if precision == "fp32" else torch.bfloat16}
     assert logits.dtype == torch.float32

@@ -10,14 +10,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from ctrsink.config.model import LoraSpec
-from ctrsink.config.stages import Group, ReadoutSpec
-from ctrsink.families.decoder.groups import set_trainable, trained_as
+from ctrsink.config.stages import Group, Objective, ReadoutSpec
+from ctrsink.families.decoder.groups import trained_as
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.parameters import set_trainable
 from ctrsink.sequences.batch import Batch
 from ctrsink.train.engine import parameter_groups
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
+from tests.padded import padded
 
-READOUT = ReadoutSpec(over="all")
+READOUT = Objective(readout=ReadoutSpec(over="all"))
 LIGHT: tuple[Group, ...] = ("sink", "bias", "head", "lora")
 FULL: tuple[Group, ...] = ("sink", "bias", "head", "backbone")
 
@@ -51,12 +53,12 @@ def batch_of() -> Batch:
 @pytest.mark.parametrize("trainable", [LIGHT, FULL], ids=["lora", "full"])
 def test_no_logits_over_the_vocabulary_are_made(trainable: tuple[Group, ...]) -> None:
     model, batch = model_of(trainable), batch_of()
-    assert VOCABULARY not in batch.input_ids.shape
+    assert VOCABULARY not in (*padded(batch).input_ids.shape, batch.tokens)
     with Shapes() as shapes:
-        loss, _ = model(batch, READOUT)
+        loss, _, _ = model(batch, READOUT)
         forward = set(shapes.seen)
         loss.backward()
-    assert (*batch.input_ids.shape, 32) in forward
+    assert (batch.tokens, 32) in forward
     assert shapes.seen > forward  # the backward pass was watched too
     assert not shapes.over_vocabulary()
 
@@ -65,7 +67,7 @@ def test_logits_over_the_vocabulary_would_be_seen() -> None:
     backbone: Any = model_of(LIGHT).backbone
     language_model = AutoModelForCausalLM.from_config(backbone.config, attn_implementation="sdpa")
     with Shapes() as shapes:
-        language_model(input_ids=batch_of().input_ids)
+        language_model(input_ids=padded(batch_of()).input_ids)
     assert shapes.over_vocabulary()
 
 
@@ -80,7 +82,7 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_state(trainable: tu
     losses = []
     for _ in range(3):  # lora_A has its first gradient in the second
         optimizer.zero_grad()
-        loss, _ = model(batch, READOUT)
+        loss, _, _ = model(batch, READOUT)
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
@@ -115,7 +117,7 @@ def saved_bytes(model: CTRModel, batch: Batch) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = model(batch, READOUT)
+        loss, _, _ = model(batch, READOUT)
     loss.backward()
     return sum(size for size, _ in kept.values())
 
@@ -125,7 +127,7 @@ def test_checkpointing_keeps_a_layers_input_instead_of_its_activations(trainable
     batch, layers = batch_of(), (2, 6)
     plain = [saved_bytes(model_of(trainable, layers=n), batch) for n in layers]
     saving = [saved_bytes(model_of(trainable, layers=n, gradient_checkpointing=True), batch) for n in layers]
-    state = batch.input_ids.numel() * 32 * 4
+    state = padded(batch).input_ids.numel() * 32 * 4
     added = (plain[1] - plain[0]) / 4, (saving[1] - saving[0]) / 4
     assert added[0] > 8 * state
     assert added[1] <= 2 * state

@@ -1,7 +1,5 @@
 """A user's chronology in one pass: windows, the temporal bias, and the two traps that DTI names (arXiv 2503.01001)."""
 
-import copy
-import dataclasses
 import math
 from typing import Any
 
@@ -11,22 +9,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrsink.attention.kinds import FEEDBACK, PREFIX, SINK, TEXT
 from ctrsink.config import parse_run
 from ctrsink.config.model import BiasSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.dataset.events import UserEvents
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.encode import build_sequence
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.decoder.temporal import TemporalBias
-from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT, Batch
-from ctrsink.sequences.collate import collate
-from tests.builders import FEEDBACKS, TEXTS, layout_of, random_batch, random_chronology, run_tree, tiny_model, tiny_spec
-from tests.builders import PREFIX as START
+from ctrsink.sequences.batch import Batch
+from tests.builders import (
+    batch_of,
+    layout_of,
+    random_batch,
+    random_chronology,
+    random_sequences,
+    rows_of,
+    run_tree,
+    tiny_model,
+    tiny_spec,
+    told_sequence,
+)
+from tests.padded import changed, of_targets, padded, same
 from tests.test_attention import input_gradient, run, run_dense
 
-ALL, SINKS = ReadoutSpec(over="all"), ReadoutSpec(over="sinks")
+ALL, SINKS = Objective(readout=ReadoutSpec(over="all")), Objective(readout=ReadoutSpec(over="sinks"))
 close = torch.testing.assert_close
 
 
@@ -51,32 +59,32 @@ def model_of(layers: int = 2, window: int | None = None, temporal: bool = False,
     st.sampled_from([None, "vectors"]),
 )
 def test_windows_and_biases_of_readouts_equal_the_dense_form(
-    seed: int, events: list[int], examples: str, readout: ReadoutSpec, window: int | None, temporal: bool, similarity: str | None
+    seed: int, events: list[int], examples: str, objective: Objective, window: int | None, temporal: bool, similarity: str | None
 ) -> None:
     model = model_of(window=window, temporal=temporal, similarity=similarity)
     batch = random_batch(seed, layout_of(examples, similarity=similarity), tuple(events))
-    (logits, grads), (expected, others) = run(model, batch, readout), run_dense(model, batch, readout)
+    (logits, grads), (expected, others) = run(model, batch, objective), run_dense(model, batch, objective)
     close(logits, expected, atol=1e-5, rtol=1e-5)
     for name, grad in grads.items():
         bound = 1e-5 * max(1.0, float(grad.abs().max()))
         close(grad, others[name], atol=bound, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
-def test_in_one_layer_a_target_sees_the_events_of_its_window_only(readout: ReadoutSpec) -> None:
+@pytest.mark.parametrize("objective", [ALL, SINKS], ids=["all", "sinks"])
+def test_in_one_layer_a_target_sees_the_events_of_its_window_only(objective: Objective) -> None:
     batch = random_batch(6, layout_of(history=9), (9,))
-    kinds, events = batch.kinds[0], batch.event_ids[0]
+    kinds, events = padded(batch).kinds[0], padded(batch).events[0]
     gap = int(events.max()) - events
     far = (gap > 3) & (events > 0)
     near = (gap <= 3) & (kinds == SINK)
     assert far.any()
     assert near.any()
-    gradient = input_gradient(model_of(layers=1, window=3), batch, readout)
+    gradient = input_gradient(model_of(layers=1, window=3), batch, objective)
     assert not gradient[far].any()
     assert (gradient[near] > 0).all()
     assert (gradient[kinds == PREFIX] > 0).all()
     # Windows of several layers add up: each goes back as far again.
-    twice = input_gradient(model_of(layers=2, window=3), batch, readout)
+    twice = input_gradient(model_of(layers=2, window=3), batch, objective)
     assert not twice[(gap > 6) & (events > 0)].any()
     assert (twice[(gap > 3) & (gap <= 6) & (kinds == SINK)] > 0).all()
 
@@ -86,8 +94,7 @@ def chronology_of(events: int, seed: int = 3) -> UserEvents:
 
 
 def piece(chronology: UserEvents, first: int, count: int, layout: Layout) -> Batch:
-    targets = np.arange(first, first + count)
-    return collate([build_sequence(chronology, targets, layout, TEXTS, FEEDBACKS, START)], [0])
+    return batch_of([told_sequence(chronology, np.arange(first, first + count), layout)])
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -99,38 +106,38 @@ def test_what_is_older_than_the_history_never_leaks(window: int | None, seed: in
     chance = np.random.default_rng(seed)
     oldest = first - history
     older = np.arange(14) < oldest
-    changed = UserEvents(
+    altered = UserEvents(
         np.where(older, chance.integers(0, 5, 14), chronology.texts),
         np.where(older, chance.integers(0, 3, 14), chronology.feedbacks),
         np.where(np.arange(14) < oldest - 1, chronology.timestamps - 10**8, chronology.timestamps),
         np.where(older, 1 - chronology.labels, chronology.labels).astype(np.int8),
     )
-    one, other = piece(chronology, first, count, layout), piece(changed, first, count, layout)
-    assert all(torch.equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Batch))
+    one, other = piece(chronology, first, count, layout), piece(altered, first, count, layout)
+    assert same(one, other)
     model = model_of(layers=4, window=window, temporal=True)
     with torch.no_grad():
-        assert torch.equal(model(one, ALL)[1], model(other, ALL)[1])
+        assert torch.equal(model(one, ALL).logits, model(other, ALL).logits)
         # The test can fail: the oldest event that is in the piece matters to some target of it.
         if history and window is None:
-            inside = one.kinds[0].ne(PAD) & one.event_ids[0].eq(1) & one.kinds[0].eq(TEXT)
-            moved = one.input_ids.clone()
-            moved[0, inside] = (moved[0, inside] + 1) % 90
-            assert not torch.equal(model(dataclasses.replace(one, input_ids=moved), ALL)[1], model(one, ALL)[1])
+            inside = one.inputs["event_ids"].eq(1) & one.inputs["kinds"].eq(TEXT)
+            moved = one.inputs["input_ids"].clone()
+            moved[inside] = (moved[inside] + 1) % 90
+            assert not torch.equal(model(changed(one, input_ids=moved), ALL).logits, model(one, ALL).logits)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
-def test_where_a_sequence_lies_cannot_be_learned(kind: str, readout: ReadoutSpec) -> None:
+@pytest.mark.parametrize("objective", [ALL, SINKS], ids=["all", "sinks"])
+def test_where_a_sequence_lies_cannot_be_learned(kind: str, objective: Objective) -> None:
     """Positions are relative: a constant added to all of them changes nothing."""
     model, batch = model_of(kind=kind, temporal=True), random_batch(2, layout_of(), (8, 3))
     with torch.no_grad():
-        logits = model(batch, readout)[1][batch.readout_valid]
+        positions, logits = batch.inputs["position_ids"], model(batch, objective).logits
         for shift in (1, 100, 900):
-            moved = dataclasses.replace(batch, position_ids=batch.position_ids + shift)
-            assert (model(moved, readout)[1][batch.readout_valid] - logits).abs().max() < 1e-4
+            moved = changed(batch, position_ids=positions + shift)
+            assert (model(moved, objective).logits - logits).abs().max() < 1e-4
         # Relative ones count, or the test would show nothing.
-        spread = dataclasses.replace(batch, position_ids=batch.position_ids * 2)
-        assert (model(spread, readout)[1][batch.readout_valid] - logits).abs().max() > 1e-3
+        spread = changed(batch, position_ids=positions * 2)
+        assert (model(spread, objective).logits - logits).abs().max() > 1e-3
 
 
 def test_signals_of_per_user_tell_nothing_of_the_target() -> None:
@@ -175,14 +182,14 @@ def test_the_temporal_bias_is_slope_hour_and_weekday() -> None:
     close(module(seen[:, :1], asked)[0, 0, 0, 0] - module.hour.weight[23, 0] - module.weekday.weight[0, 0], torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
-def test_the_temporal_bias_starts_as_the_model_without_it(readout: ReadoutSpec) -> None:
+@pytest.mark.parametrize("objective", [ALL, SINKS], ids=["all", "sinks"])
+def test_the_temporal_bias_starts_as_the_model_without_it(objective: Objective) -> None:
     batch = random_batch(2, layout_of(), (8, 1, 3))
     plain = tiny_model(tiny_spec())
     model = tiny_model(tiny_spec().model_copy(update={"temporal": True}))
     assert [p.abs().max().item() for p in model.temporal.parameters()] == [0.0] * 6
     model.load_state_dict(plain.state_dict(), strict=False)
-    (logits, grads), (expected, _) = run(model, batch, readout), run(plain, batch, readout)
+    (logits, grads), (expected, _) = run(model, batch, objective), run(plain, batch, objective)
     close(logits, expected, atol=1e-6, rtol=1e-6)
     for name, _ in model.temporal.named_parameters():
         assert grads[f"temporal.{name}"].abs().max() > 1e-8, name
@@ -190,53 +197,53 @@ def test_the_temporal_bias_starts_as_the_model_without_it(readout: ReadoutSpec) 
 
 def test_the_time_of_a_target_matters_to_that_target_only() -> None:
     batch = random_batch(2, layout_of(), (8, 4))
-    later = batch.asked_times.clone()
-    later[0, 1] += 7 * 3600
+    later = batch.inputs["asked_times"].clone()
+    later[1] += 7 * 3600  # of the first sequence
     model = model_of(temporal=True)
     with torch.no_grad():
-        before, after = model(batch, ALL)[1], model(dataclasses.replace(batch, asked_times=later), ALL)[1]
-    moved = (before - after).abs() > 1e-6
+        before, after = model(batch, ALL).logits, model(changed(batch, asked_times=later), ALL).logits
+    moved = of_targets(batch, before - after).abs() > 1e-6
     # The state at a target's last token is read by what follows it.
     assert moved.nonzero().tolist() == [[0, 1], [0, 2]]
     one = model_of(layers=1, temporal=True)
     with torch.no_grad():
-        before, after = one(batch, ALL)[1], one(dataclasses.replace(batch, asked_times=later), ALL)[1]
-    assert ((before - after).abs() > 1e-6).nonzero().tolist() == [[0, 1]]
+        before, after = one(batch, ALL).logits, one(changed(batch, asked_times=later), ALL).logits
+    assert (of_targets(batch, before - after).abs() > 1e-6).nonzero().tolist() == [[0, 1]]
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.sampled_from([ALL, SINKS]), st.sampled_from([None, 2]))
 @settings(max_examples=15)
 def test_a_lone_target_is_the_same_per_user_and_per_target(
-    events: int, history: int, readout: ReadoutSpec, window: int | None
+    events: int, history: int, objective: Objective, window: int | None
 ) -> None:
     """In one layer, or over all: `readout: sinks` also restricts the text of a per_user sequence's behaviours."""
     chronology = chronology_of(events)
-    model = model_of(layers=2 if readout is ALL else 1, window=window, temporal=True)
+    model = model_of(layers=2 if objective is ALL else 1, window=window, temporal=True)
     one, other = (piece(chronology, events - 1, 1, layout_of(e, history=history, targets=1)) for e in ("per_user", "per_target"))
     with torch.no_grad():
-        close(model(one, readout)[1], model(other, readout)[1], atol=1e-5, rtol=1e-5)
+        close(model(one, objective).logits, model(other, objective).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("temporal", [False, True], ids=["plain", "temporal"])
-@pytest.mark.parametrize("readout", [ALL, SINKS], ids=["all", "sinks"])
+@pytest.mark.parametrize("objective", [ALL, SINKS], ids=["all", "sinks"])
 def test_a_batch_without_any_sink_gives_every_parameter_a_gradient_and_sinks_none_of_it(
-    readout: ReadoutSpec, temporal: bool
+    objective: Objective, temporal: bool
 ) -> None:
     batch = random_batch(4, layout_of("per_target", history=0), (5, 3))
-    assert not batch.sink_valid.any()
+    assert not padded(batch).sink_valid.any()
     model = model_of(temporal=temporal)
-    logits, grads = run(model, batch, readout)
+    logits, grads = run(model, batch, objective)
     assert grads.keys() == dict(model.named_parameters()).keys()
     for name, grad in grads.items():
         if name.split(".")[0] in ("sinks", "biases", "temporal"):
             assert not grad.any(), name
     assert logits.isfinite().all()
     # One row without a sink beside one with some: as if alone.
-    mixed = random_batch(4, layout_of("per_user"), (1, 6))
-    assert mixed.sink_valid.any(1).tolist() == [False, True]
-    alone = Batch(**{k: v[:1] for k, v in vars(mixed).items()})
+    sequences = random_sequences(4, layout_of("per_user"), (1, 6))
+    mixed, alone = rows_of(sequences), rows_of(sequences, [0])
+    assert padded(mixed).sink_valid.any(1).tolist() == [False, True]
     with torch.no_grad():
-        close(model(alone, readout)[1][0, 0], model(mixed, readout)[1][0, 0], atol=1e-5, rtol=1e-5)
+        close(model(alone, objective).logits[0], model(mixed, objective).logits[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -244,11 +251,12 @@ def test_other_sequences_never_come_in_through_unused_slots(causal: bool) -> Non
     """The published, non-causal form lets slots without a sink take part: they are zeros, not a neighbour's states."""
     spec = tiny_spec(bias=BiasSpec(layers=1.0, gamma=3.0, causal=causal))
     model, batch = tiny_model(spec), random_batch(4, layout_of("per_target"), (2, 6))
-    changed = copy.deepcopy(batch)
-    text = (changed.kinds[1] == TEXT) | (changed.kinds[1] == FEEDBACK)
-    changed.input_ids[1, text] = (changed.input_ids[1, text] + 7) % 90
-    changed.input_ids[1, :2] = 5
+    begin, kinds, ids = int(batch.axes["positions"].offsets[1]), batch.inputs["kinds"], batch.inputs["input_ids"].clone()
+    text = (kinds == TEXT) | (kinds == FEEDBACK)
+    text[:begin] = False
+    ids[text] = (ids[text] + 7) % 90
+    ids[begin : begin + 2] = 5
     with torch.no_grad():
-        before, after = model(batch, ALL)[1], model(changed, ALL)[1]
+        before, after = model(batch, ALL).logits, model(changed(batch, input_ids=ids), ALL).logits
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])

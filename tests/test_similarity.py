@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,15 @@ from ctrsink.config import parse_run
 from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.families.decoder.encode import encode
+from ctrsink.families.facts import Wording
 from ctrsink.features.buckets import signal_ids
 from ctrsink.features.histories import Histories
 from ctrsink.features.ragged import Ragged
 from ctrsink.features.similarity import cosines, most_similar, similarity_bucket
 from ctrsink.sequences.windows import Cuts, windows_of
-from tests.builders import FEEDBACKS, TEXTS, chronologies
+from tests.builders import FEEDBACKS, TEXTS, chronologies, events_of
+from tests.padded import named
 from tests.serving_fixtures import LLAMA
 from tests.test_neighbours import build, dense, log
 
@@ -77,15 +80,23 @@ def cases(draw: st.DrawFn) -> tuple[UserEvents, int, Layout, np.ndarray]:
     signals: tuple[str, ...] = draw(st.sampled_from([(), ("similarity",), ("previous_gap", "similarity", "recency_rank")]))
     history = draw(st.integers(1, 6))
     layout = Layout(
+        "decoder",
         "per_target",
         history,
         1,
         signals,
         draw(st.sampled_from([2, 10])),
-        draw(st.none() | st.integers(1, history)),
+        retrieve=draw(st.none() | st.integers(1, history)),
         text_history=draw(st.none() | st.integers(0, history)) if signals else None,
     )
     return chronology, target, layout, draw(tables(ITEMS))
+
+
+def built(chronology: UserEvents, target: int, layout: Layout, vectors: np.ndarray | None) -> SimpleNamespace:
+    """The columns of the sequence of one target, of items with these vectors."""
+    events = dataclasses.replace(events_of(chronology, layout), vectors=vectors)
+    cuts = Cuts([events], np.array([1]), np.array([0]), Ragged.of([np.array([target])]))
+    return named(encode(cuts, layout, Wording(FEEDBACKS, np.array([90]))))
 
 
 @given(cases())
@@ -93,8 +104,7 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
     case: tuple[UserEvents, int, Layout, np.ndarray],
 ) -> None:
     chronology, target, layout, vectors = case
-    prefix = np.array([90])
-    built = build_sequence(chronology, np.array([target]), layout, TEXTS, FEEDBACKS, prefix, vectors)
+    found = built(chronology, target, layout, vectors)
     table = vectors.tolist()
     window = list(range(max(0, target - layout.history), target))
     cosine = [plain_cosine(table[chronology.texts[i]], table[chronology.texts[target]]) for i in window]
@@ -103,10 +113,10 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
     rows = np.array([*(window[i] for i in chosen), target])
     columns = (getattr(chronology, name)[rows] for name in ("texts", "feedbacks", "timestamps", "labels"))
     plain = dataclasses.replace(layout, retrieve=None, signals=("none",) if layout.signals else ())
-    expected = build_sequence(UserEvents(*columns), np.array([len(rows) - 1]), plain, TEXTS, FEEDBACKS, prefix)
+    expected = built(UserEvents(*columns), len(rows) - 1, plain, None)
     for name in ("input_ids", "kinds", "event_ids", "aligned", "sink_positions", "readout_positions", "labels"):
-        assert getattr(built, name).tolist() == getattr(expected, name).tolist()
-    assert built.targets.tolist() == [target]
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+    assert found.events.tolist() == [target]
     others: tuple[str, ...] = tuple(signal for signal in layout.signals if signal != "similarity")
     for column, signal in enumerate(layout.signals):
         if signal == "similarity":
@@ -114,7 +124,7 @@ def test_a_sequence_holds_what_was_retrieved_with_the_signals_it_has_in_the_whol
         else:
             known = signal_ids(others, chronology.timestamps[: target + 1], layout.buckets)[:, others.index(signal)]
             wanted = known[[window[i] for i in chosen]].tolist()
-        assert built.signals[:, column].tolist() == wanted
+        assert found.signals[:, column].tolist() == wanted
 
 
 MANY, USERS, LENGTH = 8, 6, 24  # items, users, events of each
@@ -136,7 +146,7 @@ def by_neighbours(h: Histories, targets: np.ndarray, retrieve: int = 2, history:
     assert h.items is not None
     events = Events(h.items, h.items, h.timestamps, h.labels, h.known, TEXTS, histories=h)
     cuts = Cuts([events], np.array([len(targets)]), h.begins[targets], Ragged.of([np.array([row]) for row in targets]))
-    layout = Layout("per_target", history, 1, retrieve=retrieve, retrieve_by="neighbours")
+    layout = Layout("decoder", "per_target", history, 1, retrieve=retrieve, retrieve_by="neighbours")
     found = windows_of(cuts, layout).behaviour_rows()
     return [rows.tolist() for rows in np.split(found.values, found.offsets[1:-1])]
 

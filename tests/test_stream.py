@@ -1,6 +1,5 @@
 """The stream over a prepared data set: the same global batches for any number of workers, each impression once in evaluation."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,14 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrsink.attention.kinds import FEEDBACK, PAD, SINK
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import SPLITS, FileEntry, read_file
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.registry import source_of
-from ctrsink.sequences.batch import FEEDBACK, SINK, Batch
+from ctrsink.sequences.batch import Batch
 from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
 from tests.builders import layout_of, make_dataset, make_log
+from tests.padded import padded, same
 
 LAYOUTS = {"per_target": layout_of("per_target", 4), "per_user": layout_of("per_user", 3, 2)}
 worlds = st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2), (6, 1)])
@@ -36,12 +37,13 @@ def dataset(uri: str) -> Dataset:
     return Dataset(uri)
 
 
-def source_of(dataset: Dataset, split: str = "train", examples: str = "per_user") -> SequenceSource:
+def sourced(dataset: Dataset, split: str = "train", examples: str = "per_user") -> SequenceSource:
     return source_of(dataset, split, LAYOUTS[examples])
 
 
 def targets_of(batch: Batch) -> list[tuple[int, int]]:
-    return [(int(u), int(e)) for u, e in batch.targets[batch.readout_valid]]
+    of = batch.targets
+    return list(zip(of.users[of.counted].tolist(), of.events[of.counted].tolist(), strict=True))
 
 
 def impressions_of(dataset: Dataset, split: str) -> list[tuple[int, int]]:
@@ -57,13 +59,9 @@ def impressions_of(dataset: Dataset, split: str) -> list[tuple[int, int]]:
     return found
 
 
-def equal(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Batch))
-
-
 def same_steps(one: Step, other: Step) -> bool:
     pairs = zip(one.micro_batches, other.micro_batches, strict=True)
-    return all(equal(a, b) for a, b in pairs) and (one.impressions, one.position) == (other.impressions, other.position)
+    return all(same(a, b) for a, b in pairs) and (one.impressions, one.position) == (other.impressions, other.position)
 
 
 def test_the_data_set_has_what_these_tests_are_about(dataset: Dataset) -> None:
@@ -93,9 +91,9 @@ def test_sequences_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset
     ids = np.arange(sum(source.per_shard))
     batch = source.build(ids)
     assert sorted(targets_of(batch)) == impressions_of(dataset, split)
-    assert source.impressions(ids).tolist() == batch.readout_valid.sum(1).tolist()
+    assert source.impressions(ids).tolist() == batch.axes["targets"].lengths.tolist()
     assert batch.impressions == dataset.manifest.splits[split].impressions  # pyright: ignore[reportArgumentType]
-    users = batch.targets[:, 0, 0].numpy()
+    users = batch.targets.users[batch.axes["targets"].offsets[:-1]].numpy()
     shards = dataset.index["shard"][users]
     assert (np.diff(shards) >= 0).all()
     assert np.bincount(shards, minlength=len(source.per_shard)).tolist() == list(source.per_shard)
@@ -103,22 +101,23 @@ def test_sequences_of_a_split_hold_each_of_its_impressions_once(dataset: Dataset
 
 def test_labels_and_text_are_those_of_the_target(dataset: Dataset) -> None:
     """Read back through the tables of the data set: the readout is the last token of the target's item."""
-    source = source_of(dataset, "test")
-    batch = source.build(np.arange(sum(source.per_shard)))
+    source = sourced(dataset, "test")
+    packed = source.build(np.arange(sum(source.per_shard)))
+    batch, asked = padded(packed), iter(targets_of(packed))
     for b in range(len(batch.input_ids)):
         for slot in torch.nonzero(batch.readout_valid[b])[:, 0]:
-            user, event = batch.targets[b, slot].tolist()
+            user, event = next(asked)
             shard, row = dataset.locate(user)
             chronology = shard.chronology(row)
             text = shard.tokens.take(chronology.texts[event : event + 1]).tolist()
             end = int(batch.readout_positions[b, slot]) + 1
             assert batch.input_ids[b, end - len(text) : end].tolist() == text
             assert batch.labels[b, slot] == chronology.labels[event]
-            assert int(batch.kinds[b, end]) in (FEEDBACK, SINK, 0)
+            assert int(batch.kinds[b, end]) in (FEEDBACK, SINK, PAD)
 
 
 def stream_of(dataset: Dataset, world: int = 1, rank: int = 0, accumulation: int = 1, examples: str = "per_user") -> TrainStream:
-    return TrainStream(source_of(dataset, "train", examples), 5, 2, 12, accumulation, rank, world)
+    return TrainStream(sourced(dataset, "train", examples), 5, 2, 12, accumulation, rank, world)
 
 
 @settings(max_examples=25)
@@ -133,7 +132,7 @@ def test_a_step_is_the_same_global_batch_for_any_workers(
     found: Counter[tuple[int, int]] = Counter()
     for step in steps:
         assert len(step.micro_batches) == accumulation
-        assert {len(b.input_ids) for b in step.micro_batches} == {12 // (world * accumulation)}
+        assert {len(b.axes["targets"].lengths) for b in step.micro_batches} == {12 // (world * accumulation)}
         assert step.position == position + 12
         for batch in step.micro_batches:
             found.update(targets_of(batch))
@@ -143,7 +142,7 @@ def test_a_step_is_the_same_global_batch_for_any_workers(
 
 
 def test_an_epoch_trains_each_impression_once(dataset: Dataset) -> None:
-    stream = TrainStream(source_of(dataset), 1, 2, 1, 1, 0, 1)
+    stream = TrainStream(sourced(dataset), 1, 2, 1, 1, 0, 1)
     total = stream.order.total
     for epoch in range(2):
         found = [t for s in stream.steps(epoch * total, total) for b in s.micro_batches for t in targets_of(b)]
@@ -168,10 +167,11 @@ def test_sources_of_two_layouts_share_a_data_set(uri: str) -> None:
     sources = [source_of(dataset, "train", layout) for layout in layouts]
     ids = np.arange(40)
     first, second = (source.build(ids) for source in sources)
-    assert float(first.sink_numbers[..., 0].std()) > 0
-    assert torch.equal(first.sink_numbers, second.sink_numbers.flip(-1))
-    assert not torch.equal(first.sink_numbers, second.sink_numbers)
-    assert equal(sources[0].build(ids), first)
+    one, other = (batch.inputs["sink_numbers"] for batch in (first, second))
+    assert float(one[..., 0].std()) > 0
+    assert torch.equal(one, other.flip(-1))
+    assert not torch.equal(one, other)
+    assert same(sources[0].build(ids), first)
 
 
 def test_steps_are_the_steps_one_after_another(dataset: Dataset) -> None:
@@ -190,15 +190,15 @@ def test_steps_are_the_steps_one_after_another(dataset: Dataset) -> None:
 def test_evaluation_sees_each_impression_once_over_all_ranks(
     dataset: Dataset, world: int, batch_size: int, examples: str
 ) -> None:
-    source = source_of(dataset, "test", examples)
+    source = sourced(dataset, "test", examples)
     ranks = [list(evaluation_batches(source, batch_size, rank, world, None)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
-    assert {len(b.input_ids) for batches in ranks for b in batches} == {batch_size}
+    assert {len(b.axes["targets"].lengths) for batches in ranks for b in batches} == {batch_size}
     assert sorted(t for batches in ranks for b in batches for t in targets_of(b)) == impressions_of(dataset, "test")
 
 
 def test_a_sample_is_fixed_and_spread_over_the_shards(dataset: Dataset) -> None:
-    source = source_of(dataset, "train", "per_target")
+    source = sourced(dataset, "train", "per_target")
 
     def sample(count: int, batch_size: int, world: int) -> list[tuple[int, int]]:
         ranks = range(world)
@@ -223,7 +223,7 @@ def test_evaluation_opens_each_shard_once_even_if_few_fit_in_memory(uri: str, mo
     monkeypatch.setattr("ctrsink.stream.stream.WINDOW", 2)
     monkeypatch.setattr("ctrsink.dataset.reader.read_file", read)
     dataset = Dataset(uri, keep_shards=3)
-    for _ in evaluation_batches(source_of(dataset, "train", "per_target"), 4, 0, 1, None):
+    for _ in evaluation_batches(sourced(dataset, "train", "per_target"), 4, 0, 1, None):
         pass
     assert sorted(opened) == sorted(
         ["index.parquet", *(f.path for s in dataset.manifest.shards for f in (s.events_file, s.tokens_file))]
@@ -244,7 +244,7 @@ def test_evaluation_of_a_sample_opens_each_shard_once(uri: str, monkeypatch: pyt
         dataset = Dataset(uri, keep_shards=2)
         assert len(dataset.manifest.shards) > 4
         opened.clear()
-        for _ in evaluation_batches(source_of(dataset, "train", "per_target"), 2, rank, world, 41):
+        for _ in evaluation_batches(sourced(dataset, "train", "per_target"), 2, rank, world, 41):
             pass
         assert max(Counter(opened).values()) == 1
 
@@ -307,7 +307,7 @@ def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path, how: str, name:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_shard_ends_the_stream_with_one_line(tmp_path: Path, workers: int) -> None:
     uri = make_dataset(tmp_path)
-    stream = TrainStream(source_of(Dataset(uri)), 5, 1, 3, 1, 0, 1, workers=workers)
+    stream = TrainStream(sourced(Dataset(uri)), 5, 1, 3, 1, 0, 1, workers=workers)
     damage(Path(uri) / "shards/00002.parquet", "altered")
     with pytest.raises(InputError, match=r"shards/00002.parquet .*prepare") as caught:
         list(stream.steps(0, 60))
@@ -316,7 +316,7 @@ def test_a_damaged_shard_ends_the_stream_with_one_line(tmp_path: Path, workers: 
 
 def test_processes_make_the_same_steps_and_leave_the_random_numbers_alone(uri: str) -> None:
     def run(workers: int) -> tuple[list[Step], torch.Tensor]:
-        stream = TrainStream(source_of(Dataset(uri)), 5, 2, 12, 2, 1, 2, workers=workers)
+        stream = TrainStream(sourced(Dataset(uri)), 5, 2, 12, 2, 1, 2, workers=workers)
         torch.manual_seed(3)
         return list(stream.steps(9, 7)), torch.rand(3)
 
@@ -362,8 +362,8 @@ def test_the_next_shards_are_read_while_a_block_is_consumed(uri: str, monkeypatc
 
     monkeypatch.setattr("ctrsink.dataset.reader.read_file", read)
     dataset = Dataset(uri, keep_shards=4)
-    stream = TrainStream(source_of(dataset), 5, 2, 1, 1, 0, 1)
-    now = {int(s) for s in np.unique(dataset.index["shard"][stream.step(0).micro_batches[0].targets[:, 0, 0].numpy()])}
+    stream = TrainStream(sourced(dataset), 5, 2, 1, 1, 0, 1)
+    now = {int(s) for s in np.unique(dataset.index["shard"][stream.step(0).micro_batches[0].targets.users.numpy()])}
     after = stream.order.shards_after(0)
     assert len(after) == 2
     for number in (*now, *after):

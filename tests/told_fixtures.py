@@ -74,4 +74,4 @@ def spec_of(data: Prepared, run_dir: str, examples: str, **sequences: Any) -> An
 
 def evaluated(run_dir: str, split: str) -> Predictions:
     run = restore_run(run_dir)
-    return predict(lambda batch: run.model(batch, run.readout)[1], run.dataset, split, run.layout, EvaluateSpec(), Topology())
+    return predict(lambda batch: run.model(batch, run.objective), run.dataset, split, run.layout, EvaluateSpec(), Topology())

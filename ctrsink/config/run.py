@@ -66,8 +66,6 @@ class RunSpec(Section):
         if len(set(names)) != len(names):
             raise ValueError("stages: two stages have the same name")
         model = self.model
-        if model.ids and not any("ids" in stage.trainable for stage in self.stages):
-            raise ValueError(f"stages: none trains the group ids, which the signal {model.ids[0]} has its embeddings in")
         for stage in self.stages:
             for group in (*stage.trainable, *stage.lr):
                 if group not in model.GROUPS:
@@ -88,6 +86,8 @@ class RunSpec(Section):
                 raise ValueError(
                     f"stages.{stage.name}: plateau needs a validation sample: add train.validation, for example {{every: 100}}"
                 )
+        if model.ids and not any("ids" in stage.trainable for stage in self.stages):
+            raise ValueError(f"stages: none trains the group ids, which the signal {model.ids[0]} has its embeddings in")
 
         if self.stages[-1].objective != "click":
             raise ValueError(

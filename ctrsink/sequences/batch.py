@@ -1,6 +1,7 @@
 """Batch: what data and models meet in, the rows of its sequences one behind another, nothing padded."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -55,8 +56,8 @@ class Axis:
         """[B, W, ...] -> [total, ...]."""
         return padded.flatten(0, 1).index_select(0, self.owner * padded.shape[1] + self.place)
 
-    def to(self, device: torch.device | str) -> "Axis":
-        return Axis(self.offsets.to(device, non_blocking=True), self.lengths)
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Axis":
+        return Axis(change(self.offsets), self.lengths)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Targets:
     counted: torch.Tensor
     """bool [T]; False where a sequence only fills the batch."""
 
-    def to(self, device: torch.device | str) -> "Targets":
-        return Targets(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)})
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Targets":
+        return Targets(**{f.name: change(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,14 @@ class Batch:
     def device(self) -> torch.device:
         return self.targets.labels.device
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch of changed tensors, each of the same shape."""
         return dataclasses.replace(
             self,
-            targets=self.targets.to(device),
-            inputs={name: value.to(device, non_blocking=True) for name, value in self.inputs.items()},
-            axes={name: axis.to(device) for name, axis in self.axes.items()},
+            targets=self.targets.mapped(change),
+            inputs={name: change(value) for name, value in self.inputs.items()},
+            axes={name: axis.mapped(change) for name, axis in self.axes.items()},
         )
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))

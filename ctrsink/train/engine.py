@@ -25,6 +25,7 @@ from ctrsink.train.deepspeed_import import (
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
+from ctrsink.train.feed import fed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed is told where each step ends, so this is a factor of the loss; above 1, or it would not accumulate where it offloads.
@@ -109,7 +110,7 @@ class Engine:
         # DeepSpeed divides by its accumulation and averages over ranks; both are undone here.
         weight = ACCUMULATION * self.topology.world / units
         norm = math.nan
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in enumerate(fed(batches, self.topology.device), start=1):
             self.deepspeed.set_gradient_accumulation_boundary(last := number == len(batches))
             loss = self.forward(batch, stage.learns).loss
             self.deepspeed.backward(loss * weight)
