@@ -7,6 +7,7 @@ from pydantic import BaseModel, Discriminator, Tag
 from ctrsink.config.model.decoder import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.family import FamilySpec
+from ctrsink.config.model.srp import SrpSpec
 from ctrsink.config.model.told import TargetSpec
 
 
@@ -18,8 +19,19 @@ def _family(value: Any) -> Any:
 
 
 ModelSpec = Annotated[
-    Annotated[DecoderSpec, Tag("decoder")] | Annotated[DinSpec, Tag("din")],
+    Annotated[DecoderSpec, Tag("decoder")] | Annotated[DinSpec, Tag("din")] | Annotated[SrpSpec, Tag("srp")],
     Discriminator(_family),
 ]
 
-__all__ = ["BackboneSpec", "BiasSpec", "DecoderSpec", "DinSpec", "FamilySpec", "LoraSpec", "ModelSpec", "SinkSpec", "TargetSpec"]
+__all__ = [
+    "BackboneSpec",
+    "BiasSpec",
+    "DecoderSpec",
+    "DinSpec",
+    "FamilySpec",
+    "LoraSpec",
+    "ModelSpec",
+    "SinkSpec",
+    "SrpSpec",
+    "TargetSpec",
+]
