@@ -26,6 +26,7 @@ class CrossBlock(nn.Module):
     def forward(self, candidates: torch.Tensor, read: Read, behaviours: Axis, targets: Axis) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         memory = read.memory if self.remember is None else self.remember(read.states, behaviours)
+        assert memory is not None
         return self.feed(candidates + self.attend(self.norm(candidates), memory, targets))
 
 

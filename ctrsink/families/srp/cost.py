@@ -31,7 +31,8 @@ def counter(model: "Srp", objective: Objective) -> Callable[[Batch], Flops]:
     encoded = embedded or _trained(encoder)
     of_encoder = _times(encoder, embedded)
     last = encoder.blocks[-1]
-    per_behaviour = linear_flops(encoder) - (0 if whole else linear_flops(last.attend) + linear_flops(last.feed))  # pyright: ignore[reportArgumentType]
+    unread = linear_flops(last) - (linear_flops(last.remember) if spec.share_keys else 0)  # pyright: ignore[reportArgumentType]
+    per_behaviour = linear_flops(encoder) - (0 if whole else unread)
     per_item, per_event = linear_flops(embedding.item), linear_flops(embedding.item) + linear_flops(embedding.behaviour)
     of_embedding = _times(embedding, False)
     per_pair = 4 * spec.width

@@ -16,8 +16,8 @@ class Read(NamedTuple):
 
     states: torch.Tensor
     """[K, D], normed."""
-    memory: Memory
-    """Keys and values of these."""
+    memory: Memory | None
+    """Keys and values of these; None: nobody uses them."""
 
 
 class Block(nn.Module):
@@ -30,25 +30,27 @@ class Block(nn.Module):
         self.attend = Attend(spec.width, spec.heads, spec.dropout)
         self.feed = FeedForward(spec.width, spec.inner, spec.dropout)
 
-    def read(self, states: torch.Tensor, axis: Axis) -> Read:
+    def read(self, states: torch.Tensor, axis: Axis, remember: bool) -> Read:
         """What the attention reads, of states [K, D]."""
         normed = self.norm(states)
-        return Read(normed, self.remember(normed, axis))
+        return Read(normed, self.remember(normed, axis) if remember else None)
 
     def forward(self, states: torch.Tensor, read: Read, axis: Axis) -> torch.Tensor:
         """States [K, D] -> those after the layer."""
+        assert read.memory is not None
         return self.feed(states + self.attend(read.states, read.memory, axis))
 
 
 class Encoder(nn.Module):
     """States of behaviours, each from all of its sequence.
 
-    Positions are counted from the latest behaviour, so that what is late has the same in short and long histories; norms are first
-    in each layer (both our decisions).
+    Positions are counted from the latest behaviour, so that what is late has the same ones in any history; norms come first in
+    each layer (both our decisions).
     """
 
     def __init__(self, spec: SrpSpec) -> None:
         super().__init__()
+        self.shared = spec.share_keys
         self.positions = nn.Embedding(spec.max_history, spec.width)
         nn.init.normal_(self.positions.weight, std=MASK_SCALE)
         self.dropout = nn.Dropout(spec.dropout)
@@ -59,13 +61,15 @@ class Encoder(nn.Module):
         """Of behaviours [K, D] their last states, normed, and what each layer reads.
 
         Args:
-            whole: False: the last states are not needed. The last layer then only reads, and its input is returned instead.
+            whole: False: the last states are not needed. The last layer then only reads, and its input is returned instead;
+                where candidates have keys of their own, it needs none either.
         """
         later = axis.offsets[axis.owner + 1] - 1 - torch.arange(axis.total, device=embedded.device)
         states = self.dropout(embedded + self.positions(later))
         reads = []
         for number, block in enumerate(self.blocks, start=1):
-            reads.append(block.read(states, axis))  # pyright: ignore[reportCallIssue]
-            if whole or number < len(self.blocks):
+            goes_on = whole or number < len(self.blocks)
+            reads.append(block.read(states, axis, goes_on or self.shared))  # pyright: ignore[reportCallIssue]
+            if goes_on:
                 states = block(states, reads[-1], axis)
         return self.norm(states) if whole else states, reads

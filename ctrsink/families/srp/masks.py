@@ -40,7 +40,7 @@ def masked_rows(users: np.ndarray, events: np.ndarray, lengths: np.ndarray, key:
 
 
 def negatives(rows: int, count: int, key: int) -> np.ndarray:
-    """`count` of `rows` numbers, int64 [count], ascending: one of each of as many equal stretches; all are as likely."""
+    """`count` of `rows` numbers, int64 [count], ascending: one of each of as many equal stretches, all as likely."""
     drawn = (mix64(np.arange(count), key) >> np.uint64(11)) / 2.0**53
     return np.minimum(((np.arange(count) + drawn) * (rows / count)).astype(np.int64), rows - 1)
 

@@ -77,8 +77,10 @@ class Srp(IdsModule):
 
     @property
     def _of_last_states(self) -> tuple[str, ...]:
-        last = f"encoder.blocks.{self.spec.layers - 1}"
-        return () if self.spec.queries else (f"{last}.attend.", f"{last}.feed.", "encoder.norm.")
+        if self.spec.queries:
+            return ()
+        parts = ("attend", "feed") if self.spec.share_keys else ("attend", "feed", "remember")
+        return ("encoder.norm.", *(f"encoder.blocks.{self.spec.layers - 1}.{part}." for part in parts))
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         return counter(self, objective)
