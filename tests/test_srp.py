@@ -1,5 +1,7 @@
 """SRP4CTR: what a candidate and a hidden field may depend on, pre-training, and what a history costs its candidates."""
 
+import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import srp_folded
 from ctrsink.config.model.srp import SrpSpec, mask_group
 from ctrsink.dataset.events import Events
 from ctrsink.families import srp
@@ -171,7 +174,8 @@ def test_positions_count_from_the_latest_behaviour() -> None:
 @given(sizes, st.randoms(use_true_random=False), st.integers(-(2**63), 2**63 - 1))
 def test_masks_do_not_depend_on_the_batch(requests: list[tuple[int, int]], random: object, key: int) -> None:
     lengths, asked = [list(part) for part in zip(*requests, strict=True)]
-    model, spec = model_of(spec_of()), spec_of(mask_ratio=0.5)
+    spec = spec_of(mask_ratio=0.5, negatives=20)
+    model = model_of(spec)
     sequences = sequences_of(drawn_events(lengths, asked, spec), lengths, asked, spec)
     order = np.arange(len(lengths))
     random.shuffle(order)  # pyright: ignore[reportAttributeAccessIssue]
@@ -374,6 +378,19 @@ def test_flops_are_those_of_the_products(form: dict[str, int]) -> None:
     assert model.flop_count(CLICK)(batch).attention == forward.attention
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_forward_pass_reads_nothing_back_from_the_device(form: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device `meta`, which holds no values: all sizes are known on the host."""
+    monkeypatch.setattr(torch, "autocast", lambda *given, **more: contextlib.nullcontext())
+    spec = spec_of(**form, negatives=20)
+    model = model_of(spec).train()
+    batch = model.drawn(batch_of([3, 0, 7], [2, 1, 3], spec), CLOZE, 0).to("meta")
+    model.to("meta")
+    assert model(batch, CLICK).logits.shape == (6,)
+    for training in (True, False):
+        assert model.train(training)(batch, CLOZE).loss.shape == ()
+
+
 def test_more_candidates_do_not_run_the_encoder_again() -> None:
     spec = spec_of()
     model = model_of(spec)
@@ -384,3 +401,12 @@ def test_more_candidates_do_not_run_the_encoder_again() -> None:
     )
     assert many < 10 * one
     assert apart == 50 * one
+
+
+def test_the_benchmark_tells_what_folding_saves() -> None:
+    given = {"history": 30, "candidates": [1, 9], "requests": 2, "precision": "fp32", "device": "cpu", "threads": 1}
+    report = srp_folded.run(argparse.Namespace(**given, warmup=0, passes=1))
+    ratios = {(row["contestant"], row["candidates"]): row["flops_to_folded"] for row in report["passes"]}
+    assert ratios["srp, unfolded", 1] == ratios["srp, folded", 9] == 1
+    assert 6 < ratios["srp, unfolded", 9] < 9
+    assert "| srp, unfolded |" in srp_folded.text(report)

@@ -52,7 +52,7 @@ class Cloze(nn.Module):
             rows = batch.inputs[f"masked.{group}"]
             at, signals = states.index_select(0, rows), batch.inputs["signals"].index_select(0, rows)
             for name in names:
-                losses, guess = self._losses(name, at, signals[:, self.columns[name]], batch.inputs[NEGATIVES], tables)
+                losses, guess = self._losses(name, at, signals[:, self.columns[name]], batch, tables)
                 loss = loss + losses.sum()
                 if guess is not None:
                     hits = (guess == signals[:, self.columns[name]]).sum()
@@ -60,7 +60,7 @@ class Cloze(nn.Module):
         return Out(loss, None, tallies)
 
     def _losses(
-        self, name: str, states: torch.Tensor, truth: torch.Tensor, negatives: torch.Tensor, tables: SignalTables
+        self, name: str, states: torch.Tensor, truth: torch.Tensor, batch: Batch, tables: SignalTables
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross-entropies [M], and the likeliest values, int64 [M], or None where not all were scored."""
         table, bias = tables.table(name), self.biases[module_key(name)]
@@ -71,7 +71,7 @@ class Cloze(nn.Module):
             own = (vectors * table(truth)).sum(-1) + bias(truth).squeeze(-1)
             score = partial(_scores, vectors, table, bias)
             if self.training and name in self.sampled:
-                return sampled_log_total(score, own, truth, negatives, self.rows[name]) - own, None
+                return sampled_log_total(score, own, truth, batch.inputs[NEGATIVES], self.rows[name]) - own, None
             total, guess = log_total(score, self.rows[name], len(states), states.device)
             return total - own, guess
 

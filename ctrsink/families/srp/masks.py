@@ -46,7 +46,8 @@ def negatives(rows: int, count: int, key: int) -> np.ndarray:
 
 
 def hidden(batch: Batch, spec: SrpSpec, key: int) -> Batch:
-    """The batch with what is hidden: of each group `masked.GROUP`, rows of behaviours, int64 [M]; and `negatives`, int64 [S].
+    """The batch with what is hidden: of each group `masked.GROUP`, rows of behaviours, int64 [M]; and, where ids are
+    told from a sample, `negatives`, int64 [S].
 
     Its unit is a behaviour that has a group hidden; one with both hidden counts twice. Sequences that only fill the batch have
     none.
@@ -63,7 +64,8 @@ def hidden(batch: Batch, spec: SrpSpec, key: int) -> Batch:
         masked = masked_rows(users, events, lengths, key, number, spec.mask_ratio) & counted
         added[f"masked.{group}"] = np.flatnonzero(masked & bool(spec.foretold[group]))
     units = sum(len(rows) for rows in added.values())
-    added[NEGATIVES] = negatives(spec.rows, min(spec.negatives, spec.rows), key)
+    if spec.rows > spec.negatives:
+        added[NEGATIVES] = negatives(spec.rows, spec.negatives, key)
     return dataclasses.replace(
         batch, inputs=batch.inputs | {name: torch.from_numpy(rows) for name, rows in added.items()}, units=units
     )
