@@ -1,5 +1,6 @@
 """Requests behind histories, drawn at random, as the family srp is given them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,3 +111,7 @@ def training_groups(model: Srp, groups: tuple[str, ...]) -> list[torch.nn.Parame
         parameter.requires_grad_(model.trained_as(name, groups) is not None)
         parameter.grad = None
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def with_inputs(batch: Batch, **inputs: torch.Tensor) -> Batch:
+    return dataclasses.replace(batch, inputs=batch.inputs | inputs)

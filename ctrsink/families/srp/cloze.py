@@ -37,7 +37,7 @@ class Cloze(nn.Module):
 
     def hidden(self, batch: Batch) -> Hidden:
         """What the batch hides, see masks.hidden."""
-        item, behaviour = batch.inputs["masked.item"], batch.inputs["masked.behaviour"]
+        item, behaviour = batch.inputs["masked_item"], batch.inputs["masked_behaviour"]
         return Hidden(item, behaviour, self.mask(torch.zeros_like(item)))
 
     def forward(self, states: torch.Tensor, batch: Batch, tables: SignalTables) -> Out:
@@ -49,7 +49,7 @@ class Cloze(nn.Module):
         loss = torch.zeros((), device=states.device)
         tallies: dict[str, torch.Tensor] = {}
         for group, names in self.foretold.items():
-            rows = batch.inputs[f"masked.{group}"]
+            rows = batch.inputs[f"masked_{group}"]
             at, signals = states.index_select(0, rows), batch.inputs["signals"].index_select(0, rows)
             for name in names:
                 losses, guess = self._losses(name, at, signals[:, self.columns[name]], batch, tables)

@@ -46,7 +46,7 @@ def negatives(rows: int, count: int, key: int) -> np.ndarray:
 
 
 def hidden(batch: Batch, spec: SrpSpec, key: int) -> Batch:
-    """The batch with what is hidden: of each group `masked.GROUP`, rows of behaviours, int64 [M]; and, where ids are
+    """The batch with what is hidden: of each group `masked_GROUP`, rows of behaviours, int64 [M]; and, where ids are
     told from a sample, `negatives`, int64 [S].
 
     Its unit is a behaviour that has a group hidden; one with both hidden counts twice. Sequences that only fill the batch have
@@ -62,7 +62,7 @@ def hidden(batch: Batch, spec: SrpSpec, key: int) -> Batch:
     added: dict[str, np.ndarray] = {}
     for number, group in enumerate(MASK_GROUPS):
         masked = masked_rows(users, events, lengths, key, number, spec.mask_ratio) & counted
-        added[f"masked.{group}"] = np.flatnonzero(masked & bool(spec.foretold[group]))
+        added[f"masked_{group}"] = np.flatnonzero(masked & bool(spec.foretold[group]))
     units = sum(len(rows) for rows in added.values())
     if spec.rows > spec.negatives:
         added[NEGATIVES] = negatives(spec.rows, spec.negatives, key)
