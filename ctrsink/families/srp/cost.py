@@ -46,7 +46,7 @@ def counter(model: "Srp", objective: Objective) -> Callable[[Batch], Flops]:
         matrices = events * (of_embedding * per_event + of_encoder * per_behaviour)
         attention = of_encoder * layers * per_pair * int((axis.lengths**2).sum())
         if cloze:
-            masked = sum(len(batch.inputs[f"masked_{group}"]) * each for group, each in per_masked_items())
+            masked = sum(len(batch.inputs[f"masked_{group}"]) * each for group, each in per_masked.items())
             return Flops(matrices + _times(model.cloze, encoded) * masked, attention)
         matrices += of_embedding * per_item * batch.axes[TARGETS].total
         for part in (_cross(model, encoded), _queries(model, encoded), _tower(model, encoded)):
