@@ -17,9 +17,10 @@ from ctrsink.config.model.srp import SrpSpec
 from ctrsink.dataset.events import Events
 from ctrsink.families import srp
 from ctrsink.families.registry import family_of
+from ctrsink.families.srp.attention import Attend, Remember
 from ctrsink.families.srp.fields import Hidden
 from ctrsink.families.srp.model import Srp
-from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.batch import Axis, Batch
 from ctrsink.sequences.collate import collate
 from tests.srp_fixtures import (
     CLICK,
@@ -105,18 +106,27 @@ def test_a_candidate_sees_every_behaviour_and_its_own_signals() -> None:
 
 
 def test_positions_count_from_the_latest_behaviour() -> None:
-    """A history is read alike where a longer one stands beside it, and the order of its behaviours matters."""
     spec = spec_of()
     model, batch = model_of(spec), batch_of([4], [1], spec)
     turned = {name: batch.inputs[name].flip(0) for name in ("signals", "numbers")}
     assert not torch.allclose(logits(model, with_inputs(batch, **turned)), logits(model, batch))
-    positions = model.encoder.positions.weight
-    with torch.no_grad():
-        before = logits(model, batch)
-        positions[4:] += 1
-        assert torch.equal(logits(model, batch), before)
-        positions[3] += torch.randn(spec.width)
-        assert not torch.equal(logits(model, batch), before)
+    asked: list[torch.Tensor] = []
+    model.encoder.positions.register_forward_pre_hook(lambda module, given: asked.append(given[0]))
+    logits(model, batch_of([3, 0, 2], [1, 1, 1], spec))
+    assert [found.tolist() for found in asked] == [[2, 1, 0, 1, 0]]
+
+
+def test_attention_may_take_nothing() -> None:
+    """Beside the rows of a sequence stands a key of zeros: what is far from a query is not taken for lack of something nearer."""
+    remember, attend = Remember(4, 1), Attend(4, 1, 0.0).eval()
+    for module in (remember.key, remember.value, attend.query, attend.out):
+        torch.nn.init.eye_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+    row, one, none = torch.tensor([[50.0, 0, 0, 0]]), Axis.of(np.array([1, 0])), torch.zeros(1, 4)
+    memory = remember(row, one)
+    queries = Axis.of(np.array([3, 1]))
+    found = attend(torch.cat([row, -row, none, row]), memory, queries)
+    torch.testing.assert_close(found, torch.cat([row, none, row / 2, none]))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
