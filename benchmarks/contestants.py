@@ -16,8 +16,8 @@ from benchmarks.optional import huggingface, mosaic
 from ctrsink import storage
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
-from ctrsink.sequences.batch import Batch
 from ctrsink.families.registry import source_of
+from ctrsink.sequences.batch import Batch
 from ctrsink.stream.stream import SequenceSource, TrainStream
 
 OURS = "ctrsink"

@@ -19,7 +19,6 @@ from benchmarks.training import Trainee, prepare_once, run_of, stream_of, traine
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ctrsink.config.model import BackboneSpec, BiasSpec, LoraSpec, DecoderSpec, SinkSpec
+from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec
 from ctrsink.config.stages import Group
 from ctrsink.dataset.events import UserEvents
 from ctrsink.dataset.layout import Layout

@@ -19,12 +19,11 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.training import Trainee, stream_of, trainee_of
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
-from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
-from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.families.registry import source_of
-from ctrsink.stream.stream import SequenceSource, Step
+from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.stream.stream import Step
 
 _NO_BIAS = ("model.similarity=null", "stages.0.trainable=[sink, head, backbone]")
 # From the run that `--config` names: what each variant takes away.

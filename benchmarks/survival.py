@@ -28,11 +28,10 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.training import prepare_once
 from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
+from ctrsink.families.registry import source_of
 from ctrsink.run.folder import request_stop
 from ctrsink.runtime.process import stay_on_loopback
 from ctrsink.stream.order import Order
-from ctrsink.families.registry import source_of
-from ctrsink.stream.stream import SequenceSource
 from ctrsink.train.checkpoint.checkpoint import list_checkpoints
 from ctrsink.train.observe.audit import Audit, expected
 from ctrsink.train.observe.telemetry import read_metrics

@@ -15,16 +15,15 @@ from benchmarks.raw import CONFIGS
 from ctrsink import storage
 from ctrsink.config import RunSpec, load_run
 from ctrsink.config.stages import ReadoutSpec
-from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import MANIFEST_NAME
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.families.registry import source_of
 from ctrsink.prepare.build import prepare
 from ctrsink.sequences.batch import Batch
-from ctrsink.families.registry import source_of
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream
+from ctrsink.stream.stream import Step, TrainStream
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.evaluator import Predictions, evaluate_splits
+from ctrsink.families.protocol import Out
 from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
+from ctrsink.sequences.batch import Batch
 from ctrsink.train.observe.advice import advice
 from tests.builders import run_tree
 from tests.runs import prepared_data
@@ -78,7 +80,12 @@ def test_a_model_that_gained_nothing_is_said_to_be_no_better_than_the_mean(
     dataset, spec = Dataset(data), EvaluateSpec(splits=("test",))
     monkeypatch.setattr(evaluator, "predict", lambda *_: found)
     logs.configure()
-    evaluate_splits(lambda batch: batch.labels, dataset, Layout("per_target", 3, 1), spec, str(tmp_path / "run"), 1, Topology())
+    layout = Layout("decoder", "per_target", 3, 1)
+
+    def forward(batch: Batch) -> Out:
+        return Out(batch.targets.labels.sum(), batch.targets.labels)
+
+    evaluate_splits(forward, dataset, layout, spec, str(tmp_path / "run"), 1, Topology())
     said = capsys.readouterr().err
     assert ("WARNING test: the model is not better than always predicting the mean click rate" in said) == says
     texts: list[str] = []

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrsink.config import ReadoutSpec, parse_run
+from ctrsink.config import parse_run
 from ctrsink.config.data import PrepareSpec, SourceSpec
 from ctrsink.config.model import DecoderSpec
+from ctrsink.config.stages import Objective
 from ctrsink.dataset.column_cells import known, stored
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.signal_tables import write_signals
@@ -25,6 +26,7 @@ from ctrsink.prepare.partition import Partition
 from ctrsink.prepare.statistics import Received, Rule
 from tests.builders import form_batch, tiny_model, tiny_spec
 from tests.data_fixtures import make_events, prepare_spec, table_source, write_table
+from tests.padded import changed
 
 ROWS = [
     {"user": f"u{n % 4}", "item": f"i{n % 3}", "t": 1000 + 50_000 * n, "y": n % 2, "price": "", "slot": ""} for n in range(40)
@@ -268,11 +270,10 @@ def test_statistics_of_groups_are_those_of_their_items_together(events: list[tup
 def test_the_base_score_is_what_the_model_adds_to() -> None:
     batch = form_batch("per_user", 3, (9, 5))
     model = tiny_model(tiny_spec())
-    readout = ReadoutSpec()
-    base = torch.randn(batch.labels.shape, generator=torch.Generator().manual_seed(0))
+    base = torch.randn(batch.targets.labels.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain = model(batch, readout)[1]
-        added = model(type(batch)(**{**vars(batch), "base": base}), readout)[1]
+        plain = model(batch, Objective()).logits
+        added = model(changed(batch, base=base), Objective()).logits
     torch.testing.assert_close(added, plain + base)
 
 

@@ -89,7 +89,7 @@ def test_every_item_is_encoded_once_and_shards_carry_what_they_mention(
     assert sorted(encoded) == sorted(texts)
     expected = Encoder(tiny, 32, "tiny").encode(texts)
     assert dataset.shard(0).vectors is None
-    dataset.use(Layout("per_target", 1, 1, ("similarity",), 10))
+    dataset.use(Layout("decoder", "per_target", 1, 1, ("similarity",), 10))
     for number in range(len(manifest.shards)):
         shard = dataset.shard(number)
         assert shard.vectors is not None
@@ -113,7 +113,7 @@ def test_only_new_items_are_encoded_when_a_log_is_appended(tiny: Path, tmp_path:
     assert after.encoder
     assert after.encoder.fingerprint == before.encoder.fingerprint
     assert after.shards[: len(before.shards)] == before.shards
-    source_of(Dataset(str(to)), "train", Layout("per_target", 9, 1, ("similarity",), 10, 3)).build(np.arange(4))
+    source_of(Dataset(str(to)), "train", Layout("decoder", "per_target", 9, 1, ("similarity",), 10, 3)).build(np.arange(4))
     assert verify(str(to), lambda _: None)["shards"] == len(after.shards)
     encoded.clear()
     later = [{**row, "timestamp": row["timestamp"] + 10**9} for row in ROWS[:HALF]]
@@ -145,10 +145,10 @@ def test_an_interrupted_preparation_repeats_no_vector_and_gives_the_same_bytes(
 def test_a_data_set_without_vectors_is_refused_where_they_are_needed(tiny: Path, tmp_path: Path) -> None:
     uri = str(tmp_path / "data")
     prepare(spec_of(write_log(tmp_path / "log.csv", ROWS[:HALF])), uri)
-    for layout in (Layout("per_target", 5, 1, ("similarity",), 10), Layout("per_target", 5, 1, retrieve=2)):
+    for layout in (Layout("decoder", "per_target", 5, 1, ("similarity",), 10), Layout("decoder", "per_target", 5, 1, retrieve=2)):
         with pytest.raises(InputError, match=r"has no item vectors.*prepare it again with prepare\.encoder"):
             source_of(Dataset(uri), "train", layout)
-    source_of(Dataset(uri), "train", Layout("per_target", 5, 1))
+    source_of(Dataset(uri), "train", Layout("decoder", "per_target", 5, 1))
     with pytest.raises(InputError, match=r"prepare\.encoder is given, but the data set .* was prepared without"):
         append(spec_with(tiny, write_log(tmp_path / "b.csv", ROWS[HALF:])), uri)
 
@@ -223,9 +223,7 @@ def test_an_exported_model_scores_as_it_was_evaluated(served: Prepared, tmp_path
     write_run(spec)
     export_run(spec.run_dir, str(tmp_path / "out"))
     run = restore_run(spec.run_dir)
-    expected = predict(
-        lambda batch: run.model(batch, run.readout)[1], run.dataset, "test", run.layout, EvaluateSpec(), Topology()
-    )
+    expected = predict(lambda batch: run.model(batch, run.objective), run.dataset, "test", run.layout, EvaluateSpec(), Topology())
     scorer = Scorer.load(str(tmp_path / "out"))
     pairs = zip(expected.users.tolist(), expected.events.tolist(), strict=True)
     found = [scorer.score(request_of(run.dataset, user, event))[0] for user, event in pairs]
@@ -285,7 +283,7 @@ def test_a_real_encoder_from_a_package_tells_what_is_alike(tmp_path: Path) -> No
     spec = data.spec.model_copy(update={"encoder": EncoderSpec(path=str(folder))})
     prepare(spec, data.uri, overwrite=True)
     dataset = Dataset(data.uri)
-    dataset.use(Layout("per_target", 1, 1, ("similarity",), 10))
+    dataset.use(Layout("decoder", "per_target", 1, 1, ("similarity",), 10))
     shard = dataset.shard(0)
     assert shard.vectors is not None
     assert shard.vectors.shape[1] == 384

@@ -21,6 +21,7 @@ from ctrsink.families.decoder.merge import merge_lora
 from ctrsink.families.registry import source_of
 from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.train.restore import restore_run
+from tests.builders import layout_on
 from tests.conftest import BUCKET
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
 
@@ -36,12 +37,12 @@ def test_merged_lora_computes_the_same_with_plain_layers(data: Prepared, tmp_pat
     run = restore_run(spec.run_dir)
     batch = source_of(run.dataset, "test", run.layout).build(torch.arange(3).numpy())
     with torch.no_grad():
-        adapted = run.model(batch, run.readout)[1]
+        adapted = run.model(batch, run.objective).logits
         for name, parameter in run.model.named_parameters():
             if "lora_B" in name:
                 assert parameter.abs().sum() > 0
         merged = merge_lora(run.model)
-        plain = run.model(batch, run.readout)[1]
+        plain = run.model(batch, run.objective).logits
     assert merged == 2 * 7  # two layers of seven adapted maps
     assert not [name for name, _ in run.model.named_parameters() if "lora" in name or "base_layer" in name]
     torch.testing.assert_close(plain, adapted, atol=1e-5, rtol=0)
@@ -57,7 +58,7 @@ def test_auto_model_computes_what_the_run_computes(data: Prepared, tmp_path: Pat
     batch = source_of(run.dataset, "test", run.layout).build(torch.arange(4).numpy())
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        probabilities, expected = model(batch).sigmoid(), run.model(batch, run.readout)[1].sigmoid()
+        probabilities, expected = model(batch).sigmoid(), run.model(batch, run.objective).logits.sigmoid()
     torch.testing.assert_close(probabilities, expected, atol=1e-5 if dtype == "fp32" else 0.02, rtol=0)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     kept = {name: value.dtype for name, value in weights.items() if not name.startswith("ctr.backbone.")}
@@ -107,7 +108,7 @@ def test_full_training_and_models_without_sinks_are_exported_too(data: Prepared,
         run = restore_run(spec.run_dir)
         batch = source_of(run.dataset, "valid", run.layout).build(torch.arange(2).numpy())
         with torch.no_grad():
-            expected = run.model(batch, run.readout)[1]
+            expected = run.model(batch, run.objective).logits
             found = AutoModel.from_pretrained(tmp_path / f"{name}-out").eval()(batch)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 

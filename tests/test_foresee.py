@@ -66,6 +66,7 @@ def test_no_sequence_has_more_positions_than_its_shard_may(
 ) -> None:
     dataset = Dataset(together if which and examples != "per_user" else alone)
     layout = Layout(
+        "decoder",
         examples,
         history,
         1 if examples == "per_target" else targets,
@@ -81,10 +82,11 @@ def test_no_sequence_has_more_positions_than_its_shard_may(
         ends = np.cumsum(source.per_shard)
         for number, (end, count) in enumerate(zip(ends.tolist(), source.per_shard, strict=True)):
             if count:
-                found = source.longest(np.arange(end - count, end))
+                built = source.sequences(np.arange(end - count, end))
+                found = int(built.columns["position_ids"].max()) + 1
                 assert found <= most_positions(dataset.manifest, layout, dataset.manifest.shards[number])
                 most = max(most, found)
-                longest = max(longest, max(np.diff(source._sequences(np.arange(end - count, end))[0].positions).tolist()))
+                longest = max(longest, max(built.lengths.tolist()))
     assert most == longest or examples == "per_request"
     assert longer_than(most, dataset, layout, SPLITS, suspects(dataset.manifest, layout, most)) is None
     assert longer_than(most - 1, dataset, layout, SPLITS, suspects(dataset.manifest, layout, most - 1)) == most
@@ -142,28 +144,29 @@ def test_a_data_set_from_before_there_were_counts_is_left_to_the_workers(togethe
     manifest = read_manifest(together)
     old = [shard.model_copy(update={"shared": None, "longest": None}) for shard in manifest.shards]
     manifest = manifest.model_copy(update={"shards": tuple(old)})
-    assert suspects(manifest, Layout("per_user", 5, 4), 1) == []
+    assert suspects(manifest, Layout("decoder", "per_user", 5, 4), 1) == []
     assert '"shared"' not in manifest.shards[0].model_dump_json(exclude_none=True)
 
 
 @pytest.mark.parametrize("tokens", [None, 20, 400])
 def test_with_fewer_sequences_than_ranks_each_is_trained_once(alone: str, tokens: int | None) -> None:
-    source = source_of(Dataset(alone), "train", Layout("per_target", 3, 1, ("previous_gap",), 4))
+    source = source_of(Dataset(alone), "train", Layout("decoder", "per_target", 3, 1, ("previous_gap",), 4))
     for position in (0, 2, 4):
         owners: list[tuple[int, int]] = []
         for rank in range(5):
             step = TrainStream(source, 7, 2, 2, 1, rank, 5, tokens=tokens).step(position)
             assert step.impressions == 2
             for batch in step.micro_batches:
-                owners += [tuple(pair) for pair in batch.targets[batch.readout_valid].tolist()]
+                of = batch.targets
+                owners += zip(of.users[of.counted].tolist(), of.events[of.counted].tolist(), strict=True)
             filler = step.filler
             assert (filler is None) == (tokens is None)
-            assert filler is None or not filler.readout_valid.any()
+            assert filler is None or not filler.targets.counted.any()
         assert len(owners) == len(set(owners)) == 2
 
 
 def test_what_is_not_usable_is_named_where_a_library_asks(together: str) -> None:
-    layout = Layout("per_user", 5, 4)
+    layout = Layout("decoder", "per_user", 5, 4)
     manifest = read_manifest(together)
     with pytest.raises(InputError, match="impressions of one request share a history"):
         longer_than(None, Dataset(together), layout, ["train"], suspects(manifest, layout, None))

@@ -1,4 +1,4 @@
-"""Rows of sequences one behind another and the same rows padded: each is had from the other, and slots point where they should."""
+"""Rows of sequences one behind another and the same rows padded: each is had from the other, and slots point where they belong."""
 
 import numpy as np
 import pytest

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctrsink.config.model import DecoderSpec
 from ctrsink.errors import InputError
-from ctrsink.prepare import pretrained
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.embeddings import token_scale
 from ctrsink.families.decoder.model import CTRModel
-from ctrsink.prepare.pretrained import SOURCES, from_hub, get_pretrained
 from ctrsink.features.registry import SIGNALS, signal
 from ctrsink.folder import new_folder
+from ctrsink.prepare import pretrained
+from ctrsink.prepare.pretrained import SOURCES, from_hub, get_pretrained
 from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.wheel import fetch_wheel
 

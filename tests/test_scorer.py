@@ -44,7 +44,7 @@ def model(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> str:
 def predictions(run_dir: str, split: str) -> Predictions:
     run = restore_run(run_dir)
     spec = EvaluateSpec(batch_size=3)
-    return predict(lambda batch: run.model(batch, run.readout)[1], run.dataset, split, run.layout, spec, Topology())
+    return predict(lambda batch: run.model(batch, run.objective), run.dataset, split, run.layout, spec, Topology())
 
 
 def scores(scorer: Scorer, dataset: Dataset, of: Predictions) -> np.ndarray:
@@ -286,8 +286,12 @@ print(counts, sorted({"ray", "deepspeed", "peft", "tensorboard"} & set(sys.modul
         np.testing.assert_allclose(row["probabilities"], scorer.score(request), atol=1e-6)
 
 
+def parts(content: bytes) -> dict[str, Any]:
+    return json.loads(content)
+
+
 def edited(content: bytes, **changes: Any) -> bytes:
-    return json.dumps(json.loads(content) | changes).encode()
+    return json.dumps(parts(content) | changes).encode()
 
 
 def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, tmp_path: Path) -> None:
@@ -298,14 +302,19 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("tokenizer.json", lambda b: b.replace(b'"add_prefix_space":false', b'"add_prefix_space":true').replace(
             b'"add_prefix_space": false', b'"add_prefix_space": true'), "not the one the model was trained with"),
         ("config.json", lambda b: b.replace(b'"ctrsink"', b'"llama"'), "of type llama"),
-        ("config.json", lambda b: b.replace(b"ctrsink-model/3", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
+        ("config.json", lambda b: b.replace(b"ctrsink-model/4", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
         ("config.json", lambda b: b.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'), "do not fit"),
         ("config.json", lambda b: b[:-9], "config.json is damaged"),
         ("config.json", lambda b: b.replace(b'"prefix_tokens"', b'"prefix"'), "config.json is damaged .unknown key 'prefix'"),
         ("config.json", lambda b: edited(b, text=None), "config.json is damaged .missing key text"),
         ("config.json", lambda b: edited(b, text={"itm": "{title}"}), "damaged .text: unknown key itm, did you mean item"),
         ("config.json", lambda b: edited(b, layout={"examples": "per_target"}), "damaged .layout: "),
-        ("config.json", lambda b: edited(b, window="wide"), "damaged .window: Input should be a valid integer"),
+        ("config.json", lambda b: edited(b, model=parts(b)["model"] | {"window": "wide"}), "model: window: Input should be a valid"),
+        ("config.json", lambda b: edited(b, model=parts(b)["model"] | {"windw": 3}), "model: unknown key windw, did you mean window"),
+        ("config.json", lambda b: edited(b, model={"family": "dinn"}), "model: family 'dinn' is not allowed, did you mean din"),
+        ("config.json", lambda b: edited(b, model={"family": "din"}), "its parts are of different families, model_type is ctrsink"),
+        ("config.json", lambda b: edited(b, facts={"vocabulary": "many"}), "damaged .facts: "),
+        ("config.json", lambda b: edited(b, objective={"kind": "clik"}), "objective: kind: 'clik' is not allowed, did you mean click"),
     ):  # fmt: skip
         folder = tmp_path / "copy"
         folder.mkdir(exist_ok=True)

@@ -9,28 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-from ctrsink.config import ReadoutSpec
 from ctrsink.config.data import NeighboursSpec
 from ctrsink.config.model import SinkSpec, TargetSpec
+from ctrsink.config.stages import Objective
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.embeddings import token_scale
+from ctrsink.families.decoder.look import shares_of
 from ctrsink.families.decoder.model import CTRModel
 from ctrsink.families.registry import source_of
 from ctrsink.features.ragged import Ragged
 from ctrsink.features.registry import of_kind
 from ctrsink.prepare.build import append, prepare
-from ctrsink.report.look import shares_of
 from ctrsink.runtime.preflight import check
-from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.batch import Axis, Batch
 from ctrsink.sequences.windows import Cuts, windows_of
 from ctrsink.stream.stream import evaluation_batches
 from ctrsink.train.capacity import GIB, saved_bytes, tokens_within
 from ctrsink.train.restore import restore_run
-from tests.builders import form_batch, tiny_model, tiny_spec
+from tests.builders import form_batch, layout_on, tiny_model, tiny_spec
 from tests.command_line import good
 from tests.data_fixtures import make_events
+from tests.padded import changed
 from tests.serving_fixtures import Prepared, run_spec, write_run
 from tests.told_fixtures import COLUMNS, OF_SINKS, OF_TARGETS, evaluated, sourced, spec_of, told_data
 
@@ -56,12 +57,14 @@ def test_a_sink_starts_at_the_scale_of_token_embeddings(signal: str, spread: flo
 def told(batch: Batch, seed: int) -> Batch:
     """The batch with similarities and numbers of its own."""
     chance = torch.Generator().manual_seed(seed)
-    shape = (*batch.asked_valid.shape, batch.sink_valid.shape[1])
     numbers = {
-        name: torch.randn(*getattr(batch, of).shape, 2, generator=chance)
-        for name, of in (("sink_numbers", "sink_valid"), ("asked_numbers", "asked_valid"), ("readout_numbers", "readout_valid"))
+        name: torch.randn(batch.axes[axis].total, 2, generator=chance)
+        for name, axis in (("sink_numbers", "sinks"), ("asked_numbers", "asked"), ("readout_numbers", "targets"))
     }
-    return dataclasses.replace(batch, similarity=torch.randn(shape, generator=chance) / 10, **numbers)
+    # Of each one asked and each sink of its sequence.
+    pairs = Axis.of(batch.axes["asked"].lengths * batch.axes["sinks"].lengths)
+    told = changed(batch, similarity=torch.randn(pairs.total, generator=chance) / 10, **numbers)
+    return dataclasses.replace(told, axes=batch.axes | {"pairs": pairs})
 
 
 def told_model(attention: str, **more: Any) -> CTRModel:
@@ -81,7 +84,7 @@ def test_what_fits_into_memory_is_foreseen_for_a_head_that_is_told_numbers() -> 
     """From a small batch: as many tokens as it says are of a larger one keep about as many bytes."""
     small, large = (told(form_batch("per_user", 3, (20,) * rows), 4) for rows in (2, 10))
     model = told_model("sdpa")
-    forward = lambda batch: model(batch, ReadoutSpec())[0]  # noqa: E731
+    forward = lambda batch: model(batch, Objective()).loss  # noqa: E731
     kept = saved_bytes(lambda: forward(large), model)
     assert tokens_within(model, forward, small, kept / GIB) == pytest.approx(large.tokens, rel=0.3)
 
@@ -98,16 +101,15 @@ def test_every_backend_gives_the_same(examples: str, more: dict[str, Any]) -> No
                 torch.nn.init.normal_(bias.slope, generator=torch.Generator().manual_seed(1))  # pyright: ignore[reportArgumentType]
         if attention == "flex":  # no backward pass on a CPU
             with torch.no_grad():
-                results.append((model(batch, ReadoutSpec())[1], None))
+                results.append((model(batch, Objective()).logits, None))
             continue
-        loss, logits = model(batch, ReadoutSpec())
-        loss.backward()
-        results.append((logits.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        out = model(batch, Objective())
+        out.loss.backward()
+        results.append((out.logits.detach(), {name: p.grad for name, p in model.named_parameters()}))
     (first, gradients), *others = results
-    valid = batch.readout_valid
-    assert float(first[valid].std()) > 0.01
+    assert float(first.std()) > 0.01
     for logits, found in others:
-        torch.testing.assert_close(logits[valid], first[valid], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, first, atol=1e-5, rtol=1e-5)
         for name, gradient in (found or {}).items():
             expected = gradients[name]  # pyright: ignore[reportOptionalSubscript]
             torch.testing.assert_close(gradient, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=1e-4)
@@ -118,12 +120,12 @@ def test_similarity_moves_the_attention_of_those_asked_alone(examples: str) -> N
     """With slopes of 0 it changes nothing; with others it changes logits, and a larger similarity draws attention to its sink."""
     batch = told(form_batch(examples, 3, (9, 5)), 4)
     model = told_model("sdpa")
-    plain = dataclasses.replace(batch, similarity=torch.zeros_like(batch.similarity))
+    plain = changed(batch, similarity=torch.zeros_like(batch.inputs["similarity"]))
     with torch.no_grad():
-        moved = (model(batch, ReadoutSpec())[1] - model(plain, ReadoutSpec())[1])[batch.readout_valid]
+        moved = model(batch, Objective()).logits - model(plain, Objective()).logits
         for bias in model.similarity:
             bias.slope.zero_()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue, reportAttributeAccessIssue]
-        same = (model(batch, ReadoutSpec())[1] - model(plain, ReadoutSpec())[1])[batch.readout_valid]
+        same = model(batch, Objective()).logits - model(plain, Objective()).logits
     assert float(moved.abs().max()) > 1e-3
     assert float(same.abs().max()) == 0
 
@@ -239,12 +241,11 @@ def test_the_base_is_what_the_log_says_in_each_sequence_and_0_where_it_says_noth
     assert len(set(logged.values())) > 5
     seen = 0
     for batch in evaluation_batches(source_of(dataset, "test", layout), 4, 0, 1, None):
-        assert batch.base is not None
-        for (user, event), value in zip(
-            batch.targets[batch.readout_valid].tolist(), batch.base[batch.readout_valid], strict=True
-        ):
+        of, base = batch.targets, batch.inputs["base"]
+        columns = (column[of.counted].tolist() for column in (of.users, of.events, base))
+        for user, event, value in zip(*columns, strict=True):
             shard, row = dataset.locate(user)
-            assert float(value) == pytest.approx(logged[int(shard.timestamps[shard.offsets[row] + event])])
+            assert value == pytest.approx(logged[int(shard.timestamps[shard.offsets[row] + event])])
             seen += 1
     assert seen == dataset.manifest.splits["test"].impressions > 5
 
@@ -304,8 +305,8 @@ def test_shares_are_means_over_the_batches_that_have_them(data: Prepared, tmp_pa
     some = list(evaluation_batches(source_of(run.dataset, "test", run.layout, newest=True), 4, 0, 1, 4))
     bare = restore_run(spec.run_dir)
     none = list(evaluation_batches(source_of(bare.dataset, "train", bare.layout, newest=True), 1, 0, 1, 1))
-    assert int(none[0].sink_valid.sum()) == 0
-    assert shares_of(run, run.model, [*some, *none]) == shares_of(run, run.model, some) != {}
+    assert none[0].axes["sinks"].total == 0
+    assert shares_of(run.model, [*some, *none], run.objective) == shares_of(run.model, some, run.objective) != {}
 
 
 @pytest.mark.parametrize(("rows", "warned"), [(6, True), (7, False)])

@@ -88,7 +88,6 @@ class RunSpec(Section):
                 )
         if model.ids and not any("ids" in stage.trainable for stage in self.stages):
             raise ValueError(f"stages: none trains the group ids, which the signal {model.ids[0]} has its embeddings in")
-
         if self.stages[-1].objective != "click":
             raise ValueError(
                 f"stages.{self.stages[-1].name}: the last stage's objective must be click: a run ends with predictions"

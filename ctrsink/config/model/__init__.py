@@ -8,6 +8,7 @@ from ctrsink.config.model.decoder import BackboneSpec, BiasSpec, DecoderSpec, Lo
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.family import FamilySpec
 from ctrsink.config.model.hstu import HstuSpec
+from ctrsink.config.model.srp import SrpSpec
 from ctrsink.config.model.told import TargetSpec
 
 FIRST_FAMILY = "decoder"
@@ -23,7 +24,10 @@ def _family(value: Any) -> Any:
 
 
 ModelSpec = Annotated[
-    Annotated[DecoderSpec, Tag("decoder")] | Annotated[DinSpec, Tag("din")] | Annotated[HstuSpec, Tag("hstu")],
+    Annotated[DecoderSpec, Tag("decoder")]
+    | Annotated[DinSpec, Tag("din")]
+    | Annotated[HstuSpec, Tag("hstu")]
+    | Annotated[SrpSpec, Tag("srp")],
     Discriminator(_family),
 ]
 
@@ -37,5 +41,6 @@ __all__ = [
     "LoraSpec",
     "ModelSpec",
     "SinkSpec",
+    "SrpSpec",
     "TargetSpec",
 ]

@@ -10,7 +10,42 @@ from ctrsink.families.facts import Facts
 from ctrsink.features.registry import of_kind, signal
 
 
-class EventEmbedding(nn.Module):
+class SignalTables(nn.Module):
+    """A table of embeddings for each category of behaviours and targets; a category of both sides has one.
+
+    Args:
+        spec: which signals each side has.
+        facts: how many values feedback has.
+    """
+
+    def __init__(self, spec: IdsSpec, facts: Facts) -> None:
+        super().__init__()
+        self.width, self.id_dropout = spec.embedding_size, spec.id_dropout
+        self.rows = rows = {name: _rows(name, spec, facts) for name in spec.categories}
+        self.ids = nn.ModuleDict(
+            {module_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if signal(n).identity}
+        )
+        self.tables = nn.ModuleDict(
+            {module_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if not signal(n).identity}
+        )
+        for table in (*self.ids.values(), *self.tables.values()):
+            nn.init.normal_(table.weight, std=1 / math.sqrt(spec.embedding_size))  # pyright: ignore[reportArgumentType]
+
+    def table(self, name: str) -> nn.Module:
+        """The table of a category: int64 [...] -> [..., embedding_size]."""
+        return (self.ids if signal(name).identity else self.tables)[module_key(name)]
+
+    def _sum(self, names: tuple[str, ...], signals: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(signals), self.width, device=signals.device)
+        for place, name in enumerate(names):
+            values = signals[:, place]
+            if signal(name).identity and self.training and self.id_dropout:
+                values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
+            out = out + self.table(name)(values)
+        return out
+
+
+class EventEmbedding(SignalTables):
     """`W sum over categories of Embedding(value) + V numbers`, with W and V of each side's own, and tables that both share.
 
     Args:
@@ -20,15 +55,7 @@ class EventEmbedding(nn.Module):
     """
 
     def __init__(self, spec: IdsSpec, facts: Facts, width: int) -> None:
-        super().__init__()
-        self.width, self.id_dropout = spec.embedding_size, spec.id_dropout
-        rows = {name: _rows(name, spec, facts) for name in spec.categories}
-        self.ids = nn.ModuleDict({_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if signal(n).identity})
-        self.tables = nn.ModuleDict(
-            {_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if not signal(n).identity}
-        )
-        for table in (*self.ids.values(), *self.tables.values()):
-            nn.init.normal_(table.weight, std=1 / math.sqrt(spec.embedding_size))  # pyright: ignore[reportArgumentType]
+        super().__init__(spec, facts)
         self.behaviour_names, self.target_names = (of_kind(side, numbers=False) for side in (spec.behaviours, spec.target))
         counts = [len(of_kind(side, numbers=True)) for side in (spec.behaviours, spec.target)]
         self.behaviour, self.target = (nn.Linear(spec.embedding_size + count, width) for count in counts)
@@ -43,18 +70,6 @@ class EventEmbedding(nn.Module):
         """int64 [T, C] and float32 [T, G] -> [T, D]."""
         return self.target(torch.cat([self._sum(self.target_names, signals), numbers], -1))
 
-    def _sum(self, names: tuple[str, ...], signals: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(len(signals), self.width, device=signals.device)
-        for place, name in enumerate(names):
-            values = signals[:, place]
-            if signal(name).identity and self.training and self.id_dropout:
-                values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
-            out = out + self._table(name)(values)
-        return out
-
-    def _table(self, name: str) -> nn.Module:
-        return (self.ids if signal(name).identity else self.tables)[_key(name)]
-
 
 def _rows(name: str, spec: IdsSpec, facts: Facts) -> int:
     found = signal(name)
@@ -63,6 +78,6 @@ def _rows(name: str, spec: IdsSpec, facts: Facts) -> int:
     return spec.buckets if found.kind == "bucket" else found.values or facts.feedbacks
 
 
-def _key(name: str) -> str:
+def module_key(name: str) -> str:
     """A name that a module may have."""
     return name.replace("_", "__").replace(".", "_d")

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional
 
 from ctrsink.config.stages import Objective
-from ctrsink.families.ids.embedding import EventEmbedding
 from ctrsink.families.protocol import CTRModule, Out
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS
@@ -15,8 +14,6 @@ from ctrsink.sequences.behaviours import BEHAVIOURS
 
 class IdsModule(CTRModule):
     """A module that gives logits of targets; what it embeds events with is its `embedding`."""
-
-    embedding: EventEmbedding
 
     def logits(self, batch: Batch, objective: Objective) -> torch.Tensor:
         """[T], without the base score."""

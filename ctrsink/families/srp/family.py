@@ -1,0 +1,29 @@
+"""The functions of the family `srp`; see families.protocol.Family."""
+
+from typing import Any
+
+from ctrsink.config.model.srp import SrpSpec
+from ctrsink.families.facts import Facts
+from ctrsink.families.ids.family import TARGET_NUMBERS, check, described, encode, layout, looked, merged, narrowed, portable
+from ctrsink.families.protocol import CTRModule
+
+GROUPS = SrpSpec.GROUPS
+
+
+def build(model: SrpSpec, facts: Facts, seed: int, precision: str = "fp32") -> CTRModule:
+    """See Family.build."""
+    from ctrsink.families.ids.module import seeded
+    from ctrsink.families.srp.model import Srp
+
+    return seeded(lambda: Srp(model, facts), seed, precision)
+
+
+def rebuilt(plain: dict[str, Any], facts: Facts) -> CTRModule:
+    """See Family.rebuilt."""
+    return build(SrpSpec.model_validate(plain), facts, 0)
+
+
+__all__ = [
+    "GROUPS", "TARGET_NUMBERS", "build", "check", "described", "encode", "layout", "looked", "merged", "narrowed", "portable",
+    "rebuilt",
+]  # fmt: skip
