@@ -20,7 +20,8 @@ from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.ids import IdsSpec
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.config.stages import Objective
-from ctrsink.families import din, srp
+from ctrsink.families.din import family as din
+from ctrsink.families.srp import family as srp
 from ctrsink.families.facts import Facts
 from ctrsink.families.protocol import CTRModule
 from ctrsink.features.registry import of_kind

@@ -1,4 +1,4 @@
-"""Rows of sequences one behind another and the same rows padded: each is had from the other, and slots point where they belong."""
+"""Rows of sequences one behind another and the same rows padded: each is had from the other, and slots lie at their tokens."""
 
 import numpy as np
 import pytest

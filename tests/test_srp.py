@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import srp_folded
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.dataset.events import Events
-from ctrsink.families import srp
+from ctrsink.families.srp import family as srp
 from ctrsink.families.registry import family_of
 from ctrsink.families.srp.attention import Attend, Remember
 from ctrsink.families.srp.fields import Hidden
