@@ -6,7 +6,7 @@ from typing import cast
 
 from ctrsink.families.protocol import Family
 
-FAMILIES = ("decoder", "din")
+FAMILIES = ("decoder", "din", "sparse")
 
 
 @lru_cache

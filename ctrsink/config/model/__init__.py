@@ -7,6 +7,7 @@ from pydantic import BaseModel, Discriminator, Tag
 from ctrsink.config.model.decoder import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.family import FamilySpec
+from ctrsink.config.model.sparse import SparseSpec
 from ctrsink.config.model.told import TargetSpec
 
 
@@ -18,8 +19,8 @@ def _family(value: Any) -> Any:
 
 
 ModelSpec = Annotated[
-    Annotated[DecoderSpec, Tag("decoder")] | Annotated[DinSpec, Tag("din")],
+    Annotated[DecoderSpec, Tag("decoder")] | Annotated[DinSpec, Tag("din")] | Annotated[SparseSpec, Tag("sparse")],
     Discriminator(_family),
 ]
 
-__all__ = ["BackboneSpec", "BiasSpec", "DecoderSpec", "DinSpec", "FamilySpec", "LoraSpec", "ModelSpec", "SinkSpec", "TargetSpec"]
+__all__ = ["BackboneSpec", "BiasSpec", "DecoderSpec", "DinSpec", "FamilySpec", "LoraSpec", "ModelSpec", "SinkSpec", "SparseSpec", "TargetSpec"]

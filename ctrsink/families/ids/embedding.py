@@ -43,17 +43,19 @@ class EventEmbedding(nn.Module):
         """int64 [T, C] and float32 [T, G] -> [T, D]."""
         return self.target(torch.cat([self._sum(self.target_names, signals), numbers], -1))
 
+    def of(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values of one category, int64 [n] -> [n, E] from its table; in training some ids are hidden."""
+        if not signal(name).identity:
+            return self.tables[_key(name)](values)
+        if self.training and self.id_dropout:
+            values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
+        return self.ids[_key(name)](values)
+
     def _sum(self, names: tuple[str, ...], signals: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(len(signals), self.width, device=signals.device)
         for place, name in enumerate(names):
-            values = signals[:, place]
-            if signal(name).identity and self.training and self.id_dropout:
-                values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
-            out = out + self._table(name)(values)
+            out = out + self.of(name, signals[:, place])
         return out
-
-    def _table(self, name: str) -> nn.Module:
-        return (self.ids if signal(name).identity else self.tables)[_key(name)]
 
 
 def _rows(name: str, spec: IdsSpec, facts: Facts) -> int:
