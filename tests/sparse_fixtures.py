@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ctrsink.config.model.sparse import SparseSpec
 from ctrsink.config.stages import Objective
@@ -15,8 +14,8 @@ from ctrsink.dataset.events import Events
 from ctrsink.dataset.layout import Layout
 from ctrsink.families.protocol import Facts
 from ctrsink.families.sparse.attention import EvoAttention
-from ctrsink.families.sparse.encode import with_chunks
 from ctrsink.families.sparse.model import Sparse
+from ctrsink.families.sparse.rows import with_chunks
 from ctrsink.features.ragged import Ragged
 from ctrsink.sequences import behaviours
 from ctrsink.sequences.batch import Batch
@@ -176,9 +175,7 @@ class DenseAttention(nn.Module):
                 out[row] = of.out(sum(share * view for share, view in zip(shares, views, strict=True)))
         return torch.stack(out)
 
-    def _attend(
-        self, query: torch.Tensor, time: int, keys: list[tuple[torch.Tensor, int | None]], branch: int
-    ) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, time: int, keys: list[tuple[torch.Tensor, int | None]], branch: int) -> torch.Tensor:
         if not keys:
             return query.new_zeros(self.spec.width)
         found = torch.stack([vectors for vectors, _ in keys])
@@ -195,14 +192,13 @@ def plain_parts(one: int, other: int) -> tuple[float, float, float]:
     return float(max(one - other, 1).bit_length() - 1), math.sin(math.pi * hours / 24), float(weekends[0] != weekends[1])
 
 
-def dense_forward(model: Sparse, batch: Batch) -> torch.Tensor:
-    """The loss of the same model, with its attention replaced; gradients arrive at the model's own weights."""
+def dense_logits(model: Sparse, batch: Batch) -> torch.Tensor:
+    """Those of the same model with its attention replaced; gradients arrive at the model's own weights."""
     kept = [block.attention for block in model.blocks]
     for block, attention in zip(model.blocks, kept, strict=True):
         block.attention = DenseAttention(attention, model.spec, batch)  # pyright: ignore[reportArgumentType]
     try:
-        logits = model.logits(batch, CLICK)
+        return model.logits(batch, CLICK)
     finally:
         for block, attention in zip(model.blocks, kept, strict=True):
             block.attention = attention
-    return functional.binary_cross_entropy_with_logits(logits, batch.targets.labels.to(logits.dtype), reduction="sum"), logits

@@ -23,4 +23,15 @@ ModelSpec = Annotated[
     Discriminator(_family),
 ]
 
-__all__ = ["BackboneSpec", "BiasSpec", "DecoderSpec", "DinSpec", "FamilySpec", "LoraSpec", "ModelSpec", "SinkSpec", "SparseSpec", "TargetSpec"]
+__all__ = [
+    "BackboneSpec",
+    "BiasSpec",
+    "DecoderSpec",
+    "DinSpec",
+    "FamilySpec",
+    "LoraSpec",
+    "ModelSpec",
+    "SinkSpec",
+    "SparseSpec",
+    "TargetSpec",
+]

@@ -10,7 +10,7 @@ from ctrsink.dataset.manifest import Manifest
 from ctrsink.families.ids import family
 from ctrsink.families.ids.family import check, merged, narrowed, portable
 from ctrsink.families.protocol import CTRModule, Facts
-from ctrsink.families.sparse.encode import encode
+from ctrsink.families.sparse.rows import encode
 
 GROUPS = SparseSpec.GROUPS
 

@@ -13,8 +13,8 @@ from ctrsink.families.ids.embedding import EventEmbedding
 from ctrsink.families.ids.module import IdsModule, linear_flops, mlp
 from ctrsink.families.protocol import Facts, Flops
 from ctrsink.families.sparse.attention import EvoAttention
-from ctrsink.families.sparse.encode import ROWS
 from ctrsink.families.sparse.profile import Profile
+from ctrsink.families.sparse.rows import ROWS
 from ctrsink.families.sparse.sight import Sight, sight
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS

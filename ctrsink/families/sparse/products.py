@@ -12,7 +12,7 @@ import torch
 
 from ctrsink.families.sparse.time_bias import PARTS, parts
 
-AT_ONCE = 512
+AT_ONCE = 1024
 """Queries that are computed at once, as measured: their scores stay in the cache."""
 _HIDDEN = -1e30
 

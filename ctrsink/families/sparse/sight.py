@@ -1,4 +1,4 @@
-"""What each block of rows may read in each branch, made once per forward pass; see encode for the columns that it is made from."""
+"""What each block of rows may read in each branch, made once per forward pass; see rows for the columns that it is made from."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from ctrsink.config.model.sparse import SparseSpec
-from ctrsink.families.sparse.encode import BLOCKS, CHUNKS, QUERIES, ROWS
 from ctrsink.families.sparse.products import Branch, Queries
+from ctrsink.families.sparse.rows import BLOCKS, CHUNKS, QUERIES, ROWS
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS
 

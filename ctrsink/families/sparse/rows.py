@@ -16,7 +16,7 @@ from ctrsink.sequences.columns import TARGETS, Sequences
 from ctrsink.sequences.windows import Cuts
 
 ROWS, CHUNKS, BLOCKS = "rows", "chunks", "blocks"
-QUERIES = 32
+QUERIES = 16
 """Rows of a block at most, as measured: more would share keys that few of them see."""
 
 
