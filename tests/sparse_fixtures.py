@@ -1,8 +1,9 @@
-"""Batches of the family `sparse` from chronologies made by hand, and its attention computed key by key, as its definition reads."""
+"""Batches of the family `sparse` from chronologies made by hand; its attention key by key, as its definition reads."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def plain_chunks(times: Sequence[int], spec: SparseSpec) -> list[range]:
         gaps = sorted(range(1, count), key=lambda i: (times[i - 1] - times[i], i))
         cuts = sorted(gaps[: spec.chunks - 1])
     bounds = [0, *cuts, count]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    return [range(a, b) for a, b in pairwise(bounds) if a < b]
 
 
 class DenseAttention(nn.Module):

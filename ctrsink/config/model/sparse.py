@@ -27,8 +27,8 @@ class SparseSpec(IdsSpec):
     chunking: Literal["time", "equal"] = "time"
     """`time`: between the longest gaps. `equal`: all parts but the latest have as many behaviours as one another."""
     branches: tuple[Part, ...] = ("global", "transition", "local")
-    """What a position reads: `global` a summary of each chunk, `transition` the end of each chunk, `local` the latest behaviours and
-    the user's profile."""
+    """What a position reads: `global` a summary of each chunk, `transition` the end of each chunk, `local` the latest behaviours
+    and the user's profile."""
     transition: int = Field(default=2, ge=1)
     """Behaviours at the end of each chunk that the branch `transition` reads."""
     window: int = Field(default=64, ge=1)

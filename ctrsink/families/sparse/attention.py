@@ -13,8 +13,8 @@ class EvoAttention(nn.Module):
     """Branches `global`, `transition` and `local`, each `softmax(q k^T / sqrt(d / H) + b) v` with keys of its own.
 
     One projection serves them all. A position sees, at any length, |P| summaries of chunks, the last m behaviours of each, its w
-    latest predecessors, the user's profile, and itself (that it does is our decision). A summary is the mean of keys and of values.
-    A gate weighs the branches at each position, `softmax([o_g; o_t; o_l] W)`; a history of nothing gives 0 in the first two.
+    latest predecessors, the user's profile, and, in the branch `local`, itself (our decision). A summary is the mean of keys and
+    of values. A gate weighs the branches at each position, `softmax([o_g; o_t; o_l] W)`; where nothing is seen the first two give 0.
     """
 
     def __init__(self, spec: SparseSpec) -> None:

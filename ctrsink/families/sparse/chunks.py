@@ -1,10 +1,10 @@
 """Chunks of a history, for each of its beginnings: what a position that sees the first s behaviours divides them into.
 
-SparseCTR (arXiv 2601.17836) cuts a user's history at its |P| - 1 largest gaps. Here (our decision) every position cuts what it sees
-itself, so that one rule serves all forms of sequences: of a target it is the paper's, whatever lies behind that target, and no
-position knows a later gap. From one beginning to the next a cut may be added and a smaller one be given up for it, so a chunk lives
-from one beginning to another, and all positions together have few of them: a sequence of n gaps in random order has about
-2 |P| log(n / |P|).
+SparseCTR (arXiv 2601.17836) cuts a user's history at its |P| - 1 largest gaps. Here (our decision) every position cuts what it
+sees itself, so that one rule serves all forms of sequences: of a target it is the paper's, whatever lies behind that target, and
+no position knows a later gap. From one beginning to the next a cut may be added, and a smaller one be given up for it, so a chunk
+lives from one beginning to another, and all positions together have few of them: about 2 |P| log(n / |P|) where n gaps lie in
+random order.
 """
 
 import heapq

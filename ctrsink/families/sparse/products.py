@@ -88,7 +88,7 @@ class BranchProducts(torch.autograd.Function):
         queries: Queries,
         branch: Branch,
     ) -> torch.Tensor:
-        """Query [R, H, d], key and value [M, H, d], coefficients [H, F], of the three parts of the bias or of none -> [R, H, d]."""
+        """Query [R, H, d], key and value [M, H, d], coefficients [H, F] of the bias, F 3 or 0 -> [R, H, d]."""
         ctx.save_for_backward(query, key, value, coefficients)
         ctx.queries, ctx.branch = queries, branch
         wide = torch.promote_types(query.dtype, torch.float32)

@@ -16,7 +16,7 @@ class Profile(nn.Module):
     """`p + W [embedding of the user id, numbers of the user]`: a learned vector, and what of these the targets are told.
 
     What the profile is made from is our decision. It is not the mean of behaviours, in which an early target of a `per_user`
-    sequence would read its own answer, but what the sequence's first target is told of its user, which is known before all targets.
+    sequence would read its own answer, but what the sequence's first target is told of its user: that is known before them all.
     """
 
     def __init__(self, spec: SparseSpec) -> None:

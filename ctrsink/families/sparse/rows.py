@@ -1,7 +1,7 @@
 """What the loader does for this family beside the columns that all families of ids have: chunks, and blocks of positions.
 
-The rows of a sequence are its behaviours and its targets in the order of what they see: a behaviour sees those before it, a target
-the first `seen`. Rows that follow one another see nearly the same, so they are computed in blocks.
+The rows of a sequence are its behaviours and its targets in the order of what they see: a behaviour sees those before it, a
+target the first `seen`. Rows that follow one another see nearly the same, so they are computed in blocks.
 """
 
 import numpy as np

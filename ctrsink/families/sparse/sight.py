@@ -20,8 +20,8 @@ class Sight:
 
     queries: Queries
     branches: dict[str, Branch]
-    """By name. Keys of `global` are the I finished chunks, then the running one of each row; of `transition` rows; of `local` rows,
-    then the profile of each sequence."""
+    """By name. Keys of `global` are the I finished chunks, then the running one of each row; of `transition` rows; of `local`
+    rows, then the profile of each sequence."""
     behaviours: torch.Tensor
     """int64 [N]; their rows."""
     starts: torch.Tensor
@@ -31,7 +31,7 @@ class Sight:
 
 
 def sight(batch: Batch, spec: SparseSpec) -> Sight:
-    """Who sees what: every row itself, the profile, the `window` latest behaviours that it sees, summaries and ends of its chunks.
+    """Who sees what: a row itself, the profile, the `window` latest behaviours before it, summaries and ends of its chunks.
 
     The chunk in which what it sees ends, the running one, is each row's own. Its time, as of any summary, is that of its last
     behaviour (our decision).

@@ -12,7 +12,8 @@ _DAY, _HOUR = 86400, 3600
 class TimeBias(nn.Module):
     """`b_ij = -s1 floor(log2 max(dt_ij, 1)) - s2 sin(pi |hour_i - hour_j| / 24) - s3 [weekend_i != weekend_j]`.
 
-    The coefficients are learned, of each head, and here of each branch (our decision); head h of H starts at (2^(-8 / H))^(h - 1).
+    The coefficients are learned, of each head and here of each branch (our decision); head h of H starts at
+    (2^(-8 / H))^(h - 1).
     """
 
     def __init__(self, branches: int, heads: int) -> None:
