@@ -46,7 +46,7 @@ def stack_of(spec: SparseSpec, history: int) -> tuple[nn.ModuleList, torch.Tenso
 class FullAttention(nn.Module):
     """One attention of every row to itself and all rows before it, by torch's SDPA with the same time bias in its mask.
 
-    It sees more than the three branches do, but their masks would save nothing: what a mask hides costs SDPA as much as what it shows.
+    It sees more than the three branches do, but their masks would save nothing: SDPA computes what a mask hides as well.
     """
 
     def __init__(self, of: EvoAttention) -> None:

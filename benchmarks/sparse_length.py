@@ -1,8 +1,9 @@
 """How forward and backward through SparseCTR's blocks grow with the history, beside dense attention with the same bias.
 
-Each in a fresh process. `sparse`: as the family computes it. `dense`: the same blocks with torch's SDPA over all that lies before and
-the same time bias, in place of the three branches. Memory is what the steps need on top of model and batch. A contestant that
-would go beyond `--memory-gib` is stopped, and said to be.
+Each in a fresh process. `sparse`: as the family computes it. `dense`: the same blocks with torch's SDPA over all that lies before
+and the same time bias, in place of the three branches. Memory is what the steps need on top of model and batch. CPU seconds are
+those of the process, which other load on the machine changes less. A contestant that would go beyond `--memory-gib` is stopped,
+and said to be.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = [_in_process(args, contestant, history) for history in args.history for contestant in args.contestants]
     ours = {row["history"]: row for row in rows if row["contestant"] == "sparse"}
     for row in rows:
-        for what, value in (("time", "s_per_step"), ("memory", "peak_gib")):
+        for what, value in (("time", "s_per_step"), ("cpu", "cpu_s_per_step"), ("memory", "peak_gib")):
             own = ours.get(row["history"], {}).get(value)
             row[f"{what}_ratio"] = row[value] / own if row[value] is not None and own else None
     names = ("width", "heads", "blocks", "chunks", "transition", "window", "threads", "memory_gib", "steps")
@@ -88,20 +89,22 @@ def measure(args: argparse.Namespace, contestant: str, history: int) -> dict[str
         for block in blocks:
             block.attention = FullAttention(block.attention)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     resource.setrlimit(resource.RLIMIT_DATA, (int(args.memory_gib * GIB), int(args.memory_gib * GIB)))
-    before, times = _peak(), []
+    before, times, of_cpu = _peak(), [], []
     try:
         for _ in range(1 + args.steps):
             blocks.zero_grad()
-            began, out = time.perf_counter(), rows
+            began, cpu_began, out = time.perf_counter(), time.process_time(), rows
             for block in blocks:
                 out = block(out, profiles, seen)
             out.square().sum().backward()
             times.append(time.perf_counter() - began)
+            of_cpu.append(time.process_time() - cpu_began)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        return {"s_per_step": None, "peak_gib": None}
-    return {"s_per_step": median(times[1:]), "peak_gib": (_peak() - before) / GIB}
+        return {"s_per_step": None, "cpu_s_per_step": None, "peak_gib": None}
+    peak = (_peak() - before) / GIB
+    return {"s_per_step": median(times[1:]), "cpu_s_per_step": median(of_cpu[1:]), "peak_gib": peak}
 
 
 def _peak() -> int:
@@ -112,8 +115,8 @@ def _peak() -> int:
 def text(report: dict[str, Any]) -> str:
     """The report as Markdown; a dash where a contestant was stopped."""
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    keys = ["history", "contestant", "s_per_step", "peak_gib", "time_ratio", "memory_ratio"]
-    header = ["behaviours", "contestant", "s/step", "peak GiB", "time / sparse", "memory / sparse"]
+    keys = ["history", "contestant", "s_per_step", "cpu_s_per_step", "peak_gib", "time_ratio", "cpu_ratio", "memory_ratio"]
+    header = ["behaviours", "contestant", "s/step", "CPU s/step", "peak GiB", "time / sparse", "CPU / sparse", "memory / sparse"]
     table = markdown(header, [[row[key] for key in keys] for row in report["growth"]])
     stopped = f"A dash: it would have gone beyond {report['settings']['memory_gib']:g} GiB."
     return f"{machine_line(report['machine'])}\n\n{settings}\n\n{table}\n\n{stopped}"

@@ -14,7 +14,7 @@ class EvoAttention(nn.Module):
 
     One projection serves them all. A position sees, at any length, |P| summaries of chunks, the last m behaviours of each, its w
     latest predecessors, the user's profile, and, in the branch `local`, itself (our decision). A summary is the mean of keys and
-    of values. A gate weighs the branches at each position, `softmax([o_g; o_t; o_l] W)`; where nothing is seen the first two give 0.
+    of values. A gate weighs the branches at each position, `softmax([o_g; o_t; o_l] W)`; of nothing the first two give 0.
     """
 
     def __init__(self, spec: SparseSpec) -> None:

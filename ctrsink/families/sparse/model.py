@@ -67,7 +67,8 @@ class Sparse(IdsModule):
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         of_event, of_row, of_target = (linear_flops(part) for part in (self.embedding, self.blocks, self.head))
-        of_profile = linear_flops(self.profile) + sum(linear_flops(block.attention.project) for block in self.blocks)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        projections = [part.project for part in self.modules() if isinstance(part, EvoAttention)]
+        of_profile = sum(linear_flops(part) for part in (self.profile, *projections))
 
         def count(batch: Batch) -> Flops:
             rows, targets, sequences = batch.axes[ROWS].total, batch.axes["targets"].total, len(batch.axes[ROWS].lengths)
