@@ -71,7 +71,8 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def targets_of(batch: Batch) -> list[tuple[int, int]]:
-    return [(int(u), int(e)) for u, e in batch.targets[batch.readout_valid]]
+    of = batch.targets
+    return list(zip(of.users[of.counted].tolist(), of.events[of.counted].tolist(), strict=True))
 
 
 def of_step(step: Step) -> list[tuple[int, int]]:
@@ -120,7 +121,7 @@ def test_a_rank_without_a_sequence_fills_in_and_counts_nothing(uri: str) -> None
     steps = [TrainStream(source, 1, 2, 3, 2, rank, 4).step(0) for rank in range(4)]
     assert [len(step.micro_batches) for step in steps] == [2] * 4
     batches = [batch for step in steps for batch in step.micro_batches]
-    assert all(len(batch.input_ids) == 1 for batch in batches)
+    assert all(len(batch.axes["targets"].lengths) == 1 for batch in batches)
     assert sorted(batch.impressions > 0 for batch in batches) == [False] * 5 + [True] * 3
     assert sum(batch.impressions for batch in batches) == steps[0].impressions
 
@@ -219,10 +220,11 @@ def test_past_events_are_history_and_never_targets(longer: str, split: str, exam
     assert sorted(target for batch in batches for target in targets_of(batch)) == impressions_of(dataset, split)
     users = [user for batch in batches for user, event in targets_of(batch) if event == past[user] > 0]
     if split == "train" and examples == "per_target":
-        rows = [(b, i) for b in batches for i in range(len(b.targets)) if b.targets[i, 0, 0] in users and b.readout_valid[i, 0]]
-        firsts = [(b, i) for b, i in rows if b.targets[i, 0, 1] == past[b.targets[i, 0, 0]]]
+        # One target a sequence.
+        rows = [(b, i) for b in batches for i, user in enumerate(b.targets.users.tolist()) if user in users and b.targets.counted[i]]
+        firsts = [(b, i) for b, i in rows if b.targets.events[i] == past[b.targets.users[i]]]
         assert firsts
-        assert all(b.sink_valid[i].sum() == PAST for b, i in firsts)
+        assert all(b.axes["sinks"].lengths[i] == PAST for b, i in firsts)
 
 
 @pytest.mark.slow
@@ -231,7 +233,8 @@ def test_memory_stays_over_10000_batches(uri: str) -> None:
     program = f"""
 from pathlib import Path
 from ctrsink.dataset.reader import Dataset
-from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.families.registry import source_of
+from ctrsink.stream.stream import TrainStream
 from tests.test_elastic import LAYOUTS
 stream = TrainStream(source_of(Dataset({uri!r}, keep_shards=3), "train", LAYOUTS["per_target"]), 0, 1, 8, 1, 0, 1)
 pages = []

@@ -11,20 +11,23 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ctrsink.attention.kinds import FEEDBACK, PREFIX, SINK, TEXT
 from ctrsink.config.data import PrepareSpec
 from ctrsink.dataset.events import UserEvents
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.families.decoder.encode import encode
+from ctrsink.families.facts import Wording
 from ctrsink.features.buckets import signal_ids
 from ctrsink.features.ragged import Ragged
 from ctrsink.prepare.build import prepare
-from ctrsink.sequences.batch import FEEDBACK, PAD, PREFIX, SINK, TEXT
-from ctrsink.sequences.collate import MULTIPLE, collate
-from ctrsink.sequences.columns import Sequence
+from ctrsink.sequences.collate import collate
+from ctrsink.sequences.columns import Sequences
+from ctrsink.sequences.windows import Cuts
 from tests import builders
-from tests.builders import FEEDBACKS, TEXTS, VECTORS, events_of, layout_of, random_sequence, told_sequence
+from tests.builders import FEEDBACKS, TEXTS, VECTORS, batch_of, events_of, layout_of, random_sequence, told_sequence
+from tests.padded import named, padded
 
 FREE: list[tuple[str, ...]] = [(), ("previous_gap",), ("feedback",), ("random", "hour", "previous_gap"), ("none",)]
 BOUND: list[tuple[str, ...]] = [*FREE, ("recency_rank",), ("feedback", "time_gap", "recency_rank", "previous_gap")]
@@ -38,6 +41,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     examples = draw(st.sampled_from(["per_target", "per_request", "per_user"]))
     per_user = examples == "per_user"
     layout = Layout(
+        "decoder",
         examples,
         draw(st.integers(0, 6)),
         draw(st.integers(1, 4)) if per_user else 1,
@@ -157,7 +161,8 @@ def plain(chronology: UserEvents, targets: list[int], layout: Layout, prefix: li
     out["asked_numbers"] = [told.target_numbers[e].tolist() for e in asked]
     out["base"] = [0.0 if told.base is None else float(told.base[t]) for t in targets]
     out["labels"] = [int(chronology.labels[t]) for t in targets]
-    out["targets"] = targets
+    out["events"] = targets
+    out["times"] = [int(chronology.timestamps[t]) for t in targets]
     pairs = [(a, e) for a in asked for e in behaviours] if layout.similarity else []
     out["similarity"] = [plain_similarity(*chronology.texts[[a, e]].tolist()) if e < a else 0.0 for a, e in pairs]
     return out
@@ -166,9 +171,10 @@ def plain(chronology: UserEvents, targets: list[int], layout: Layout, prefix: li
 @given(cases())
 def test_a_sequence_is_what_the_plain_builder_makes(case: tuple[UserEvents, np.ndarray, Layout, np.ndarray]) -> None:
     chronology, targets, layout, prefix = case
-    built = told_sequence(chronology, targets, layout, prefix)
+    sequences = told_sequence(chronology, targets, layout, prefix)
+    built = named(sequences)
     expected = plain(chronology, targets.tolist(), layout, prefix.tolist())
-    assert {f.name: getattr(built, f.name).tolist() for f in dataclasses.fields(Sequence)} == expected
+    assert {name: column.tolist() for name, column in sequences.columns.items()} == expected
     if not layout.sinks:
         assert not (built.kinds == SINK).any()
     assert (built.kinds[built.readout_positions] == TEXT).all()
@@ -187,7 +193,7 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
     """Everything that happened at a target or later is changed: its input up to the readout stays."""
     chronology, targets, layout, prefix = case
     assume(layout.examples != "per_request")  # whose targets come at one moment: the test of sharing below
-    built = told_sequence(chronology, targets, layout, prefix)
+    built = named(told_sequence(chronology, targets, layout, prefix))
     for slot, target in enumerate(targets):
         later = np.arange(len(chronology.texts)) > target
         now = later | (np.arange(len(chronology.texts)) == target)
@@ -197,7 +203,7 @@ def test_nothing_the_target_may_not_know_lies_before_its_readout(
             timestamps=np.where(later, chronology.timestamps + 10**6, chronology.timestamps),
             labels=np.where(now & (chronology.labels >= 0), 1 - chronology.labels, chronology.labels).astype(np.int8),
         )
-        other = told_sequence(changed, targets, layout, prefix)
+        other = named(told_sequence(changed, targets, layout, prefix))
         end = int(built.readout_positions[slot])
         assert other.readout_positions[slot] == end
         for name in ("input_ids", "kinds", "event_ids", "aligned"):
@@ -224,13 +230,12 @@ def test_per_user_with_one_target_is_per_target_but_for_aligned(
 ) -> None:
     target = data.draw(st.sampled_from(np.flatnonzero(chronology.labels >= 0).tolist()))
     more: dict[str, Any] = {"numbers": ("deviation",), "text_history": data.draw(st.none() | st.integers(0, 6))}
-    one, other = (
-        told_sequence(chronology, np.array([target]), Layout(e, history, 1, signals, 10, **more), np.array([90]))
-        for e in ("per_target", "per_user")
-    )
-    for field in dataclasses.fields(Sequence):
-        if field.name != "aligned":
-            assert getattr(one, field.name).tolist() == getattr(other, field.name).tolist()
+    of_both = [Layout("decoder", examples, history, 1, signals, 10, **more) for examples in ("per_target", "per_user")]
+    one, other = (named(told_sequence(chronology, np.array([target]), layout, np.array([90]))) for layout in of_both)
+    assert vars(one).keys() == vars(other).keys()
+    for name, column in vars(one).items():
+        if name != "aligned":
+            assert column.tolist() == getattr(other, name).tolist()
     assert one.aligned.tolist() == ((one.kinds == TEXT) & (one.event_ids == one.event_ids[-1])).tolist()
     assert other.aligned.tolist() == (other.kinds == TEXT).tolist()
 
@@ -244,62 +249,85 @@ def test_ragged_take_is_concatenation(rows: list[list[int]], data: st.DataObject
     assert table.take(index).tolist() == [token for c in chosen for token in rows[c]]
 
 
-@given(st.integers(0, 2**32), st.lists(st.integers(1, 9), min_size=1, max_size=4), layouts())
-def test_a_batch_holds_its_sequences_and_padding_only(seed: int, events: list[int], layout: Layout) -> None:
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 9), min_size=1, max_size=4), layouts(), st.data())
+def test_a_batch_holds_the_columns_of_its_sequences_one_behind_another(
+    seed: int, events: list[int], layout: Layout, data: st.DataObject
+) -> None:
+    """In any order, some not at all and some twice; numbers of positions are counted from the start of the batch."""
     chance = np.random.default_rng(seed)
-    sequences = [random_sequence(chance, layout, n) for n in events]
-    batch = collate(sequences, [10 + i for i in range(len(events))])
-    length = batch.input_ids.shape[1]
-    assert length % MULTIPLE == 0
-    assert (batch.kinds[:, -1] == PAD).all()
-    assert batch.tokens == sum(len(s.input_ids) for s in sequences)
-    assert batch.impressions == sum(len(s.targets) for s in sequences)
-    assert batch.similarity.shape[2] in (0, batch.sink_valid.shape[1])
-    for i, s in enumerate(sequences):
-        n, k, t, m = len(s.input_ids), len(s.sink_positions), len(s.targets), len(s.asked_positions)
-        for name in ("input_ids", "kinds", "event_ids", "aligned", "candidate", "position_ids"):
-            assert getattr(batch, name)[i, :n].tolist() == getattr(s, name).tolist()
-            assert not getattr(batch, name)[i, n:].any()
-        for count, owner, names in (
-            (k, "sink", ("signals", "sink_numbers", "sink_times")),
-            (t, "readout", ("readout_numbers", "labels")),
-            (m, "asked", ("asked_times", "asked_signals", "asked_numbers")),
-        ):
-            valid, positions = getattr(batch, f"{owner}_valid")[i], getattr(batch, f"{owner}_positions")[i]
-            assert valid.tolist() == [True] * count + [False] * (len(valid) - count)
-            assert positions[:count].tolist() == getattr(s, f"{owner}_positions").tolist()
-            assert (positions[count:] == length - 1).all()
-            for name in names:
-                assert getattr(batch, name)[i, :count].tolist() == getattr(s, name).tolist()
-                assert not getattr(batch, name)[i, count:].any()
-        assert batch.targets[i, :t].tolist() == [[10 + i, e] for e in s.targets]
-        assert (batch.targets[i, t:] == -1).all()
-        assert batch.similarity[i, :m, :k].flatten().tolist() == s.similarity.tolist()
-        assert not batch.similarity[i, m:].any()
-        assert not batch.similarity[i, :, k:].any()
+    built = [random_sequence(chance, layout, n) for n in events]
+    rows = np.array(data.draw(st.lists(st.integers(0, len(events) - 1), min_size=1, max_size=5)))
+    counted = np.array([data.draw(st.booleans()) for _ in rows])
+    batch = collate(Sequences.joined(built), rows, 10 + rows, counted)
+    sequences = [built[row] for row in rows]
+    assert batch.axes.keys() == sequences[0].bounds.keys() >= {"positions", "sinks", "asked", "targets"}
+    for name, axis in batch.axes.items():
+        assert axis.lengths.tolist() == [s.bounds[name][-1] for s in sequences]
+        assert axis.offsets.tolist() == [0, *axis.lengths.cumsum()]
+    found = {name: column.numpy() for name, column in batch.inputs.items()}
+    found |= {name: getattr(batch.targets, name).numpy() for name in ("labels", "events", "times")}
+    assert found.keys() == sequences[0].columns.keys()
+    assert sequences[0].points == dict.fromkeys(("sink_positions", "readout_positions", "asked_positions"), "positions")
+    for name, column in found.items():
+        starts = batch.axes["positions"].offsets.tolist()[:-1]
+        shifts = starts if name in sequences[0].points else [0] * len(starts)
+        expected = [s.columns[name] + shift for s, shift in zip(sequences, shifts, strict=True)]
+        assert column.dtype == sequences[0].columns[name].dtype
+        assert column.tolist() == np.concatenate(expected).tolist()
+    per_row = [len(named(s).events) for s in sequences]
+    assert batch.targets.users.tolist() == np.repeat(10 + rows, per_row).tolist()
+    assert batch.targets.counted.tolist() == np.repeat(counted, per_row).tolist()
+    assert batch.tokens == sum(len(named(s).input_ids) for s in sequences)
+    assert batch.impressions == int(np.dot(per_row, counted))
+    assert batch.costs == {name: sum(int(s.costs[name][0]) for s in sequences) for name in sequences[0].costs}
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 9), min_size=1, max_size=4), layouts())
+def test_sequences_joined_are_those_of_the_parts(seed: int, events: list[int], layout: Layout) -> None:
+    chance = np.random.default_rng(seed)
+    built = [random_sequence(chance, layout, n) for n in events]
+    joined = Sequences.joined(built)
+    assert len(joined) == len(built)
+    assert joined.lengths.tolist() == [len(named(s).input_ids) for s in built]
+    for number, sequence in enumerate(built):
+        one = joined[number]
+        assert {name: column.tolist() for name, column in one.columns.items()} == {
+            name: column.tolist() for name, column in sequence.columns.items()
+        }
+        assert {name: bounds.tolist() for name, bounds in one.bounds.items()} == {
+            name: bounds.tolist() for name, bounds in sequence.bounds.items()
+        }
+        assert {name: cost.tolist() for name, cost in one.costs.items()} == {
+            name: cost.tolist() for name, cost in sequence.costs.items()
+        }
 
 
 def test_a_batch_without_any_behaviour_keeps_one_sink_slot() -> None:
     """Every rank runs every module, whatever its batch holds."""
     chance = np.random.default_rng(0)
-    batch = collate([random_sequence(chance, layout_of(), 1)], [0])
-    assert batch.sink_valid.tolist() == [[False]]
-    assert batch.signals.shape == (1, 1, 1)
-    without = collate([random_sequence(chance, layout_of(signals=()), 3)], [0])
-    assert without.sink_positions.shape == (1, 0)
+    batch = batch_of([random_sequence(chance, layout_of(), 1)])
+    assert batch.inputs["signals"].shape == (0, 1)
+    assert padded(batch).sink_valid.tolist() == [[False]]
+    assert padded(batch).signals.shape == (1, 1, 1)
+    without = batch_of([random_sequence(chance, layout_of(signals=()), 3)])
+    assert without.inputs["sink_positions"].shape == (0,)
+    assert without.inputs["signals"].shape == (0, 0)
+    assert padded(without).sink_valid.tolist() == [[False]]
 
 
 def test_a_row_that_only_fills_the_batch_has_no_impression() -> None:
     chance = np.random.default_rng(0)
     sequences = [random_sequence(chance, layout_of(), n) for n in (4, 6)]
-    batch = collate(sequences, [0, 1], counted=[True, False])
-    assert batch.readout_valid.tolist() == batch.asked_valid.tolist() == [[True] * 3, [False] * 3]
+    batch = batch_of(sequences, [0, 1], counted=[True, False])
+    assert padded(batch).readout_valid.tolist() == [[True] * 3, [False] * 3]
+    assert batch.impressions == 3
 
 
 def test_a_batch_moves_whole() -> None:
     chance = np.random.default_rng(0)
-    moved = collate([random_sequence(chance, layout_of(), 4)], [0]).to("meta")
-    assert {getattr(moved, f.name).device for f in dataclasses.fields(moved)} == {torch.device("meta")}
+    moved = batch_of([random_sequence(chance, layout_of(), 4)]).to("meta")
+    tensors = [*vars(moved.targets).values(), *moved.inputs.values(), *(axis.offsets for axis in moved.axes.values())]
+    assert {tensor.device for tensor in tensors} == {moved.device} == {torch.device("meta")}
 
 
 def test_impressions_of_one_request_share_a_history_and_do_not_see_each_other(tmp_path: Path) -> None:
@@ -325,17 +353,20 @@ def test_impressions_of_one_request_share_a_history_and_do_not_see_each_other(tm
     chronology = shard.chronology(row)
     assert chronology.known is not None
     assert chronology.known.tolist() == [0, 0, 2, 3, 3, 3, 6, 7, 7, 9, 10, 11]
-    alone = Layout("per_target", 4, 1, ("recency_rank", "time_gap"), 100)
-    tokens = (shard.tokens, dataset.feedbacks, dataset.prefix)
+
+    def sequence_of(targets: list[int], layout: Layout) -> Any:
+        begin = shard.offsets[row]
+        cuts = Cuts([shard], np.array([1]), np.array([begin]), Ragged.of([np.array(targets) + begin]))
+        return named(encode(cuts, layout, Wording(dataset.feedbacks, dataset.prefix)))
+
+    alone = Layout("decoder", "per_target", 4, 1, ("recency_rank", "time_gap"), 100)
     for target, history in ((1, 0), (4, 3), (5, 3), (8, 4)):
-        sequence = build_sequence(chronology, np.array([target]), alone, *tokens)
+        sequence = sequence_of([target], alone)
         assert len(sequence.sink_positions) == history
         assert sequence.signals[:, 0].tolist() == list(range(history))[::-1]
-        assert sequence.targets.tolist() == [target]
-    together = Layout("per_user", 4, 3, ("previous_gap",), 100)
+        assert sequence.events.tolist() == [target]
+    together = Layout("decoder", "per_user", 4, 3, ("previous_gap",), 100)
     with pytest.raises(InputError, match=r"use data\.examples per_request or per_target"):
-        build_sequence(chronology, np.array([2, 3, 4]), together, *tokens)
-    assert build_sequence(chronology, np.array([3, 4, 5]), together, *tokens).sink_positions.tolist() == (
-        build_sequence(chronology, np.array([3]), together, *tokens).sink_positions.tolist()
-    )
-    assert build_sequence(chronology, np.array([9, 10, 11]), together, *tokens).targets.tolist() == [9, 10, 11]
+        sequence_of([2, 3, 4], together)
+    assert sequence_of([3, 4, 5], together).sink_positions.tolist() == sequence_of([3], together).sink_positions.tolist()
+    assert sequence_of([9, 10, 11], together).events.tolist() == [9, 10, 11]

@@ -18,6 +18,7 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import Diverged, InputError, RunError
 from ctrsink.families.decoder.build import build_model
+from ctrsink.families.protocol import Out
 from ctrsink.families.registry import source_of
 from ctrsink.run.folder import read_result, request_stop
 from ctrsink.runtime.start import start
@@ -28,7 +29,7 @@ from ctrsink.train.engine import Engine
 from ctrsink.train.loop import Trainer
 from ctrsink.train.observe.audit import Audit, expected
 from ctrsink.train.observe.telemetry import read_metrics
-from tests.builders import layout_of, random_batch
+from tests.builders import layout_on, layout_of, random_batch
 from tests.command_line import call, refused
 from tests.runs import prepared_data, run_tree, train_process
 
@@ -69,7 +70,8 @@ def test_a_run_tells_exactly_what_it_trained_on(data: str, tmp_path: Path) -> No
 
 def test_one_impression_for_another_is_noticed() -> None:
     batch = random_batch(1, layout_of(), (5, 4))
-    swapped = replace(batch, targets=batch.targets.flip(2))
+    of = batch.targets
+    swapped = replace(batch, targets=replace(of, users=of.events, events=of.users))
     assert Audit.of([swapped]).impressions == Audit.of([batch]).impressions
     assert Audit.of([swapped]) != Audit.of([batch])
     assert Audit.of([batch, batch]) == Audit.of([batch]) + Audit.of([batch])
@@ -123,7 +125,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data: str, tmp_path: Path
     spec = spec_of(data, tmp_path / "run", train={"zero_stage": zero_stage})
     stage = spec.stages[1]
     good = [random_batch(seed, layout_of(), (5, 4)) for seed in (1, 2)]
-    bad = replace(good[1], labels=good[1].labels * math.nan)
+    bad = replace(good[1], targets=replace(good[1].targets, labels=good[1].targets.labels * math.nan))
 
     def states(steps: list[list[Batch]]) -> list[dict[str, torch.Tensor]]:
         engine = Engine(build_model(spec.model, 97, 1).eval(), spec, stage, Topology(), None)
@@ -147,9 +149,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     """Make the loss of these forward passes NaN."""
     forward, passes = Engine.forward, iter(range(1000))
 
-    def poisoned(self: Engine, batch: Batch, readout: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, logits = forward(self, batch, readout)
-        return (loss * math.nan if next(passes) // 2 in steps else loss), logits
+    def poisoned(self: Engine, batch: Batch, objective: Any) -> Out:
+        out = forward(self, batch, objective)
+        return out._replace(loss=out.loss * math.nan) if next(passes) // 2 in steps else out
 
     monkeypatch.setattr(Engine, "forward", poisoned)
 
@@ -188,7 +190,7 @@ def test_a_run_that_stays_not_finite_ends_whatever_the_policy(data: str, tmp_pat
 
 
 def test_a_failure_in_a_step_names_rank_step_stage_and_shard(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Engine, batch: Batch, readout: Any) -> None:
+    def broken(self: Engine, batch: Batch, objective: Any) -> None:
         raise ZeroDivisionError("nothing to divide by")
 
     monkeypatch.setattr(Engine, "forward", broken)

@@ -24,16 +24,16 @@ from tests.test_forms import make_requests
 
 RANK = """
 import json, os, sys
-rank, store, uri, uneven, *runs = sys.argv[1:]
+rank, store, uneven, *runs = sys.argv[1:]
 os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
 from ctrsink.runtime.process import prepare_process
 prepare_process("cpu", 1, int(rank))
 import torch.distributed as dist
 from ctrsink.config import parse_run
-from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.dist import Topology
 from ctrsink.families.decoder.build import build_model
 from ctrsink.train.engine import Engine
+from ctrsink.runtime import preflight
 from ctrsink.train.loop import Trainer
 from tests.test_ranks import uneven_batches
 dist.init_process_group("gloo", init_method="file://" + store, rank=int(rank), world_size=2)
@@ -47,12 +47,13 @@ for step in range(3):
     losses.append(engine.step([own], sum(b.impressions for b in batches), stage, 1.0).loss)
 engine.deepspeed.eval()
 for batch in (batches[int(rank)], batches[1 - int(rank)]):
-    engine.forward(batch, stage.readout)
+    engine.forward(batch, stage.learns)
 temporal = {n: float(v.abs().max()) for n, v in engine.state().moments.items() if n.startswith("temporal")}
 engine.destroy()
 print(json.dumps({"losses": losses, "temporal": temporal}))
 for run in runs:
-    result = Trainer(parse_run(json.loads(run), "test"), topology, len(load_tokenizer(uri))).run()
+    spec = parse_run(json.loads(run), "test")
+    result = Trainer(spec, topology, preflight.check(spec)).run()
     print(json.dumps({name: result[name] for name in ("steps", "finished", "impressions")}))
 dist.destroy_process_group()
 """
@@ -68,7 +69,7 @@ REQUESTS: dict[str, Any] = {
 def uneven_batches() -> list[Batch]:
     """One batch without any sink, and one with some."""
     batches = [random_batch(1, layout_of(), (1, 1)), random_batch(2, layout_of(), (5, 4))]
-    assert [bool(b.sink_valid.any()) for b in batches] == [False, True]
+    assert [b.axes["sinks"].total > 0 for b in batches] == [False, True]
     return batches
 
 
@@ -97,7 +98,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Ran:
         spec = parse_run(tree, "test")
         claim(spec, False, identities(spec, read_manifest(data)))
         trees.append(tree)
-    arguments = [str(folder / "store"), data, *map(json.dumps, trees)]
+    arguments = [str(folder / "store"), *map(json.dumps, trees)]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), *arguments],
@@ -123,7 +124,7 @@ def test_a_rank_without_any_sink_does_not_hang(ran: Ran) -> None:
     spec = parse_run(run_tree(ran.data, "unused", model=WITHOUT_DROPOUT), "test")
     model = build_model(spec.model, 97, 1)
     with torch.no_grad():
-        expected = sum(float(model(b, spec.stages[0].readout)[0]) for b in uneven_batches())
+        expected = sum(float(model(b, spec.stages[0].learns).loss) for b in uneven_batches())
     losses = ran.lines[0]["losses"]
     assert losses[0] == pytest.approx(expected / sum(b.impressions for b in uneven_batches()), abs=1e-5)
     assert len(set(losses)) == 3

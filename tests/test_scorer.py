@@ -294,6 +294,10 @@ def edited(content: bytes, **changes: Any) -> bytes:
     return json.dumps(parts(content) | changes).encode()
 
 
+def within(content: bytes, section: str, **changes: Any) -> bytes:
+    return edited(content, **{section: parts(content)[section] | changes})
+
+
 def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no model"):
         Scorer.load(str(tmp_path))
@@ -309,12 +313,12 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("config.json", lambda b: edited(b, text=None), "config.json is damaged .missing key text"),
         ("config.json", lambda b: edited(b, text={"itm": "{title}"}), "damaged .text: unknown key itm, did you mean item"),
         ("config.json", lambda b: edited(b, layout={"examples": "per_target"}), "damaged .layout: "),
-        ("config.json", lambda b: edited(b, model=parts(b)["model"] | {"window": "wide"}), "model: window: Input should be a valid"),
-        ("config.json", lambda b: edited(b, model=parts(b)["model"] | {"windw": 3}), "model: unknown key windw, did you mean window"),
-        ("config.json", lambda b: edited(b, model={"family": "dinn"}), "model: family 'dinn' is not allowed, did you mean din"),
-        ("config.json", lambda b: edited(b, model={"family": "din"}), "its parts are of different families, model_type is ctrsink"),
+        ("config.json", lambda b: within(b, "model", window="wide"), "damaged .model: window: Input should be a valid integer"),
+        ("config.json", lambda b: within(b, "model", windw=3), "damaged .model: unknown key windw, did you mean window"),
+        ("config.json", lambda b: edited(b, model={"family": "dinn"}), "damaged .model: family 'dinn' is not allowed"),
+        ("config.json", lambda b: edited(b, model={"family": "din"}), "parts are of different families, model_type is ctrsink"),
         ("config.json", lambda b: edited(b, facts={"vocabulary": "many"}), "damaged .facts: "),
-        ("config.json", lambda b: edited(b, objective={"kind": "clik"}), "objective: kind: 'clik' is not allowed, did you mean click"),
+        ("config.json", lambda b: within(b, "objective", kind="clik"), "damaged .objective: kind: 'clik' is not allowed"),
     ):  # fmt: skip
         folder = tmp_path / "copy"
         folder.mkdir(exist_ok=True)

@@ -47,6 +47,10 @@ class Layout:
     sequence's targets do that. A request has one target, and its history must look as it did in training."""
     by_text: bool = False
     """Similarity by neighbours is that of texts for items without a partner."""
+    chunks: int = 0
+    """Parts that a history is divided into for a model that reads summaries of them; 0: it is not."""
+    chunking: Literal["time", "equal"] = "time"
+    """Where these parts begin: behind the longest gaps, or after as many behaviours each."""
     utc_offset_hours: float = 0.0
     """What `hour` and `weekday` are counted at."""
     scales: tuple[tuple[str, float, float], ...] = ()

@@ -13,7 +13,7 @@ from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
 from ctrsink.stream.stream import SequenceSource
 
-FAMILIES = ("decoder", "din", "hstu", "srp")
+FAMILIES = ("decoder", "din", "hstu", "sparse", "srp")
 
 
 @lru_cache

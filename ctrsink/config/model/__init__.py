@@ -8,6 +8,7 @@ from ctrsink.config.model.decoder import BackboneSpec, BiasSpec, DecoderSpec, Lo
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.family import FamilySpec
 from ctrsink.config.model.hstu import HstuSpec
+from ctrsink.config.model.sparse import SparseSpec
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.config.model.told import TargetSpec
 
@@ -27,6 +28,7 @@ ModelSpec = Annotated[
     Annotated[DecoderSpec, Tag("decoder")]
     | Annotated[DinSpec, Tag("din")]
     | Annotated[HstuSpec, Tag("hstu")]
+    | Annotated[SparseSpec, Tag("sparse")]
     | Annotated[SrpSpec, Tag("srp")],
     Discriminator(_family),
 ]
@@ -38,9 +40,11 @@ __all__ = [
     "DecoderSpec",
     "DinSpec",
     "FamilySpec",
+    "HstuSpec",
     "LoraSpec",
     "ModelSpec",
     "SinkSpec",
+    "SparseSpec",
     "SrpSpec",
     "TargetSpec",
 ]

@@ -31,17 +31,20 @@ class SignalTables(nn.Module):
         for table in (*self.ids.values(), *self.tables.values()):
             nn.init.normal_(table.weight, std=1 / math.sqrt(spec.embedding_size))  # pyright: ignore[reportArgumentType]
 
+    def of(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values of one category, int64 [n] -> [n, E] from its table; in training some ids are hidden."""
+        if signal(name).identity and self.training and self.id_dropout:
+            values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
+        return self.table(name)(values)
+
     def table(self, name: str) -> nn.Module:
-        """The table of a category: int64 [...] -> [..., embedding_size]."""
+        """The table of a category: int64 [...] -> [..., E]."""
         return (self.ids if signal(name).identity else self.tables)[module_key(name)]
 
     def _sum(self, names: tuple[str, ...], signals: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(len(signals), self.width, device=signals.device)
         for place, name in enumerate(names):
-            values = signals[:, place]
-            if signal(name).identity and self.training and self.id_dropout:
-                values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
-            out = out + self.table(name)(values)
+            out = out + self.of(name, signals[:, place])
         return out
 
 
