@@ -221,7 +221,9 @@ def test_past_events_are_history_and_never_targets(longer: str, split: str, exam
     users = [user for batch in batches for user, event in targets_of(batch) if event == past[user] > 0]
     if split == "train" and examples == "per_target":
         # One target a sequence.
-        rows = [(b, i) for b in batches for i, user in enumerate(b.targets.users.tolist()) if user in users and b.targets.counted[i]]
+        rows = [
+            (b, i) for b in batches for i, user in enumerate(b.targets.users.tolist()) if user in users and b.targets.counted[i]
+        ]
         firsts = [(b, i) for b, i in rows if b.targets.events[i] == past[b.targets.users[i]]]
         assert firsts
         assert all(b.axes["sinks"].lengths[i] == PAST for b, i in firsts)

@@ -29,7 +29,7 @@ from ctrsink.train.engine import Engine
 from ctrsink.train.loop import Trainer
 from ctrsink.train.observe.audit import Audit, expected
 from ctrsink.train.observe.telemetry import read_metrics
-from tests.builders import layout_on, layout_of, random_batch
+from tests.builders import layout_of, layout_on, random_batch
 from tests.command_line import call, refused
 from tests.runs import prepared_data, run_tree, train_process
 

@@ -15,7 +15,7 @@ from cluster.local.ports import free_ports
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.cost import FlopCount
+from ctrsink.families.protocol import Flops
 from ctrsink.run.folder import MLFLOW_NAME, flatten
 from ctrsink.train.observe import hardware
 from ctrsink.train.observe.hardware import known_peak, over_ranks, peak_of
@@ -155,7 +155,7 @@ def test_peak_of_a_gpu_is_that_of_its_data_sheet_or_unknown(name: str, peak: flo
 
 def test_no_peak_no_share() -> None:
     batch = random_batch(1, layout_of(), (5, 3))
-    pace = Pace(FlopCount(per_token=10**10, per_pair=0, window=None), sinks_only=False)
+    pace = Pace(lambda batch: Flops(10**10 * batch.tokens, 0))
     pace.count(8, [batch, batch], 0.0)
     report = pace.report(None)
     assert report["tflops"] == pytest.approx(report["tokens_per_s"] / 100)

@@ -61,11 +61,16 @@ class CTRModule(nn.Module):
         return group if group in trainable else None
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
-        """Counts what a training step on a batch needs, with what is trained now; also where ZeRO-3 has split the weights."""
+        """Counts what a training step on a batch, as `drawn`, needs, with what is trained now; also where ZeRO-3 has split the weights."""
         raise NotImplementedError
 
     def drawn(self, batch: Batch, objective: Objective, key: int) -> Batch:
-        """The batch, still on the host, with what the objective draws at random from `key`; clicks draw nothing."""
+        """The batch, still on the host, with what the objective draws at random; clicks draw nothing.
+
+        Args:
+            key: the same on all ranks and in all micro-batches of a step, another in the next; fixed in validation. What is drawn
+                is a hash of it and of user and event, so that it does not depend on how a global batch is dealt out.
+        """
         return batch
 
     def look(self, batch: Batch, objective: Objective, forward: Callable[[Batch, Objective], Any]) -> dict[str, float]:

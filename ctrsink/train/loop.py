@@ -237,7 +237,7 @@ class Trainer:
         controller.after_step()
         progress.position = stream.position
         progress.seconds += time.monotonic() - began
-        pace.count(step.impressions, step.micro_batches, waited)
+        pace.count(step.impressions, micro_batches[: len(step.micro_batches)], waited)
         rates = {f"lr/{group}": stage.lr[group] * factor for group in stage.trainable}
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
         return row, (reason or "another rank was asked to stop") if stop else None, preempted
