@@ -43,7 +43,8 @@ def page() -> str:
         for key, section in _sections(root, ""):
             rows = [_row(key, name, field) for name, field in section.model_fields.items()]
             table = "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
-            parts.append(f"## {f'`{key}`' if key else name}\n\n{_one_line(section.__doc__)}\n\n{table}\n")
+            title = f"`{key}`{_of_family(section)}" if key else name
+            parts.append(f"## {title}\n\n{_one_line(section.__doc__)}\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -51,14 +52,15 @@ def _sections(section: type[BaseModel], key: str) -> Iterator[tuple[str, type[Ba
     """Every section with its dotted key, parents before children."""
     yield key, section
     for name, field in section.model_fields.items():
-        inner = _section_in(field.annotation)
-        if inner is not None:
+        for inner in _sections_in(field.annotation):
             yield from _sections(inner, _below(key, name))
 
 
 def _row(key: str, name: str, field: FieldInfo) -> str:
-    inner = _section_in(field.annotation)
-    meaning = " ".join(filter(None, [_one_line(inner.__doc__) if inner else "", _one_line(field.description)]))
+    inner = next(iter(_sections_in(field.annotation)), None)
+    several = len(_sections_in(field.annotation)) > 1
+    of_inner = "" if inner is None else "A section for each family." if several else _one_line(inner.__doc__)
+    meaning = " ".join(filter(None, [of_inner, _one_line(field.description)]))
     if not meaning:
         raise SystemExit(f"{_below(key, name)} has no docstring: say in ctrsink/config what it means")
     allowed = _type(field.annotation, _below(key, name), _limits(field))
@@ -87,7 +89,9 @@ def _type(annotation: Any, key: str, limits: str = "") -> str:
     if origin is dict:
         return f"mapping from {_type(arguments[0], key)} to {_type(arguments[1], key)}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[section](#{key.replace('.', '')})"
+        family = _of_family(annotation)
+        anchor = f"{key}{family}".replace(".", "").replace("`", "").replace(" ", "-")
+        return f"[{family.split('`')[1] if family else 'section'}](#{anchor})"
     return _NAMES[annotation] + limits
 
 
@@ -100,11 +104,17 @@ def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     return value if value == "null" and inner else f"`{value}`"
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section inside an annotation such as `SinkSpec | None` or `tuple[StageSpec, ...]`."""
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections inside an annotation such as `SinkSpec | None`, `tuple[StageSpec, ...]` or a union of families."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for a in get_args(annotation) if (found := _section_in(a))), None)
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _sections_in(inner)]
+
+
+def _of_family(section: type[BaseModel]) -> str:
+    """Behind the key of a section that is one of several families."""
+    field = section.model_fields.get("family")
+    return "" if field is None else f" of the family `{get_args(field.annotation)[0]}`"
 
 
 def _below(key: str, name: str) -> str:
