@@ -12,7 +12,7 @@ from ctrsink.tables.table import RowTable
 class ShardedEmbedding(nn.Module):
     """`sum over hashes of table[hash(id)]`; without parameters: the engine steps its `table`, see RowTable.
 
-    The values at the start depend on the state of torch's generator, as those of any module do, which must be the same on all ranks.
+    The values at the start depend on the state of torch's generator, as those of any module do; it must be the same on all ranks.
 
     Args:
         rows: of the table, whatever the number of ids; row 0 is for what is unknown.

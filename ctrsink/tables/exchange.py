@@ -26,7 +26,7 @@ class Route:
         return cls(sent, received.tolist())
 
     def there(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[sum of sent, ...], in the order of the ranks that they go to -> [sum of received, ...], in that of where they are from."""
+        """[sum of sent, ...], by the rank that each row goes to -> [sum of received, ...], by the rank that it is from."""
         return _moved(tensor, self.sent, self.received)
 
     def back(self, tensor: torch.Tensor) -> torch.Tensor:

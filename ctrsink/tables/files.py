@@ -1,8 +1,8 @@
 """Tables on disk: files of whole stretches of rows, which any number of ranks can read whatever number wrote them.
 
-`<table>/<first row>-<row behind the last>-of-<rows of the table>.safetensors`, each with `values` [n, D] and `squares` [n]. A file is
-small enough to be held in memory beside the table, so it is written and checked as a whole. What makes a checkpoint of files that
-lie in a folder, and of no others, is the caller's list of them.
+`<table>/<first row>-<row behind the last>-of-<rows of the table>.safetensors`, each with `values` [n, D] and `squares` [n]. A
+file is small enough to be held in memory beside the table, so it is written and checked as a whole. Which files of a folder make
+up a checkpoint is the caller's to remember: those of an interrupted save, by another number of ranks, may lie beside them.
 """
 
 import hashlib
@@ -50,6 +50,8 @@ def save_tables(tables: Mapping[str, RowTable], folder: str) -> dict[str, dict[s
 def load_tables(tables: Mapping[str, RowTable], folder: str, entries: Mapping[str, tuple[int, str]]) -> None:
     """Read the rows that lie on this rank, of the files that hold any of them and of no others; no collective.
 
+    Where it fails a table may hold some of both: load another checkpoint.
+
     Args:
         tables: by the names that they were saved under.
         folder: as for `save_tables`.
@@ -72,7 +74,7 @@ def load_tables(tables: Mapping[str, RowTable], folder: str, entries: Mapping[st
 
 def folder_of(name: str) -> str:
     """The folder of a table's files, whatever characters its name has."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80]
+    plain = re.sub(r"[^A-Za-z0-9._-]|^\.", "_", name)[:80]
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 

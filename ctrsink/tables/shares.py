@@ -1,7 +1,8 @@
 """Which rows of a table lie on which rank.
 
 Contiguous ranges, not `row % world`: rows that are wanted, once sorted, are in the order of their owners already, and another
-number of ranks reads whole stretches of the files. Ranges are evenly busy because `hashing.rows_of` puts neighbouring ids far apart.
+number of ranks reads whole stretches of the files. Ranges are evenly busy because `hashing.rows_of` puts neighbouring ids far
+apart.
 """
 
 import torch

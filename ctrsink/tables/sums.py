@@ -22,7 +22,7 @@ class RowSums:
         self._held = self._merged = 0
 
     def add(self, rows: torch.Tensor, vectors: torch.Tensor) -> None:
-        """int64 [n] and [n, D]; both are kept as they are."""
+        """Rows, ascending and each once, int64 [n], and [n, D] fp32; both are kept as they are."""
         self._parts.append((rows, vectors))
         self._held += len(rows)
         if self._held > 2 * self._merged:  # so that the work of merging stays in proportion to what is added

@@ -22,8 +22,8 @@ class RowTable:
 
     The optimiser is row-wise Adagrad, one number of state per row (FBGEMM's `EXACT_ROWWISE_ADAGRAD`, as DLRM is trained):
     `s += mean(g^2); row -= lr * g / (sqrt(s) + 1e-10)`. A row's first step is about as long as Adam's, later ones are shorter the
-    more it has learned; a row that a step does not touch stays as it is, where the decaying moments of Adam would owe it something.
-    No weight decay. Gradients are of the sum over ranks.
+    more it has learned; a row that nothing touched owes nothing, where Adam's moments would decay. No weight decay. The gradient
+    is that of the sum of all ranks' losses. That it is Adagrad, and its epsilon, are our decisions.
 
     Args:
         rows: of the whole table.
@@ -38,7 +38,7 @@ class RowTable:
     def __init__(self, rows: int, width: int, std: float, seed: int) -> None:
         self.rows, self.width, self.std, self.seed = rows, width, std, seed
         self.topology = Topology()
-        self._values: torch.Tensor | None = None
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
         self._local = RowSums(width)
         self._collected: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -50,7 +50,7 @@ class RowTable:
         """
         if topology == self.topology:
             return
-        if self._values is not None:
+        if self._made is not None:
             raise RuntimeError("a table that is in use cannot be shared out anew: place it before its first lookup")
         self.topology = topology
 
@@ -62,31 +62,20 @@ class RowTable:
     @property
     def values(self) -> torch.Tensor:
         """[n, D], of the own rows; made from the seed when they are first used."""
-        if self._values is None:
-            self._allocate()
-            for first, block in initial_values(self.own, self.width, self.std, self.seed):
-                self.put(first, torch.from_numpy(block))
-        assert self._values is not None
-        return self._values
+        return self._state()[0]
 
     @property
     def squares(self) -> torch.Tensor:
         """[n], the optimiser's state: sums of mean squared gradients of the own rows."""
-        return self._squares if self.values is not None else torch.empty(0)
+        return self._state()[1]
 
     def put(self, first: int, values: torch.Tensor, squares: torch.Tensor | None = None) -> None:
-        """Set those of the rows from `first` on that lie here, to values [n, D] and squares [n]; without squares, to 0.
-
-        A table that nothing was looked up in yet must be given all of its own rows: it makes no others.
-        """
-        if self._values is None:
-            self._allocate()
-        assert self._values is not None
+        """Of the rows from `first` on, set those that lie here to values [n, D] and squares [n]; without squares, to 0."""
         begin, end = max(first, self.own.start), min(first + len(values), self.own.stop)
         if begin < end:
             here, there = slice(begin - self.own.start, end - self.own.start), slice(begin - first, end - first)
-            self._values[here] = values[there]
-            self._squares[here] = 0.0 if squares is None else squares[there]
+            self.values[here] = values[there]
+            self.squares[here] = 0.0 if squares is None else squares[there]
 
     def lookup(self, rows: torch.Tensor) -> torch.Tensor:
         """Collective, on as many ranks as share the table: int64 [...] -> [..., D] fp32; every rank must call equally often.
@@ -153,7 +142,7 @@ class RowTable:
             for first in range(owned.start, owned.stop, _GATHERED):
                 last = min(first + _GATHERED, owned.stop)
                 block = self._sent_to_first(rank, first, last)
-                if whole is not None:
+                if whole is not None and block is not None:
                     whole[first:last] = block
         return whole
 
@@ -183,7 +172,10 @@ class RowTable:
         self._local.add(named, found.grad)
         found.grad = None
 
-    def _allocate(self) -> None:
-        device = self.topology.device
-        self._values = torch.empty(len(self.own), self.width, device=device)
-        self._squares = torch.zeros(len(self.own), device=device)
+    def _state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._made is None:
+            count, device = len(self.own), self.topology.device
+            self._made = torch.empty(count, self.width, device=device), torch.zeros(count, device=device)
+            for first, block in initial_values(self.own, self.width, self.std, self.seed):
+                self.put(first, torch.from_numpy(block))
+        return self._made
