@@ -202,7 +202,7 @@ def text(report: dict[str, Any]) -> str:
     ]
     settings = report["settings"]
     return (
-        f"{machine_line(report['machine'])}.\n\nWidth {settings['width']}, {settings['touched']} rows touched by a step, median of "
+        f"{machine_line(report['machine'])}.\n\nWidth {settings['width']}, {settings['touched']} rows touched a step, median of "
         f"{settings['steps']}; memory of each worker, above what it took before.\n\n{markdown(header, rows)}\n\n"
         f"A step in the largest table takes {report['ratio']:.2f} times that in the smallest."
     )

@@ -1,4 +1,4 @@
-"""Tables that ranks share: trained as one dense table would be, whoever holds which row, and read again by any number of ranks."""
+"""Tables that ranks share: trained as one dense table would be, whoever holds which row, and read by any number of ranks."""
 
 import json
 import subprocess

@@ -118,8 +118,8 @@ class RowTable:
         self._collected = None
         values, squares, place = self.values, self.squares, rows - self.own.start
         gradient = gradient.mul_(scale)
-        grown = squares[place] + gradient.square().mean(1)
-        squares[place] = grown
+        grown = squares.index_select(0, place) + gradient.square().mean(1)
+        squares.index_copy_(0, place, grown)
         values.index_add_(0, place, gradient.mul_((-lr / (grown.sqrt() + EPSILON))[:, None]))
 
     def discard(self) -> None:
@@ -162,10 +162,10 @@ class RowTable:
         """int64 [u], ascending, each once -> a copy of these rows [u, D], wherever they lie."""
         with torch.no_grad():
             if self.topology.world == 1:
-                return self.values[named]
+                return self.values.index_select(0, named)
             route = Route.of(counts_by_owner(named, self.rows, self.topology.world), self.topology)
             asked = route.there(named)
-            return route.back(self.values[asked - self.own.start])
+            return route.back(self.values.index_select(0, asked - self.own.start))
 
     def _keep(self, named: torch.Tensor, found: torch.Tensor) -> None:
         assert found.grad is not None
