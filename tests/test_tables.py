@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,7 @@ def test_a_gradient_that_is_no_number_is_seen_and_can_be_forgotten(bad: float) -
     (bad * table.lookup(torch.tensor([4, 5]))).sum().backward()
     table.collect()
     assert not np.isfinite(table.squared_norm())
+    (bad * table.lookup(torch.tensor([6]))).sum().backward()
     table.discard()
     table.collect()
     assert table.squared_norm() == 0
@@ -190,6 +192,15 @@ def test_a_gradient_that_is_no_number_is_seen_and_can_be_forgotten(bad: float) -
     assert table.is_finite()
     table.put(7, torch.full((1, 3), bad))
     assert not table.is_finite()
+
+
+def test_a_graph_that_is_walked_twice_counts_twice() -> None:
+    table = one()
+    loss = table.lookup(torch.tensor([4])).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    table.collect()
+    assert table.squared_norm() == pytest.approx(3 * 2.0**2)
 
 
 def test_gradients_are_kept_only_of_lookups_that_are_trained() -> None:
@@ -240,6 +251,17 @@ def test_sums_by_row_are_those_of_all_that_was_added(added: list[list[int]]) -> 
     assert rows.tolist() == sorted({row for one in added for row in one})
     assert torch.equal(found, expected[rows])
     assert len(sums.take("cpu")[0]) == 0
+
+
+def test_sums_hold_what_rows_differ_not_what_was_added() -> None:
+    sums, added = RowSums(2), []
+    for _ in range(50):
+        vectors = torch.ones(3, 2)
+        added.append(weakref.ref(vectors))
+        sums.add(torch.tensor([1, 5, 9]), vectors)
+        del vectors
+    assert sum(one() is not None for one in added) <= 3
+    assert torch.equal(sums.take("cpu")[1], torch.full((3, 2), 50.0))
 
 
 # Rows
@@ -433,3 +455,18 @@ def test_a_table_may_have_any_name(name: str, tmp_path: Path) -> None:
     load_tables({name: again}, str(tmp_path / "in"), entries)
     assert torch.equal(again.values, table.values)
     assert len({folder_of(other) for other in ("a/b", "a_b", "a b", name)}) == 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_tells_steps_memory_and_files(tmp_path: Path) -> None:
+    sizes = ["--rows", "100", "1000", "--whole-rows", "200", "--touched", "40", "--steps", "2", "--work", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tables", "--json", *sizes], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["rows"], row["workers"]) for row in report["tables"]] == [(100, 2), (1000, 2), (200, 1)]
+    assert all(value > 0 for row in report["tables"] for name, value in row.items() if name.endswith("_s"))
+    assert report["tables"][1]["file_bytes"] > 1000 * 33 * 4 > report["tables"][0]["file_bytes"]
+    assert report["ratio"] > 0
+    assert list(tmp_path.iterdir()) == []
