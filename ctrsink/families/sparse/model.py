@@ -40,7 +40,7 @@ class SparseBlock(nn.Module):
 
 
 class Sparse(IdsModule):
-    """Logits of targets from `[candidate's output, profile]`."""
+    """Logits of targets from `[candidate's output, profile, numbers]`; that numbers stand there once more is our decision."""
 
     def __init__(self, spec: SparseSpec, facts: Facts) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Sparse(IdsModule):
         self.profile = Profile(spec)
         self.blocks = nn.ModuleList(SparseBlock(spec) for _ in range(spec.blocks))
         self.norm = nn.RMSNorm(spec.width)
-        self.head = mlp(2 * spec.width, spec.layers, spec.dropout)
+        self.head = mlp(2 * spec.width + self.embedding.target_count, spec.layers, spec.dropout)
 
     def logits(self, batch: Batch, objective: Objective) -> torch.Tensor:
         inputs = batch.inputs
@@ -64,7 +64,8 @@ class Sparse(IdsModule):
         for block in self.blocks:
             rows = block(rows, profiles, seen)
         asked = self.norm(rows[inputs["target_rows"]])
-        return self.head(torch.cat([asked, profiles[batch.axes["targets"].owner]], -1)).squeeze(-1)
+        read = [asked, profiles[batch.axes["targets"].owner], inputs["target_numbers"]]
+        return self.head(torch.cat(read, -1)).squeeze(-1)
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         of_event, of_row, of_target = (linear_flops(part) for part in (self.embedding, self.blocks, self.head))
