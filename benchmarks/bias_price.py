@@ -19,10 +19,10 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.shapes import SHAPES, VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.training import Trainee
 from ctrsink import strict_json
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.groups import set_trainable
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.parameters import set_trainable
 from ctrsink.sequences.batch import Batch
 
 Wrap = Callable[[CTRModel], nn.Module]
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
         spec = random_spec(shape_of(shape, args.layers), sinks, args.bias_layers if bias else 0.0, args.attention)
         model = build_model(spec, VOCABULARY, 0, args.precision)
         set_trainable(model, trained_groups(spec))
-        trainees[name] = Trainee(wrap(model), ReadoutSpec(), args.device), batches[sinks].to(args.device)
+        trainees[name] = Trainee(wrap(model), Objective(), args.device), batches[sinks].to(args.device)
     times: dict[str, list[float]] = {name: [] for name in trainees}
     for number in range(args.warmup + args.steps):
         for name, (trainee, batch) in trainees.items():
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
         {
             "shape": shape,
             "contestant": name,
-            "positions": trainees[name][1].input_ids.shape[1],
+            "positions": trainees[name][1].axes["positions"].longest,
             "s_per_step": median(taken),
             "fastest": min(taken),
             "slowest": max(taken),

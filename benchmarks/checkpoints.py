@@ -89,13 +89,15 @@ def spec_of(shape: str, trained: str) -> RunSpec:
 def measure(spec: RunSpec, trained: str, places: dict[str, str], repeats: int) -> list[dict[str, Any]]:
     """A row per place; the first save of each is the warm-up."""
     from ctrsink.config import KeepSpec
+    from ctrsink.config.model import DecoderSpec
     from ctrsink.dist import Topology
+    from ctrsink.families.decoder.build import build_model
     from ctrsink.families.parameters import load_parameters
-from ctrsink.families.decoder.build import build_model
     from ctrsink.train.checkpoint.checkpoint import Checkpoint, find_checkpoint, folder_of
     from ctrsink.train.engine import Engine, EngineState
 
     def engine_of(checkpoint: Checkpoint | None) -> Engine:
+        assert isinstance(spec.model, DecoderSpec)
         model = build_model(spec.model, VOCABULARY, 0)
         state = None
         if checkpoint is not None:

@@ -62,7 +62,7 @@ Open = Callable[[Task, int, float], Iterator[Batch]]
 
 def source(task: Task) -> SequenceSource:
     """The impressions as ours sees them; the other forms are made from it, and it says what is right."""
-    layout = Layout("per_target", task.history, 1, task.signals, 100 if task.signals else 1)
+    layout = Layout("decoder", "per_target", task.history, 1, task.signals, 100 if task.signals else 1)
     return source_of(Dataset(task.data), "train", layout)
 
 

@@ -23,6 +23,7 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict
+from ctrsink.families.registry import family_of
 from ctrsink.runtime.preflight import check
 from ctrsink.stream.stream import Step
 
@@ -139,11 +140,11 @@ def _take(trainee: Trainee, step: Step, rate: float) -> None:
 def tested(args: argparse.Namespace, spec: RunSpec, trainee: Trainee) -> dict[str, float]:
     """Metrics on the sample: the same impressions for every form, as sequences of one target."""
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
-    layout = layout_on(spec.data, spec.model, dataset.manifest)
+    layout = family_of(spec.model.family).layout(spec.data, spec.model, dataset.manifest)
     most = layout.history + layout.targets - 1
     alone = replace(layout, examples="per_target", history=most, targets=1)
     model = trainee.model.eval()
-    forward = lambda batch: model(batch, trainee.readout)[1]  # noqa: E731
+    forward = lambda batch: model(batch, trainee.objective)  # noqa: E731
     return predict(forward, dataset, "test", alone, EvaluateSpec(batch_size=32, max_sequences=args.sample), Topology()).metrics()
 
 

@@ -19,11 +19,10 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.shapes import SHAPES, VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.training import Trainee
 from ctrsink import strict_json
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.cost import FlopCount
-from ctrsink.families.decoder.groups import set_trainable
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.parameters import set_trainable
 from ctrsink.sequences.batch import Batch
 from ctrsink.train.observe.hardware import known_peak
 
@@ -120,14 +119,14 @@ def trainee(args: argparse.Namespace, shape: str, name: str) -> Trainee:
     spec = random_spec(shape_of(shape), True, 0.0 if plain else args.bias_layers, "flex" if name == "flex" else "sdpa")
     model = build_model(spec, VOCABULARY, 0, "bf16")
     set_trainable(model, trained_groups(spec))
-    return Trainee(model, ReadoutSpec(), args.device)
+    return Trainee(model, Objective(), args.device)
 
 
 def _row(
     shape: str, name: str, made: Trainee, batch: Batch, taken: list[float], base: float | None, peak: float
 ) -> dict[str, Any]:
     assert isinstance(made.model, CTRModel)
-    flops, seconds = FlopCount.of(made.model).step(batch, sinks_only=False), median(taken)
+    flops, seconds = made.model.flop_count(Objective())(batch), median(taken)
     return {
         "shape": shape,
         "contestant": name,

@@ -82,15 +82,15 @@ def measure(args: argparse.Namespace, contestant: str, history: int) -> dict[str
 
     from benchmarks.dense import DenseModel
     from benchmarks.training import Trainee
-    from ctrsink.config.stages import ReadoutSpec
+    from ctrsink.config.stages import Objective
     from ctrsink.families.decoder.build import build_model
-    from ctrsink.families.decoder.groups import set_trainable
+    from ctrsink.families.parameters import set_trainable
 
     torch.set_num_threads(args.threads)
     spec = random_spec(shape_of(args.shape, args.layers), True, args.bias_layers, args.attention)
     model = build_model(spec, VOCABULARY, 0, args.precision)
     set_trainable(model, trained_groups(spec))
-    trainee = Trainee(DenseModel(model) if contestant == "dense" else model, ReadoutSpec(), args.device)
+    trainee = Trainee(DenseModel(model) if contestant == "dense" else model, Objective(), args.device)
     batch = random_batch(args.batch_size, history, args.event_tokens, True)
     batch = batch.to(args.device)
     _limit(args.device, args.memory_gib)
@@ -103,9 +103,9 @@ def measure(args: argparse.Namespace, contestant: str, history: int) -> dict[str
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        return {"positions": batch.input_ids.shape[1], "s_per_step": None, "peak_gib": None}
+        return {"positions": batch.axes["positions"].longest, "s_per_step": None, "peak_gib": None}
     peak = (_peak(args.device) - before) / GIB
-    return {"positions": batch.input_ids.shape[1], "s_per_step": median(times[1:]), "peak_gib": peak}
+    return {"positions": batch.axes["positions"].longest, "s_per_step": median(times[1:]), "peak_gib": peak}
 
 
 def _limit(device: str, gib: float) -> None:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.optional import mosaic
-from ctrsink.sequences.batch import PAD, SINK, TEXT, Batch
-from ctrsink.sequences.collate import MULTIPLE
+from ctrsink.attention.kinds import SINK, TEXT
+from ctrsink.sequences.batch import Axis, Batch, Targets
 from ctrsink.stream.order import Order
 from ctrsink.stream.stream import SequenceSource
 
@@ -50,74 +50,66 @@ def read_samples(source: SequenceSource, chunk: int = 256) -> Iterator[Samples]:
     order = Order(source.per_shard, None)
     for start in range(0, order.total, chunk):
         batch = source.build(order.ids(start, min(chunk, order.total - start)))
-        inside = (batch.kinds != PAD).numpy()
-        head = np.concatenate([batch.targets[:, 0].numpy(), batch.labels.numpy()], axis=1).astype(np.int64)
+        of, read = batch.targets, {name: column.numpy() for name, column in batch.inputs.items()}
         yield Samples(
-            head=head,
-            lengths=inside.sum(1),
-            input_ids=batch.input_ids.numpy()[inside].astype(np.int32),
-            kinds=batch.kinds.numpy()[inside],
-            event_ids=batch.event_ids.numpy()[inside].astype(np.int16),
-            signals=batch.signals.numpy()[batch.sink_valid.numpy()].astype(np.int16).ravel(),
+            head=np.stack([of.users.numpy(), of.events.numpy(), of.labels.numpy().astype(np.int64)], axis=1),
+            lengths=batch.axes["positions"].lengths,
+            input_ids=read["input_ids"].astype(np.int32),
+            kinds=read["kinds"],
+            event_ids=read["event_ids"].astype(np.int16),
+            signals=read["signals"].astype(np.int16).ravel(),
         )
 
 
 def to_batch(samples: Samples, signals: int) -> Batch:
     """The Batch that ours makes of the same sequences, tensor by tensor; `signals` to a sink, 0 without sinks."""
     rows, lengths = len(samples.lengths), samples.lengths.astype(np.int64)
-    length = padded_length(lengths)
-    inside = np.arange(length) < lengths[:, None]
-    kinds = _pad(samples.kinds, inside, np.uint8)
-    event_ids = _pad(samples.event_ids, inside, np.int32)
-    last = samples.event_ids[np.cumsum(lengths) - 1]
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    kinds, event_ids = samples.kinds.astype(np.uint8), samples.event_ids.astype(np.int32)
+    last = event_ids[ends - 1]
+    target = (kinds == TEXT) & (event_ids == last.repeat(lengths))
     is_sink = kinds == SINK
-    sinks = is_sink.sum(1)
-    slots = max(int(sinks.max()), 1) if signals else 0
-    sink_valid = np.arange(slots) < sinks[:, None]
-    sink_positions = np.full((rows, slots), length - 1)
-    buckets = np.zeros((rows, slots, signals), np.int64)
-    if signals:
-        sink_positions[sink_valid] = np.nonzero(is_sink)[1]
-        buckets[sink_valid] = samples.signals.reshape(-1, signals)
+    sinks = np.add.reduceat(is_sink, starts, dtype=np.int64)
+    one, texts = np.ones(rows, np.int64), np.add.reduceat(target, starts, dtype=np.int64)
     arrays = {
-        "input_ids": _pad(samples.input_ids, inside, np.int64),
+        "input_ids": samples.input_ids.astype(np.int64),
         "kinds": kinds,
         "event_ids": event_ids,
-        "aligned": (kinds == TEXT) & (event_ids == last[:, None]),
-        "candidate": (kinds == TEXT) & (event_ids == last[:, None]),
-        "position_ids": np.arange(length) * (kinds != PAD),
-        "sink_positions": sink_positions,
-        "sink_valid": sink_valid,
-        "signals": buckets,
-        # No sample holds times or numbers: the runs compared have no use for them.
-        "sink_numbers": np.zeros((rows, slots, 0), np.float32),
-        "sink_times": np.zeros((rows, slots), np.int64),
-        "readout_positions": lengths[:, None] - 1,
-        "readout_valid": np.ones((rows, 1), np.bool_),
-        "readout_numbers": np.zeros((rows, 1, 0), np.float32),
-        "base": np.zeros((rows, 1), np.float32),
-        "asked_positions": lengths[:, None] - 1,
-        "asked_valid": np.ones((rows, 1), np.bool_),
-        "asked_times": np.zeros((rows, 1), np.int64),
-        "asked_signals": np.zeros((rows, 1, 0), np.int64),
-        "asked_numbers": np.zeros((rows, 1, 0), np.float32),
-        "labels": samples.head[:, 2:].astype(np.float32),
-        "targets": samples.head[:, None, :2].copy(),
-        "similarity": np.zeros((rows, 1, 0), np.float32),
+        "aligned": target,
+        "candidate": target,
+        "position_ids": np.arange(ends[-1]) - starts.repeat(lengths),
+        "sink_positions": np.flatnonzero(is_sink),
+        "signals": samples.signals.reshape(len(samples.signals) // max(1, signals), signals).astype(np.int64),
+        # No sample holds times or numbers, nor what it costs: the runs compared have no use for them.
+        "sink_numbers": np.zeros((int(sinks.sum()), 0), np.float32),
+        "sink_times": np.zeros(int(sinks.sum()), np.int64),
+        "readout_positions": ends - 1,
+        "readout_numbers": np.zeros((rows, 0), np.float32),
+        "base": np.zeros(rows, np.float32),
+        "asked_positions": ends - 1,
+        "asked_times": np.zeros(rows, np.int64),
+        "asked_signals": np.zeros((rows, 0), np.int64),
+        "asked_numbers": np.zeros((rows, 0), np.float32),
+        "similarity": np.zeros(0, np.float32),
     }
-    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    counts = {"positions": lengths, "sinks": sinks, "targets": one, "asked": one, "pairs": 0 * one, "aligned": texts}
+    counts |= {"candidates": 0 * one, "asked_rows": one, "places": last.astype(np.int64)}
+    users, events, labels = torch.from_numpy(samples.head.copy()).unbind(1)
+    valid = torch.ones(rows, dtype=torch.bool)
+    return Batch(
+        targets=Targets(labels.float(), users, events, torch.zeros_like(events), valid),
+        inputs={name: torch.from_numpy(array) for name, array in arrays.items()},
+        axes={name: Axis.of(count) for name, count in counts.items()},
+        tokens=int(ends[-1]),
+        impressions=rows,
+    )
 
 
-def padded_length(lengths: np.ndarray) -> int:
-    """Positions of a row of the batch: at least one of padding, rounded up as ours does it."""
-    length = int(lengths.max()) + 1
-    return length + -length % MULTIPLE
-
-
-def _pad(flat: np.ndarray, inside: np.ndarray, dtype: Any) -> np.ndarray:
-    out = np.zeros(inside.shape, dtype)
-    out[inside] = flat
-    return out
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """What two loaders must agree on, by name: all but times, which samples do not hold."""
+    columns = {name: value for name, value in (vars(batch.targets) | batch.inputs).items() if not name.endswith("times")}
+    return columns | {f"bounds of {name}": axis.offsets for name, axis in batch.axes.items()}
 
 
 def write_parquet(folder: Path, chunks: Iterator[Samples], total: int) -> None:

@@ -7,7 +7,9 @@ from benchmarks.dense import DenseModel
 from benchmarks.shapes import random_batch
 from benchmarks.training import Trainee, Work, work_for
 from ctrsink.config import RunSpec
-from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.config.model import DecoderSpec
+from ctrsink.families.facts import Facts
+from ctrsink.families.parameters import set_trainable
 from ctrsink.stream.stream import Step
 
 IMPRESSIONS = 8
@@ -22,15 +24,16 @@ class Published:
     A step is one of 8 impressions, two sequences each. Tokens are random, their number is the published one.
     """
 
-    def __init__(self, spec: RunSpec, vocabulary: int) -> None:
+    def __init__(self, spec: RunSpec, facts: Facts) -> None:
+        assert isinstance(spec.model, DecoderSpec)
         assert spec.model.bias is not None
         half = spec.model.bias.model_copy(update={"layers": 0.5})
-        model = DenseModel.build(spec.model.model_copy(update={"bias": half, "attention": "sdpa"}), vocabulary, spec.seed)
+        model = DenseModel.build(spec.model.model_copy(update={"bias": half, "attention": "sdpa"}), facts.vocabulary, spec.seed)
         backbone: Any = model.model.backbone
         backbone.set_attn_implementation("eager")
         set_trainable(model.model, spec.stages[-1].trainable)
         model.biases.requires_grad_(True)
-        self.trainee = Trainee(model, spec.stages[-1].readout)
+        self.trainee = Trainee(model, spec.stages[-1].learns)
         parts = IMPRESSIONS * HISTORIES // AT_ONCE
         self.batches = [random_batch(AT_ONCE, BEHAVIOURS, EVENT_TOKENS, True, seed) for seed in range(parts)]
 

@@ -19,10 +19,11 @@ from benchmarks.report import machine, machine_line, markdown
 from benchmarks.shapes import SHAPES, VOCABULARY, shape_of
 from ctrsink import strict_json
 from ctrsink.config.data import TextSpec, TokenizerSpec
-from ctrsink.config.model import BiasSpec, SinkSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, SinkSpec
+from ctrsink.config.stages import Objective
 from ctrsink.dataset.layout import Layout
-from ctrsink.families.decoder.hf import CTRSinkConfig, CTRSinkModel
+from ctrsink.families.facts import Facts
+from ctrsink.families.hf import CLASSES
 from ctrsink.prepare.tokenize import make_tokenizer
 from ctrsink.serve import Scorer
 from ctrsink.serve.load import Loaded
@@ -100,18 +101,20 @@ def _timed(work: Callable[[], list[float]]) -> tuple[float, list[float]]:
 def scorer_of(shape: str, history: int) -> Scorer:
     """A random model with sinks, and the inter-sink bias in half of its layers."""
     tokenizer = make_tokenizer(TokenizerSpec(train_vocabulary=VOCABULARY), [" ".join(WORDS)])
-    layout = Layout("per_target", history, 1, ("previous_gap",), SinkSpec().buckets)
-    config = CTRSinkConfig(
-        backbone=shape_of(shape) | {"vocab_size": VOCABULARY},
-        sinks=SinkSpec(signals=("previous_gap",)).model_dump(mode="json"),
-        bias=BiasSpec(layers=0.5).model_dump(mode="json"),
-        readout=ReadoutSpec().model_dump(mode="json"),
+    layout = Layout("decoder", "per_target", history, 1, ("previous_gap",), SinkSpec().buckets)
+    backbone = BackboneSpec(config=shape_of(shape) | {"vocab_size": VOCABULARY})
+    spec = DecoderSpec(backbone=backbone, sinks=SinkSpec(signals=("previous_gap",)), bias=BiasSpec(layers=0.5))
+    config_class, model_class = CLASSES[spec.family]
+    config = config_class(
+        model=spec.model_dump(mode="json"),
+        facts=dataclasses.asdict(Facts(VOCABULARY, items=0, feedbacks=1)),
+        objective=Objective().model_dump(mode="json"),
         layout=dataclasses.asdict(layout),
         text=TextSpec(separator="").model_dump(mode="json"),
         prefix_tokens=[],
     )
     torch.manual_seed(0)
-    return Scorer(Loaded(CTRSinkModel(config).eval(), tokenizer, encoder=None, knowledge=None))
+    return Scorer(Loaded(model_class(config).eval(), tokenizer, encoder=None, knowledge=None))
 
 
 def request_tree(chance: np.random.Generator, history: int, candidates: int) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import numpy as np
 
 from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec
 from ctrsink.config.stages import Group
-from ctrsink.dataset.events import UserEvents
+from ctrsink.dataset.events import Events
 from ctrsink.dataset.layout import Layout
-from ctrsink.families.decoder.encode import build_sequence
+from ctrsink.families.decoder.encode import encode
+from ctrsink.families.facts import Wording
 from ctrsink.features.ragged import Ragged
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
+from ctrsink.sequences.windows import Cuts
 
 VOCABULARY = 1024  # embeddings take no matrix product, so a small one costs what a large one does
 TRAINED: tuple[Group, ...] = ("head", "lora", "sink", "bias")
@@ -54,14 +56,16 @@ def trained_groups(spec: DecoderSpec) -> tuple[Group, ...]:
 def random_batch(rows: int, history: int, event_tokens: int, sinks: bool, seed: int = 0) -> Batch:
     """`rows` sequences of one target behind `history` behaviours of `event_tokens` tokens each, their sinks not counted."""
     chance = np.random.default_rng(seed)
-    layout = Layout("per_target", history, 1, ("previous_gap",) if sinks else (), 100)
+    layout = Layout("decoder", "per_target", history, 1, ("previous_gap",) if sinks else (), 100)
     texts = Ragged.of([chance.integers(0, VOCABULARY, event_tokens - 1) for _ in range(64)])
-    feedbacks = Ragged.of([np.array([token]) for token in range(5)])
-    events = history + 1
-    made = []
-    for _ in range(rows):
-        times = np.cumsum(np.exp(chance.uniform(0, 14, events)).astype(np.int64))
-        labels = chance.integers(0, 2, events).astype(np.int8)
-        chronology = UserEvents(chance.integers(0, 64, events), chance.integers(0, 5, events), times, labels)
-        made.append(build_sequence(chronology, np.array([history]), layout, texts, feedbacks, np.empty(0, np.int64)))
-    return collate(made, list(range(rows)))
+    wording = Wording(Ragged.of([np.array([token]) for token in range(5)]), np.empty(0, np.int64))
+    made = [_events(chance, history + 1, texts) for _ in range(rows)]
+    cuts = Cuts(made, np.ones(rows, np.int64), np.zeros(rows, np.int64), Ragged.of([np.array([history])] * rows))
+    return collate(encode(cuts, layout, wording), np.arange(rows), np.arange(rows))
+
+
+def _events(chance: np.random.Generator, count: int, texts: Ragged) -> Events:
+    """Of one user, every one an impression."""
+    times = np.cumsum(np.exp(chance.uniform(0, 14, count)).astype(np.int64))
+    labels = chance.integers(0, 2, count).astype(np.int8)
+    return Events(chance.integers(0, len(texts), count), chance.integers(0, 5, count), times, labels, np.arange(count), texts)

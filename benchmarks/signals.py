@@ -21,8 +21,8 @@ from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec, load_run
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
-from ctrsink.families.registry import source_of
-from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.families.registry import family_of, source_of
+from ctrsink.runtime.preflight import check
 from ctrsink.stream.stream import Step
 
 _NO_BIAS = ("model.similarity=null", "stages.0.trainable=[sink, head, backbone]")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found_machine = machine()
     specs = {name: load_run(args.config, [*own, *args.overrides]) for name, own in VARIANTS.items()}
     loaders = {name: _loader(spec, args.sequences) for name, spec in specs.items()}
-    trainees = {name: (_steps(spec, args.steps), trainee_of(spec, _vocabulary(spec))) for name, spec in specs.items()}
+    trainees = {name: (_steps(spec, args.steps), trainee_of(spec, check(spec))) for name, spec in specs.items()}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
     for _ in range(args.repeats):
         for name in specs:
@@ -72,14 +72,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"machine": found_machine, "reference": REFERENCE, "rounds": rounds}
 
 
-def _vocabulary(spec: RunSpec) -> int:
-    return len(load_tokenizer(spec.data.uri))
-
-
 def _loader(spec: RunSpec, sequences: int) -> Callable[[bool], float]:
     """Impressions per second of the processor; `reading`: with the time to read the shards and to compute their signals."""
     dataset = Dataset(spec.data.uri, 64)
-    layout = layout_on(spec.data, spec.model, dataset.manifest)
+    layout = family_of(spec.model.family).layout(spec.data, spec.model, dataset.manifest)
 
     def measure(reading: bool) -> float:
         source = source_of(dataset if not reading else Dataset(spec.data.uri, 64), "train", layout)

@@ -21,9 +21,9 @@ from ctrsink.config.model.ids import IdsSpec
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.config.stages import Objective
 from ctrsink.families.din import family as din
-from ctrsink.families.srp import family as srp
 from ctrsink.families.facts import Facts
 from ctrsink.families.protocol import CTRModule
+from ctrsink.families.srp import family as srp
 from ctrsink.features.registry import of_kind
 from ctrsink.sequences.batch import Axis, Batch, Targets
 

@@ -1,6 +1,5 @@
 """One measurement of one contestant, in a process of its own: `python -m benchmarks.stream_job JOB TASK [OPTIONS]`, both JSON."""
 
-import dataclasses
 import gc
 import json
 import sys
@@ -12,7 +11,8 @@ import psutil
 import torch
 
 from benchmarks.contestants import CONTESTANTS, Task, source, write_state
-from ctrsink.sequences.batch import Batch
+from benchmarks.impressions import tensors
+from ctrsink.sequences.batch import Batch, Targets
 from ctrsink.stream.stream import SequenceSource
 
 
@@ -24,7 +24,7 @@ def speed(task: Task, seed: int, warmup: int, seconds: float) -> dict[str, Any]:
     most, counted = int(0.95 * task.total) - task.batch_size - read, 0
     began = now = time.perf_counter()
     while now - began < seconds and counted < most:
-        counted += len(next(batches).labels)
+        counted += next(batches).impressions
         now = time.perf_counter()
     return {"impressions": counted, "seconds": now - began, "impressions_per_s": counted / (now - began)}
 
@@ -62,27 +62,28 @@ def check(task: Task, seed: int, count: int) -> dict[str, Any]:
     compared = 0
     for _ in range(count):
         batch = next(batches)
-        _require_equal(task, batch, ours.build(_ids(ours, batch.targets[:, 0].numpy(), task.total)))
-        compared += len(batch.labels)
+        _require_equal(task, batch, ours.build(_ids(ours, batch.targets, task.total)))
+        compared += batch.impressions
     return {"impressions": compared}
 
 
-def _ids(ours: SequenceSource, targets: np.ndarray, total: int) -> np.ndarray:
-    """The numbers of the sequences whose targets (user, event) are [B, 2]: users and their events ascend with them."""
-    owners = ours.owners(np.arange(total))[0]
-    low, high = np.searchsorted(owners, targets[:, 0], "left"), np.searchsorted(owners, targets[:, 0], "right")
+def _ids(ours: SequenceSource, targets: Targets, total: int) -> np.ndarray:
+    """The numbers of the sequences of one target each that these are of: users and their events ascend with them."""
+    owners, users, events = ours.owners(np.arange(total))[0], targets.users.numpy(), targets.events.numpy()
+    low, high = np.searchsorted(owners, users, "left"), np.searchsorted(owners, users, "right")
     while (low < high - 1).any():
         middle = np.where(low < high - 1, (low + high) // 2, low)
-        after = ours.build(middle).targets[:, 0, 1].numpy() > targets[:, 1]
+        after = ours.build(middle).targets.events.numpy() > events
         low, high = np.where(after, low, middle), np.where(after, middle, high)
     return low
 
 
 def _require_equal(task: Task, found: Batch, wanted: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        a, b = getattr(found, field.name), getattr(wanted, field.name)
+    theirs = tensors(found)
+    for name, b in tensors(wanted).items():
+        a = theirs[name]
         if a.dtype != b.dtype or not torch.equal(a, b):
-            raise SystemExit(f"{task.contestant} yields another {field.name} than ours: {a.dtype} {a.shape}, {b.dtype} {b.shape}")
+            raise SystemExit(f"{task.contestant} yields another {name} than ours: {a.dtype} {a.shape}, {b.dtype} {b.shape}")
 
 
 def memory(task: Task, seed: int, marks: list[int]) -> dict[str, Any]:

@@ -144,11 +144,13 @@ def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: flo
 def _stepper(spec: RunSpec, who: Contestant, topology: Any) -> Callable[[Step], object]:
     import torch
 
+    from ctrsink.config.model import DecoderSpec
     from ctrsink.families.decoder.build import build_model
     from ctrsink.families.decoder.model import decoder_layers
 
     stage = spec.stages[-1]
-    model = build_model(spec.model, check(spec), spec.seed, spec.train.precision).train()
+    assert isinstance(spec.model, DecoderSpec)
+    model = build_model(spec.model, check(spec).vocabulary, spec.seed, spec.train.precision).train()
     if who.compiled == "layers":
         for layer in decoder_layers(model.backbone):
             layer.compile(dynamic=True)
@@ -168,8 +170,7 @@ def _stepper(spec: RunSpec, who: Contestant, topology: Any) -> Callable[[Step], 
 
     def step(taken: Step) -> None:
         for batch in taken.micro_batches:
-            loss, _ = model(batch, stage.readout)
-            (loss / taken.impressions).backward()
+            (model(batch, stage.learns).loss / taken.impressions).backward()
         _sum_gradients(trained, topology.world)
         torch.nn.utils.clip_grad_norm_(trained, spec.train.clip_norm)
         optimizer.step()

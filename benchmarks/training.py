@@ -14,13 +14,13 @@ import yaml
 from benchmarks.raw import CONFIGS
 from ctrsink import storage
 from ctrsink.config import RunSpec, load_run
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective
 from ctrsink.dataset.manifest import MANIFEST_NAME
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.groups import set_trainable
-from ctrsink.families.registry import source_of
+from ctrsink.families.facts import Facts
+from ctrsink.families.parameters import set_trainable
+from ctrsink.families.registry import family_of, source_of
 from ctrsink.prepare.build import prepare
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.stream import Step, TrainStream
@@ -33,7 +33,7 @@ class Work:
     steps: int
     impressions: int
     tokens: int
-    """Positions that are not padding."""
+    """Rows that the cost of a sequence is counted in: positions of text."""
     seconds: float
 
 
@@ -41,14 +41,14 @@ class Trainee:
     """A model that takes training steps on one device with AdamW; neither Ray nor DeepSpeed.
 
     Args:
-        model: called as a CTRModel is; what requires a gradient is trained.
-        readout: what the click head reads.
+        model: called as a CTRModule is; what requires a gradient is trained.
+        objective: what it trains for.
         device: what it computes on.
         clip_norm: largest norm of the gradient.
     """
 
-    def __init__(self, model: torch.nn.Module, readout: ReadoutSpec, device: str = "cpu", clip_norm: float = 1.0) -> None:
-        self.model, self.readout, self.device, self.clip_norm = model.to(device).train(), readout, device, clip_norm
+    def __init__(self, model: torch.nn.Module, objective: Objective, device: str = "cpu", clip_norm: float = 1.0) -> None:
+        self.model, self.objective, self.device, self.clip_norm = model.to(device).train(), objective, device, clip_norm
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
 
@@ -56,7 +56,7 @@ class Trainee:
         """Forward and backward of each micro-batch, clipping, AdamW; done when it returns."""
         impressions = sum(batch.impressions for batch in batches)
         for batch in batches:
-            loss, _ = self.model(batch.to(self.device), self.readout)
+            loss = self.model(batch.to(self.device), self.objective).loss
             (loss / impressions).backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
@@ -65,12 +65,12 @@ class Trainee:
             torch.cuda.synchronize()
 
 
-def trainee_of(spec: RunSpec, vocabulary: int) -> Trainee:
-    """What the run trains in its last stage, on the CPU; `vocabulary` is the size of the tokenizer."""
+def trainee_of(spec: RunSpec, facts: Facts) -> Trainee:
+    """What the run trains in its last stage, on the CPU."""
     stage = spec.stages[-1]
-    model = build_model(spec.model, vocabulary, spec.seed, spec.train.precision)
+    model = family_of(spec.model.family).build(spec.model, facts, spec.seed, spec.train.precision)
     set_trainable(model, stage.trainable)
-    return Trainee(model, stage.readout, clip_norm=spec.train.clip_norm)
+    return Trainee(model, stage.learns, clip_norm=spec.train.clip_norm)
 
 
 def run_of(folder: Path, name: str, fragments: Sequence[str], sections: dict[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
@@ -107,7 +107,8 @@ def prepare_once(spec: RunSpec) -> str:
 def stream_of(spec: RunSpec, rank: int = 0, world: int = 1) -> Iterator[Step]:
     """The steps of the run as training reads them."""
     dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards)
-    source = source_of(dataset, "train", layout_on(spec.data, spec.model, dataset.manifest))
+    layout = family_of(spec.model.family).layout(spec.data, spec.model, dataset.manifest)
+    source = source_of(dataset, "train", layout)
     train = spec.train
     accumulation, tokens = spec.accumulation(spec.stages[-1], world), train.micro_batch_tokens
     assert tokens != "auto"

@@ -15,7 +15,7 @@ from benchmarks import loss_compare
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.dense import DenseModel
 from benchmarks.gpu_utilisation import PLAIN, backends
-from benchmarks.impressions import read_samples, to_batch, write_parquet
+from benchmarks.impressions import read_samples, tensors, to_batch, write_parquet
 from benchmarks.memory import resident
 from benchmarks.model_training import PUBLISHED_FORM
 from benchmarks.optional import installed
@@ -23,12 +23,12 @@ from benchmarks.report import markdown
 from benchmarks.shapes import VOCABULARY, random_batch, random_spec, shape_of, trained_groups
 from benchmarks.stream_figures import text
 from ctrsink.config.data import DataSpec
-from ctrsink.config.stages import ReadoutSpec
+from ctrsink.config.stages import Objective
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
-from ctrsink.families.decoder.groups import set_trainable
+from ctrsink.families.parameters import set_trainable
 from ctrsink.families.registry import source_of
 from tests.builders import make_dataset
 
@@ -189,9 +189,9 @@ def test_the_dense_form_computes_what_ours_does() -> None:
         model = build_model(spec, VOCABULARY, 0)
         set_trainable(model, trained_groups(spec))
         biases = list(model.biases)
-        loss, logits = wrap(model)(batch, ReadoutSpec())
-        loss.backward()
-        answers.append(logits.detach())
+        out = wrap(model)(batch, Objective())
+        out.loss.backward()
+        answers.append(out.logits.detach())
         gradients.append(torch.cat([p.grad.flatten() for bias in biases for p in bias.parameters() if p.grad is not None]))
     assert torch.allclose(*answers, atol=1e-5)
     assert torch.allclose(*gradients, atol=1e-5)
@@ -212,22 +212,24 @@ def test_tiny_model_trains_with_one_and_two_workers(tmp_path: Path, repository: 
 @pytest.mark.parametrize("signals", [(), ("previous_gap", "recency_rank")])
 def test_samples_become_the_same_batch_as_ours(tmp_path: Path, signals: tuple[str, ...]) -> None:
     dataset = Dataset(make_dataset(tmp_path))
-    source = source_of(dataset, "train", Layout("per_target", 5, 1, signals, 10))
+    source = source_of(dataset, "train", Layout("decoder", "per_target", 5, 1, signals, 10))
     total, start = sum(source.per_shard), 0
     for samples in read_samples(source, chunk=7):
         ids = np.arange(start, min(start + 7, total))
         ours, theirs = source.build(ids), to_batch(samples, len(signals))
-        for name, tensor in vars(ours).items():
-            other = getattr(theirs, name)
+        assert tensors(ours).keys() == tensors(theirs).keys()
+        for name, tensor in tensors(ours).items():
+            other = tensors(theirs)[name]
             assert other.dtype == tensor.dtype, name
-            # Samples hold no times, and without a temporal bias nothing reads them.
-            assert name.endswith("_times") or torch.equal(other, tensor), name
+            assert torch.equal(other, tensor), name
+        # Samples hold no times, and without a temporal bias nothing reads them.
+        assert (theirs.tokens, theirs.impressions, theirs.inputs.keys()) == (ours.tokens, ours.impressions, ours.inputs.keys())
         start += len(ids)
     assert start == total
 
 
 def test_parquet_files_hold_every_impression_once(tmp_path: Path) -> None:
-    source = source_of(Dataset(make_dataset(tmp_path)), "train", Layout("per_target", 5, 1))
+    source = source_of(Dataset(make_dataset(tmp_path)), "train", Layout("decoder", "per_target", 5, 1))
     total = sum(source.per_shard)
     write_parquet(tmp_path / "parquet", read_samples(source, chunk=7), total)
     tables = [pq.read_table(path) for path in sorted((tmp_path / "parquet").iterdir())]

@@ -72,7 +72,8 @@ def loss_and_gradients(model: Sparse, found: torch.Tensor, batch: Batch) -> dict
 def test_scores_and_gradients_are_those_of_the_definition(changes: dict[str, object]) -> None:
     spec = tiny_spec(**changes)
     batch = a_batch(some_users(), tiny_layout(spec))
-    for double, tolerance in ((True, 1e-9), (False, 1e-5)):
+    # In fp32 the gradient of a coefficient is a sum of many terms that cancel; in fp64 nothing hides behind that.
+    for double, tolerance in ((True, 1e-9), (False, 3e-5)):
         model = a_model(spec, double=double)
         ours = loss_and_gradients(model, model.logits(batch, CLICK), batch)
         plain = loss_and_gradients(model, dense_logits(model, batch), batch)
