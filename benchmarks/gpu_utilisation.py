@@ -1,7 +1,7 @@
 """Model FLOPs utilisation of LoRA training of Llama-shaped random models: our attention backends beside plain flash attention.
 
-Contestants alternate step by step. The FLOPs are those that the model needs (see `ctrsink.families.decoder.cost`), over the device's
-dense peak; the bias, elementwise work and anything computed twice count as time, not as FLOPs.
+Contestants alternate step by step. The FLOPs are those that the model needs (see `ctrsink.families.decoder.cost`), over the
+device's dense peak; the bias, elementwise work and anything computed twice count as time, not as FLOPs.
 """
 
 import argparse

@@ -68,4 +68,4 @@ def _events(chance: np.random.Generator, count: int, texts: Ragged) -> Events:
     """Of one user, every one an impression."""
     times = np.cumsum(np.exp(chance.uniform(0, 14, count)).astype(np.int64))
     labels = chance.integers(0, 2, count).astype(np.int8)
-    return Events(chance.integers(0, len(texts), count), chance.integers(0, 5, count), times, labels, np.arange(count), texts)
+    return Events(chance.integers(0, 64, count), chance.integers(0, 5, count), times, labels, np.arange(count), texts)

@@ -1,8 +1,8 @@
 """What a run survives, and at what price: workers killed at random, workers that come and go, failures one after another.
 
 Every failure is real: `kill -9` of a worker's process, or of a whole Ray node. What a run says that it trained on (see
-ctrsink.train.observe.audit) is held against the data set; its losses against those of a run that was left alone, where there is one. That
-weights are what they should be shows in the losses alone.
+ctrsink.train.observe.audit) is held against the data set; its losses against those of a run that was left alone, where there is
+one. That weights are what they should be shows in the losses alone.
 """
 
 import argparse

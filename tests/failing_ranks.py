@@ -37,9 +37,10 @@ def main(failure: str, rank: int, store: str, data: str, folder: str) -> None:
 
     Engine.forward = failing
     spec = parse_run(run_tree(data, folder, runtime={"kind": "ray", "workers": 2}, train={"checkpoint_every": 4}), "test")
+    facts = preflight.check(spec)
     began = time.monotonic()
     try:
-        Trainer(spec, Topology(rank, 2), preflight.check(spec)).run()
+        Trainer(spec, Topology(rank, 2), facts).run()
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         print(f"{time.monotonic() - began:.1f}", flush=True)

@@ -283,9 +283,10 @@ def test_loss_compare_names_the_first_number_that_differs(tmp_path: Path, monkey
     )
     same, other = (loss_compare.run(old, "HEAD", 10, 2, "blocks") for old in ("HEAD", "HEAD~1"))
     assert len(same["runs"]) == len(other["runs"]) == 12
-    assert all(row["same"] and row["numbers"] == 2 for row in same["runs"])
+    assert all(row["same"] == row["numbers"] == 2 and row["largest"] == 0 for row in same["runs"])
+    assert all((row["same"], row["numbers"], row["largest"]) == (1, 2, pytest.approx(1e-6)) for row in other["runs"])
     assert {row["first"] for row in other["runs"]} == {"step 2 loss 0.1 / step 2 loss 0.1000001"}
-    assert "differ: step 2 loss 0.1 / step 2 loss 0.1000001" in loss_compare.text(other)
+    assert "|            1.0e-06 | step 2 loss 0.1 / step 2 loss 0.1000001 |" in loss_compare.text(other)
     assert subprocess.run(["git", "worktree", "list"], capture_output=True, text=True).stdout.count("\n") == 1
     with pytest.raises(InputError, match="no run has 'per_item' in its name; they are: per_target, sdpa, default"):
         loss_compare.run("HEAD", "HEAD", 10, 2, "per_item")
@@ -295,4 +296,4 @@ def test_loss_compare_names_the_first_number_that_differs(tmp_path: Path, monkey
 def test_loss_compare_finds_a_commit_to_be_itself(repository: Path) -> None:
     sizes = ["--events", 2000, "--steps", 3, "--only", "per_user, blocks, default"]
     report = run_benchmark(repository, "loss_compare", "HEAD", "HEAD", *sizes)
-    assert [(row["numbers"], row["same"]) for row in report["runs"]] == [(10, True)]
+    assert [(row["numbers"], row["same"]) for row in report["runs"]] == [(10, 10)]

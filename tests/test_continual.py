@@ -109,16 +109,17 @@ def test_an_append_after_the_claim_is_noticed_where_it_changes_the_order(tmp_pat
     prepare(day(tmp_path, 0), str(data))
     spec = run_on(data, run_dir, order)
     claim(spec, False, identities(spec, read_manifest(str(data))))
+    facts = check(spec)
     require_same_data(spec, read_manifest(str(data)), Topology())
     append(day(tmp_path, 1), str(data))
     if order == "chronological":  # the steps before stay what they were
         require_same_data(spec, read_manifest(str(data)), Topology())
     else:
         with pytest.raises(InputError, match="was changed while the run was starting: start it again"):
-            Trainer(spec, Topology(), 300)
+            Trainer(spec, Topology(), facts)
     prepare(day(tmp_path, 2), str(data), overwrite=True)
     with pytest.raises(InputError, match="was changed while the run was starting: start it again"):
-        Trainer(spec, Topology(), 300)
+        Trainer(spec, Topology(), facts)
 
 
 RANK = """

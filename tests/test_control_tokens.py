@@ -160,7 +160,7 @@ def test_requests_are_read_as_the_log_was(tmp_path: Path) -> None:
     history = [{"item": item, "feedback": 1, "timestamp": n} for n, item in enumerate(items)]
     scorer.score({"history": history, "candidates": items, "timestamp": 9})
     expected = item_tokens(str(tmp_path / "data"))
-    text = json.dumps(seen[0].input_ids[0].tolist())[1:-1]
+    text = json.dumps(seen[0].inputs["input_ids"].tolist())[1:-1]
     for ids in expected.values():
         assert json.dumps(ids)[1:-1] in text
 
@@ -201,6 +201,6 @@ def test_a_data_set_and_a_model_from_before_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"is of format ctrsink-dataset/2, this version reads ctrsink-dataset/3: prepare"):
             use()
     config = tmp_path / "model" / "config.json"
-    config.write_text(config.read_text().replace("ctrsink-model/3", "ctrsink-model/1"))
-    with pytest.raises(InputError, match=r"has the format ctrsink-model/1, this version reads ctrsink-model/3"):
+    config.write_text(config.read_text().replace("ctrsink-model/4", "ctrsink-model/1"))
+    with pytest.raises(InputError, match=r"has the format ctrsink-model/1, this version reads ctrsink-model/4"):
         Scorer.load(str(tmp_path / "model"))

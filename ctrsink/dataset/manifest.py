@@ -11,6 +11,7 @@ from ctrsink import storage
 from ctrsink.config.base import Section
 from ctrsink.config.data import FieldSpec, TextSpec
 from ctrsink.config.explain import explain
+from ctrsink.config.train import Split
 from ctrsink.errors import InputError, first_line
 from ctrsink.features.columns import Column, columns_of
 
@@ -19,7 +20,6 @@ FORMAT = "ctrsink-dataset/3"
 WORK = "_work"  # beside the manifest, until it is written: what a preparation keeps to go on if it is interrupted
 _READS = 3  # before a file is called damaged: it may have been damaged on its way
 
-Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 # A row is one user's chronology; the lists run over its events, oldest first.

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink import storage
+from ctrsink.config.data import DataSpec
 from ctrsink.dataset.arrow import from_parquet
 from ctrsink.dataset.background import begin
 from ctrsink.dataset.cache import Cache
@@ -56,6 +57,11 @@ class Dataset:
         self.index: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
         self.feedbacks = Ragged.of(self.manifest.feedback_tokens)
         self.prefix = np.array(self.manifest.prefix_tokens, np.int64)
+
+    @classmethod
+    def of(cls, data: DataSpec) -> "Dataset":
+        """The data set of a run, which holds the shards that are mixed now and those that come next."""
+        return cls(data.uri, 2 * data.shuffle_shards, Cache.of(data.cache))
 
     def _start(self) -> None:
         self._shards: OrderedDict[tuple[int, Layout | None], Future[Shard]] = OrderedDict()

@@ -64,8 +64,7 @@ def predict(
     """
     source = source_of(dataset, split, layout, newest=True)
     parts = [np.empty((0, 4))]
-    # A piece of per_request may be as many sequences as it has impressions.
-    size = max(1, spec.batch_size // layout.targets) if layout.examples == "per_request" else spec.batch_size
+    size = source.at_once(spec.batch_size)
     for batch in evaluation_batches(source, size, topology.rank, topology.world, spec.max_sequences):
         with torch.no_grad():
             logits = forward(batch).logits
@@ -82,8 +81,10 @@ def predict(
     return Predictions(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int8), rows[:, 3])
 
 
-def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions) -> None:
-    """Write a run's predictions on a split, their metrics and the `step` that they are of; see write_predictions."""
+def write_evaluation(
+    run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions, metrics: dict[str, float]
+) -> None:
+    """Write a run's predictions on a split, their `metrics` and the `step` that they are of; see write_predictions."""
     table = pa.table(
         {
             "user": names_of(dataset, predictions.users),
@@ -92,7 +93,7 @@ def write_evaluation(run_dir: str, step: int, split: str, dataset: Dataset, pred
             "probability": predictions.probabilities,
         }
     )
-    write_predictions(run_dir, split, table, {"step": step, **predictions.metrics()})
+    write_predictions(run_dir, split, table, {"step": step, **metrics})
 
 
 def write_predictions(run_dir: str, split: str, table: pa.Table, metrics: dict[str, float]) -> None:
@@ -130,7 +131,7 @@ def evaluate_splits(
         predictions = predict(forward, dataset, split, layout, spec, topology)
         out[split] = predictions.metrics()
         if topology.is_first:
-            write_evaluation(run_dir, step, split, dataset, predictions)
+            write_evaluation(run_dir, step, split, dataset, predictions, out[split])
             log.info(
                 "%s: AUC %.4f, %d impressions, %.1f s",
                 split,

@@ -24,7 +24,7 @@ def measured(
     """
     source = source_of(dataset, split, layout, newest=True)
     sums: dict[str, torch.Tensor] = {}
-    for batch in evaluation_batches(source, spec.batch_size, topology.rank, topology.world, spec.max_sequences):
+    for batch in evaluation_batches(source, source.at_once(spec.batch_size), topology.rank, topology.world, spec.max_sequences):
         with torch.no_grad():
             tallies = forward(batch).tallies or {}
         for name, value in tallies.items():

@@ -68,8 +68,7 @@ def load_model(uri: str, device: str = "cpu") -> Loaded:
             loaded = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the model {uri} is damaged ({reason}): export it again") from None
+            raise InputError(f"the model {uri} is damaged ({first_line(error)}): export it again") from None
         model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
         encoder = _encoder(uri, folder, model.config.encoder, device)
         knowledge = _knowledge(uri, folder, model.config.knowledge)

@@ -70,6 +70,10 @@ class SequenceSource:
         """Targets of each sequence, known without opening a shard."""
         return self._targets(*self.owners(ids))
 
+    def at_once(self, sequences: int) -> int:
+        """How many pieces make about so many sequences: one of per_request may be as many as it has impressions."""
+        return max(1, sequences // self.layout.targets) if self.layout.examples == "per_request" else sequences
+
     def some(self) -> np.ndarray:
         """One sequence, of a user whose history is long: what a measurement of memory takes, int64 [1]."""
         ids = np.arange(min(256, sum(self.per_shard)))

@@ -1,5 +1,6 @@
 """How many tokens a forward pass may hold: what activations of one batch weigh, against the memory that is free."""
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -7,11 +8,25 @@ import psutil
 import torch
 from torch import nn
 
+from ctrsink.config.stages import StageSpec
+from ctrsink.dist import all_max
 from ctrsink.families.protocol import CTRModule
 from ctrsink.sequences.batch import Batch
+from ctrsink.stream.stream import SequenceSource
+from ctrsink.train.engine import Engine
 
+log = logging.getLogger("ctrsink.train")
 SHARE = 0.6  # of the free memory: the backward pass and the allocator need the rest
 GIB = 2**30
+
+
+def fitting(engine: Engine, source: SequenceSource, stage: StageSpec, memory_gib: float | None) -> int:
+    """Tokens of a micro-batch, the same on all ranks: what the rank with the least memory can hold; every rank must call it."""
+    batch = engine.model.drawn(source.build(source.some()), stage.learns, 0)
+    own = tokens_within(engine.model, lambda batch: engine.forward(batch, stage.learns).loss, batch, memory_gib)
+    tokens = -all_max(-own, engine.topology)
+    log.info("micro-batches of %d tokens fit into the memory of a worker", tokens)
+    return tokens
 
 
 def tokens_within(model: CTRModule, forward: Callable[[Batch], torch.Tensor], batch: Batch, memory_gib: float | None) -> int:

@@ -13,7 +13,6 @@ import torch
 
 from ctrsink.config import RunSpec
 from ctrsink.config.stages import StageSpec
-from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology, all_max, all_sum, barrier
 from ctrsink.errors import Diverged, InputError
@@ -27,7 +26,7 @@ from ctrsink.features.mix64 import mix64
 from ctrsink.run.folder import identities, write_result
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.stream import Step, TrainStream
-from ctrsink.train.capacity import tokens_within
+from ctrsink.train.capacity import fitting
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, require_data
 from ctrsink.train.checkpoint.native import Shards, load_native, restore
 from ctrsink.train.checkpoint.saving import Saver
@@ -79,7 +78,7 @@ class Trainer:
     def __init__(self, spec: RunSpec, topology: Topology, facts: Facts, hooks: HostHooks = ALONE) -> None:
         self.spec, self.topology, self.facts, self.hooks = spec, topology, facts, hooks
         self.family = family_of(spec.model.family)
-        self.dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
+        self.dataset = Dataset.of(spec.data)
         require_same_data(spec, self.dataset.manifest, topology)
         self.layout = self.family.layout(spec.data, spec.model, self.dataset.manifest)
         self.source = source_of(self.dataset, "train", self.layout)
@@ -306,19 +305,10 @@ class Trainer:
             self.topology.world,
             data.order,
             data.workers,
-            self._capacity(stage, engine) if tokens == "auto" else tokens,
+            fitting(engine, self.source, stage, spec.train.memory_gib) if tokens == "auto" else tokens,
         )
         stream.load_state_dict({"position": self.progress.position})
         return stream
-
-    def _capacity(self, stage: StageSpec, engine: Engine) -> int:
-        """Tokens of a micro-batch, the same on all ranks: what the rank with the least memory can hold."""
-        batch = self.source.build(self.source.some())
-        forward = lambda batch: engine.forward(batch, stage.learns).loss  # noqa: E731
-        own = tokens_within(engine.model, forward, batch, self.spec.train.memory_gib)
-        tokens = -all_max(-own, self.topology)
-        log.info("micro-batches of %d tokens fit into the memory of a worker", tokens)
-        return tokens
 
     def _validate(self, engine: Engine, stage: StageSpec) -> dict[str, float]:
         """Metrics on the validation sample as `valid/<metric>`, when it is time for them; the controller is told."""

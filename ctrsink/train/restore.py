@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from ctrsink.config import RunSpec
 from ctrsink.config.stages import Objective
-from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.families.facts import Facts, facts_of
@@ -42,7 +41,7 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     # The folder may have been moved or copied since; what it says of its own place counts for nothing.
     spec = spec.model_copy(update={"run_dir": run_dir})
     checkpoint = find_checkpoint(run_dir, step)
-    dataset = Dataset(spec.data.uri, 2 * spec.data.shuffle_shards, Cache.of(spec.data.cache))
+    dataset = Dataset.of(spec.data)
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     family = family_of(spec.model.family)
     layout = family.layout(spec.data, spec.model, dataset.manifest)

@@ -16,7 +16,6 @@ def probe_batch(dataset: Dataset, split: str, layout: Layout) -> Batch:
         InputError: the split has none.
     """
     source = source_of(dataset, split, layout, newest=True)
-    # A piece of per_request may be as many sequences as it has impressions.
-    size = max(1, SEQUENCES // layout.targets) if layout.examples == "per_request" else SEQUENCES
+    size = source.at_once(SEQUENCES)
     (batch,) = evaluation_batches(source, size, 0, 1, size)
     return batch
