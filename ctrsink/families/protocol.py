@@ -61,7 +61,7 @@ class CTRModule(nn.Module):
         return group if group in trainable else None
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
-        """Counts what a training step on a batch, as `drawn`, needs, with what is trained now; also where ZeRO-3 split the weights."""
+        """Counts what a training step on a batch, as `drawn`, needs, with what is trained now; also under ZeRO-3."""
         raise NotImplementedError
 
     def drawn(self, batch: Batch, objective: Objective, key: int) -> Batch:
