@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from ctrsink.config.data import ColumnSpec, SourceSpec
 from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import RawRows
-from ctrsink.prepare.sources import Source, open_source
+from ctrsink.prepare.sources import RawLog, open_source
 
 BIG = 1 << 30
 BLOCKS = st.integers(1, 60)
 
 
-def read_blocks(source: Source, block_bytes: int) -> list[RawRows]:
+def read_blocks(source: RawLog, block_bytes: int) -> list[RawRows]:
     """Every block as another machine would read it."""
     there, blocks = pickle.loads(pickle.dumps((source, source.blocks(block_bytes))))  # noqa: S301
     return [there.read(block) for block in blocks]
@@ -47,12 +47,12 @@ def whole(parts: list[RawRows]) -> tuple[list[dict[str, object]], list[int], lis
     return table, numbers, broken
 
 
-def log_of(path: Path, content: bytes, **columns: str) -> Source:
+def log_of(path: Path, content: bytes, **columns: str) -> RawLog:
     path.write_bytes(content)
     return open_source(SourceSpec(kind="table", path=str(path), columns=ColumnSpec(**columns)))
 
 
-def outcome(source: Source, block_bytes: int) -> object:
+def outcome(source: RawLog, block_bytes: int) -> object:
     """What is read, or why it cannot be."""
     try:
         found = whole(read_blocks(source, block_bytes))

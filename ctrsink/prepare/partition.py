@@ -16,7 +16,7 @@ from ctrsink.features.columns import Column, columns_of
 from ctrsink.prepare.check_rows import EVENTS_SCHEMA, check_events
 from ctrsink.prepare.render import feedback_minima
 from ctrsink.prepare.results import path_of
-from ctrsink.prepare.sources.raw_log import Block, Source
+from ctrsink.prepare.sources.raw_log import Block, RawLog
 from ctrsink.prepare.statistics import Rule, outcomes, write_received
 from ctrsink.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
 
@@ -26,7 +26,7 @@ class Partition:
     """All that the first tasks need."""
 
     spec: PrepareSpec
-    source: Source
+    source: RawLog
     blocks: tuple[Block, ...]
     folder: str
     slices: int

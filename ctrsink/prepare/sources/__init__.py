@@ -7,13 +7,13 @@ from ctrsink.errors import InputError
 from ctrsink.prepare.sources.kuairec import KuaiRec
 from ctrsink.prepare.sources.mind import Mind
 from ctrsink.prepare.sources.movielens import MovieLens
-from ctrsink.prepare.sources.raw_log import Block, Source
+from ctrsink.prepare.sources.raw_log import Block, RawLog
 from ctrsink.prepare.sources.table import Tables
 
-__all__ = ["Block", "Source", "open_source"]
+__all__ = ["Block", "RawLog", "open_source"]
 
 
-def open_source(spec: SourceSpec, fields: Collection[str] | None = None, told: Sequence[str] = ()) -> Source:
+def open_source(spec: SourceSpec, fields: Collection[str] | None = None, told: Sequence[str] = ()) -> RawLog:
     """The log that `spec` names; nothing is read yet.
 
     Args:

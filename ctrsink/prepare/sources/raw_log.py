@@ -22,7 +22,7 @@ class Block:
     """What the source needs to know to read it, such as the name of a layout."""
 
 
-class Source(Protocol):
+class RawLog(Protocol):
     """A raw log; plain data that can be pickled, so that a task on another machine can read blocks of it.
 
     What is read does not depend on the cut: the rows of all blocks, in their order, are the same for any `block_bytes`.
