@@ -66,7 +66,7 @@ def test_means_and_differences_are_those_of_the_metrics(runs: list[str]) -> None
         assert difference["by_seeds"] == pytest.approx([paired.mean() - half, paired.mean() + half])
         assert difference["pairs"] == 3
     assert found["variants"]["sinks"]["difference"]["auc"]["by_users"][0] > 0
-    assert found["variants"]["sinks"]["trained"] == {"impressions": 100, "steps": 4, "seconds": 3}
+    assert found["variants"]["sinks"]["trained"] == {"impressions": 100, "steps": 4, "seconds": 3, "flops": None}
     assert "difference" not in found["variants"]["plain"]
 
 

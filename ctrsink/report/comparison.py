@@ -44,16 +44,18 @@ def _difference(difference: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _trained(found: dict[str, Any]) -> str:
-    rows: list[Sequence[str]] = [("trained on", "seeds", "impressions", "steps", "seconds")]
+    rows: list[Sequence[str]] = [("trained on", "seeds", "impressions", "steps", "seconds", "TFLOP")]
     for name, variant in found["variants"].items():
-        told = [variant["trained"][key] for key in ("impressions", "steps", "seconds")]
+        trained = variant["trained"]
+        told = [trained[key] for key in ("impressions", "steps", "seconds")]
+        told.append(None if trained["flops"] is None else trained["flops"] / 1e12)
         rows.append((name, str(len(variant["runs"])), *("-" if value is None else f"{value:,.0f}" for value in told)))
     equal = {
         True: "all runs trained on equally many impressions",
         False: "the budgets are NOT equal",
         None: "whether the budgets are equal is not known",
     }[found["equal_budget"]]
-    return f"{aligned(rows)}\n{equal}; seconds are those of training"
+    return f"{aligned(rows)}\n{equal}; seconds and FLOPs are those of training"
 
 
 def _slice(found: dict[str, Any], title: str) -> str:

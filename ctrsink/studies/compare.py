@@ -132,7 +132,7 @@ def _difference(variants: Variants, name: str, reference: str, values: dict[str,
 def _trained(runs: list[Measured]) -> dict[str, Any]:
     """Means over the runs; None where nothing was written about it."""
     found: dict[str, Any] = {}
-    for key in ("impressions", "steps", "seconds"):
+    for key in ("impressions", "steps", "seconds", "flops"):
         known = [run.result[key] for run in runs if run.result.get(key) is not None]
         found[key] = float(np.mean(known)) if len(known) == len(runs) else None
     return found

@@ -100,8 +100,8 @@ class Trainer:
 
         Returns:
             `steps` of the run so far, whether it is `finished`, why it was `stopped` before (None: it was not asked to),
-            `impressions` trained on, their `checksum` and how many were `skipped` (see Audit), `seconds` of training so far, and
-            `evaluation` by split; also in the run's result.json.
+            `impressions` trained on, their `checksum`, how many were `skipped` and the `flops` of it all (see Audit), `seconds` of
+            training so far, and `evaluation` by split; also in the run's result.json.
 
         Raises:
             RunError: a step failed; the message names rank, step, stage and shards.
@@ -136,6 +136,7 @@ class Trainer:
             "checksum": f"{trained.checksum:016x}",
             "skipped": trained.skipped,
             "seconds": self.progress.seconds,
+            "flops": trained.flops,
             "evaluation": evaluation,
         }
         if self.telemetry is not None:
@@ -236,7 +237,7 @@ class Trainer:
         controller.after_step()
         progress.position = stream.position
         progress.seconds += time.monotonic() - began
-        pace.count(step.impressions, micro_batches[: len(step.micro_batches)], waited)
+        self.audit += Audit(flops=pace.count(step.impressions, micro_batches[: len(step.micro_batches)], waited))
         rates = {f"lr/{group}": stage.lr[group] * factor for group in stage.trainable}
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
         return row, (reason or "another rank was asked to stop") if stop else None, preempted

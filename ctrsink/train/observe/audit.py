@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ctrsink.dist import Topology
+from ctrsink.dist import Topology, all_sum
 from ctrsink.features.mix64 import mix64
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.order import Order
@@ -28,9 +28,16 @@ class Audit:
     """Sum of a hash of each (user, event), modulo 2^64."""
     skipped: int = 0
     """Impressions that the run read and did not learn from: their step was not finite (`train.on_nonfinite: skip`)."""
+    flops: float = 0.0
+    """Floating point operations that the models need for all of it, see CTRModule.flop_count."""
 
     def __add__(self, other: "Audit") -> "Audit":
-        return Audit(self.impressions + other.impressions, (self.checksum + other.checksum) % 2**64, self.skipped + other.skipped)
+        return Audit(
+            self.impressions + other.impressions,
+            (self.checksum + other.checksum) % 2**64,
+            self.skipped + other.skipped,
+            self.flops + other.flops,
+        )
 
     @classmethod
     def of(cls, batches: list[Batch]) -> "Audit":
@@ -52,7 +59,7 @@ class Audit:
         words = np.array([self.impressions, self.checksum, self.skipped], np.uint64).astype(np.int64)
         tensor = torch.from_numpy(words).to(topology.device)
         dist.all_reduce(tensor)
-        return Audit(*tensor.cpu().numpy().astype(np.uint64).tolist())
+        return Audit(*tensor.cpu().numpy().astype(np.uint64).tolist(), *all_sum([self.flops], topology))
 
 
 def expected(source: SequenceSource, order: Order, start: int, end: int) -> Audit:

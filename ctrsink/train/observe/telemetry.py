@@ -136,13 +136,19 @@ class Pace:
         self._steps = 0
         self._waited = 0.0
 
-    def count(self, impressions: int, micro_batches: list[Batch], waited: float) -> None:
-        """One optimiser step: impressions of the whole global batch; micro-batches and seconds of waiting of this rank."""
+    def count(self, impressions: int, micro_batches: list[Batch], waited: float) -> int:
+        """One optimiser step: impressions of the whole global batch; micro-batches and seconds of waiting of this rank.
+
+        Returns:
+            The FLOPs of this rank.
+        """
         self._impressions += impressions
         self._tokens += sum(batch.tokens for batch in micro_batches)
-        self._flops += sum(self._count(batch).total for batch in micro_batches)
+        flops = sum(self._count(batch).total for batch in micro_batches)
+        self._flops += flops
         self._waited += waited
         self._steps += 1
+        return flops
 
     def report(self, steps_left: int | None) -> dict[str, float]:
         """Rates since the last report, and seconds left at this pace if the steps left are known; starts anew."""
