@@ -27,5 +27,6 @@ def write_run(
     for split in splits:
         shown = smoothed_item_mean(dataset, split)
         scores = 1 / (1 + np.exp(-skill * (2 * shown.labels - 1) - chance.normal(size=len(shown.labels))))
-        write_evaluation(str(folder), 4, split, dataset, Predictions(shown.users, shown.events, shown.labels, scores))
+        found = Predictions(shown.users, shown.events, shown.labels, scores)
+        write_evaluation(str(folder), 4, split, dataset, found, found.metrics())
     return str(folder)

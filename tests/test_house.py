@@ -144,7 +144,9 @@ def imports_at_once(file: Path) -> set[str]:
 
 
 # `make demo` installs what training needs; who prepares, or scores with, a model has a plain install.
-PLAIN = ("config", "data", "features", "model", "serve", "storage")
+PLAIN = (
+    "attention", "config", "dataset", "families", "features", "prepare", "sequences", "serve", "storage", "stream",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("folders", "extras"), [(("ctrsink", "launchers"), {"train"}), (PLAIN, set())], ids=["train", "plain"])

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -38,28 +38,12 @@ from ctrsink.train.observe.audit import Audit
 from ctrsink.train.observe.hardware import over_ranks, peak_of, precision_of
 from ctrsink.train.observe.probe import probe_batch
 from ctrsink.train.observe.telemetry import Pace, Telemetry, progress_line
+from ctrsink.train.progress import Progress
 from ctrsink.train.same_data import require_same_data
 from ctrsink.train.stages import StageController
 
 log = logging.getLogger("ctrsink.train")
 LOOK_EVERY_S = 5.0  # for the announced loss of a node
-
-
-@dataclass
-class Progress:
-    """How far the run is, and what earlier stages left behind."""
-
-    position: int = 0
-    """Of the stream: sequences consumed."""
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Values of everything trained so far, as of the last rebuild of the engine."""
-    state: EngineState | None = None
-    trained: Audit = field(default_factory=Audit)
-    """Impressions trained on before this process began, by all ranks."""
-    seconds: float = 0.0
-    """Spent in training steps."""
-    precision: str = ""
-    """That of the run, empty before it has begun."""
 
 
 class Trainer:
@@ -100,7 +84,7 @@ class Trainer:
 
         Returns:
             `steps` of the run so far, whether it is `finished`, why it was `stopped` before (None: it was not asked to),
-            `impressions` trained on, their `checksum`, how many were `skipped` and the `flops` of it all (see Audit), `seconds` of
+            `impressions` trained on, their `checksum`, how many were `skipped` and the `flops` of all (see Audit), `seconds` of
             training so far, and `evaluation` by split; also in the run's result.json.
 
         Raises:
@@ -156,14 +140,7 @@ class Trainer:
         require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
         self.controller.load_state_dict(checkpoint.controller)
-        self.progress = Progress(
-            checkpoint.position,
-            checkpoint.parameters,
-            EngineState({}, checkpoint.moments, checkpoint.steps),
-            Audit(**checkpoint.trained),
-            checkpoint.seconds,
-            checkpoint.precision,
-        )
+        self.progress = Progress.of(checkpoint)
 
     def _run_stages(self, stop_at: int | None) -> str | None:
         """Train to the end or to step `stop_at`, and see the last checkpoint saved; returns why the run was asked to stop."""
@@ -229,11 +206,7 @@ class Trainer:
         stop, looks = result.votes
         if looks:
             self._looked = time.monotonic()
-        announced = self.hooks.preemption() if looks else None
-        preempted = announced not in (None, self._announced)  # the same one is told until the node goes
-        if preempted:
-            self._announced = announced
-            log.warning("%s: a checkpoint is made", announced)
+        preempted = self._preempted() if looks else False
         controller.after_step()
         progress.position = stream.position
         progress.seconds += time.monotonic() - began
@@ -241,6 +214,15 @@ class Trainer:
         rates = {f"lr/{group}": stage.lr[group] * factor for group in stage.trainable}
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **rates}
         return row, (reason or "another rank was asked to stop") if stop else None, preempted
+
+    def _preempted(self) -> bool:
+        """Whether the loss of a node was announced since the last look; the same one is told until the node goes."""
+        announced = self.hooks.preemption()
+        if announced in (None, self._announced):
+            return False
+        self._announced = announced
+        log.warning("%s: a checkpoint is made", announced)
+        return True
 
     def _where(self, ahead: int = 0) -> str:
         return f"rank {self.topology.rank}, step {self.controller.step + ahead}, stage {self.controller.stage.name}"
