@@ -140,7 +140,7 @@ def test_the_table_and_the_files_are_for_people(runs: list[str], tmp_path: Path)
     lines = shown.out.splitlines()
     assert lines[0].startswith("test: ")
     assert any(line.split()[0] == "sinks" and "+0." in line for line in lines if line)
-    assert "all runs trained on equally many impressions; seconds are those of training" in lines
+    assert "all runs trained on equally many impressions; seconds and FLOPs are those of training" in lines
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["comparison.json", "metrics.png", "slices.png"]
     written = json.loads((tmp_path / "out/comparison.json").read_text())
     assert written["variants"].keys() == {"plain", "sinks"}
