@@ -134,11 +134,12 @@ def test_din_is_the_plain_loop() -> None:
         behaviours = model.embedding.behaviours(read["signals"], read["numbers"])
         asked = model.embedding.targets(read["target_signals"], read["target_numbers"])
         for t in range(len(asked)):
-            first = int(batch.axes["behaviours"].offsets[int(batch.axes["targets"].owner[t])])
+            begin = int(batch.axes["behaviours"].offsets[int(batch.axes["targets"].owner[t])])
             interest = torch.zeros(8)
-            for k in range(first, first + int(read["seen"][t])):
+            for k in range(begin, begin + int(read["seen"][t])):
                 a, b = asked[t], behaviours[k]
-                interest += model.weigh(torch.cat([a, b, a * b, a - b])) * b
+                first = model.weigh.target(a) + model.weigh.behaviour(b) + model.weigh.product(a * b)
+                interest += model.weigh.inner(functional.gelu(first)) * b
             interest /= max(1, int(read["seen"][t])) ** 0.5
             expected = model.head(torch.cat([interest, asked[t], interest * asked[t], read["target_numbers"][t]]))
             close(found[t], expected[0], atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ class DinSpec(IdsSpec):
     """The kind of model, which decides on the other keys of this section."""
     width: int = Field(default=64, ge=1)
     """Of the vectors of behaviours and targets."""
-    attention_layers: tuple[int, ...] = (64, 32)
+    attention_layers: tuple[int, ...] = Field(default=(64, 32), min_length=1)
     """Inner widths of the network that weighs a behaviour."""
     layers: tuple[int, ...] = (128, 64)
     """Inner widths of the network from interest and target to the logit."""

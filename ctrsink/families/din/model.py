@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.stages import Objective
@@ -14,17 +16,38 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS
 
 
+class Weights(nn.Module):
+    """One number for each pair of a target a and a behaviour b, by a network on `[a, b, a * b, a - b]`.
+
+    Its first layer is a sum of maps of a, of b and of their product, a - b among them: only the last is computed for each pair.
+    """
+
+    def __init__(self, width: int, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        first, *inner = layers
+        self.target, self.behaviour = nn.Linear(width, first), nn.Linear(width, first, bias=False)
+        self.product = nn.Linear(width, first, bias=False)
+        self.inner = mlp(first, inner, 0.0)
+
+    def forward(
+        self, targets: torch.Tensor, behaviours: torch.Tensor, target: torch.Tensor, behaviour: torch.Tensor
+    ) -> torch.Tensor:
+        """Vectors [T, D] and [K, D]; rows of both for each pair, int64 [P] each -> [P, 1]."""
+        apart = self.target(targets)[target] + self.behaviour(behaviours)[behaviour]
+        return self.inner(functional.gelu(apart + self.product(targets[target] * behaviours[behaviour])))
+
+
 class Din(IdsModule):
     """Logits of targets from `[interest, target, interest * target, numbers]`.
 
     The weights of behaviours are no shares of 1 (section 4.3): interest says how much of it there is. They are divided by the
-    square root of the number of behaviours, or long histories would drown the rest.
+    square root of the number of behaviours, by our own decision, or long histories would drown the rest.
     """
 
     def __init__(self, spec: DinSpec, facts: Facts) -> None:
         super().__init__()
         self.embedding = EventEmbedding(spec, facts, spec.width)
-        self.weigh = mlp(4 * spec.width, spec.attention_layers, 0.0)
+        self.weigh = Weights(spec.width, spec.attention_layers)
         self.head = mlp(3 * spec.width + self.embedding.target_count, spec.layers, spec.dropout)
 
     def logits(self, batch: Batch, objective: Objective) -> torch.Tensor:
@@ -32,17 +55,19 @@ class Din(IdsModule):
         behaviours = self.embedding.behaviours(inputs["signals"], inputs["numbers"])
         asked = self.embedding.targets(inputs["target_signals"], inputs["target_numbers"])
         target, behaviour = seen_pairs(batch)
-        one, other = asked[target], behaviours[behaviour]
-        weights = self.weigh(torch.cat([one, other, one * other, one - other], -1))
-        interest = torch.zeros_like(asked).index_add(0, target, (weights * other).to(asked.dtype))
+        weights = self.weigh(asked, behaviours, target, behaviour)
+        interest = torch.zeros_like(asked).index_add(0, target, (weights * behaviours[behaviour]).to(asked.dtype))
         interest = interest / inputs["seen"].clamp(min=1).sqrt()[:, None]
         return self.head(torch.cat([interest, asked, interest * asked, inputs["target_numbers"]], -1)).squeeze(-1)
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
-        of_event, of_pair, of_target = (linear_flops(part) for part in (self.embedding, self.weigh, self.head))
+        of_event, of_target = linear_flops(self.embedding), linear_flops(self.head)
+        of_pair = linear_flops(self.weigh.product) + linear_flops(self.weigh.inner)
+        of_side = linear_flops(self.weigh.behaviour)
 
         def count(batch: Batch) -> Flops:
-            events = batch.axes[BEHAVIOURS].total * of_event // 2 + batch.axes["targets"].total * (of_event // 2 + of_target)
-            return Flops(3 * events, 3 * of_pair * batch.costs["pairs"])
+            behaviours, targets = batch.axes[BEHAVIOURS].total, batch.axes["targets"].total
+            matrices = (behaviours + targets) * (of_event // 2 + of_side) + targets * of_target
+            return Flops(3 * matrices, 3 * of_pair * batch.costs["pairs"])
 
         return count
