@@ -210,7 +210,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _score(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.serve.request_lines import read_lines, require_model
+    from ctrsink.request_lines import read_lines, require_model
 
     lines = read_lines(args.input, args.on_bad_request)
     require_model(args.model)

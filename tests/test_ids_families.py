@@ -163,4 +163,4 @@ def test_what_can_be_learned_is_learned(name: str) -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])

@@ -145,8 +145,20 @@ class Layout:
         return bool(self.numbers or self.target_numbers or hashed or self.base or self.compares_neighbours)
 
 
-def require_signals(uri: str, manifest: Manifest, names: tuple[str, ...]) -> None:
-    """Raise InputError where the data set `uri` was prepared without one of these signals."""
+def require_signals(uri: str, manifest: Manifest, names: tuple[str, ...], section: str, buckets: int) -> None:
+    """Refuse signals that the data set `uri` cannot tell.
+
+    Args:
+        section: key of the section with their `buckets`, the rows of the table of feedback.
+
+    Raises:
+        InputError: it was prepared without one of them, or has more different texts of feedback.
+    """
+    if "feedback" in names and (texts := len(manifest.feedback_texts)) > buckets:
+        raise InputError(
+            f"{section}: the signal feedback has {texts} different texts in the data set {uri}, more than {section}.buckets "
+            f"{buckets}: raise buckets, or prepare with a coarser text.feedback such as ' {{feedback:.1f}}'"
+        )
     for name in names:
         found = signal(name)
         lacks = name not in (manifest.columns if "columns" in found.needs else manifest.numbers)

@@ -87,7 +87,8 @@ def _require_predictions(run: TrainedRun) -> None:
     batch = source.build(source.some())
     with torch.inference_mode():
         logits = run.model(batch, run.objective).logits
-    if logits is None or not logits.isfinite().all():
+    assert logits is not None  # by restore_run
+    if not logits.isfinite().all():
         raise InputError(_dead(run, "its predictions are not finite"))
 
 

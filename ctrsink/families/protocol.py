@@ -60,6 +60,10 @@ class CTRModule(nn.Module):
         group = self.group_of(name)
         return group if group in trainable else None
 
+    def decays(self, name: str, dimensions: int) -> bool:
+        """Whether `train.weight_decay` is for the parameter `name`: matrices, no vectors and scalars."""
+        return dimensions > 1
+
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         """Counts what a training step on a batch, as `drawn`, needs, with what is trained now; also under ZeRO-3."""
         raise NotImplementedError

@@ -25,6 +25,9 @@ class Sequences:
     costs: dict[str, np.ndarray] = field(default_factory=dict)
     """What else each sequence costs, int64 [N]."""
 
+    padded: bool = False
+    """Whether the model pads the sequences of a batch to one length, so that each costs as much as the longest."""
+
     def __len__(self) -> int:
         return len(self.bounds[TARGETS]) - 1
 
@@ -43,6 +46,7 @@ class Sequences:
             self.counts,
             self.points,
             {name: cost[number : number + 1] for name, cost in self.costs.items()},
+            self.padded,
         )
 
     @classmethod
@@ -57,6 +61,7 @@ class Sequences:
             first.counts,
             first.points,
             {name: np.concatenate([part.costs[name] for part in parts]) for name in first.costs},
+            first.padded,
         )
 
 

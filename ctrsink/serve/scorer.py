@@ -23,12 +23,12 @@ from ctrsink.families.registry import family_of
 from ctrsink.features.ragged import Ragged
 from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
 from ctrsink.prepare.tokenize import encode_items, encode_own
+from ctrsink.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
 from ctrsink.serve.load import Loaded, load_model
-from ctrsink.serve.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
 

@@ -3,16 +3,20 @@
 import numpy as np
 
 
-def fill(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+def fill(lengths: np.ndarray, budget: int, padded: bool = False) -> list[np.ndarray]:
     """Indices into `lengths`, int64 [n], in groups of `budget` tokens at most; each index once, like lengths together.
 
     A sequence longer than the budget is a group of its own: it cannot be divided.
+
+    Args:
+        padded: each sequence of a group counts as long as the longest of it.
     """
     order = np.argsort(-lengths, kind="stable")
-    starts, used = [], budget + 1
-    for place, length in enumerate(lengths[order].tolist()):
+    starts, used, longest = [], budget + 1, 0
+    for place, own in enumerate(lengths[order].tolist()):
+        length = longest if padded and used + longest <= budget else own
         used += length
         if used > budget:
             starts.append(place)
-            used = length
+            used = longest = own
     return np.split(order, starts[1:])

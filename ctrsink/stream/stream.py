@@ -123,7 +123,7 @@ class SequenceSource:
         out = []
         all_rows = np.split(of.argsort(kind="stable"), np.searchsorted(np.sort(of), ends)[:-1])
         for rows, which in zip(all_rows, counted, strict=True):
-            parts = [rows[chosen] for chosen in fill(lengths[rows], tokens)] if which is None else []
+            parts = [rows[chosen] for chosen in fill(lengths[rows], tokens, built.padded)] if which is None else []
             shortest = rows[[lengths[rows].argmin()]]
             none = collate(built, shortest, users[of[shortest]], np.zeros(1, np.bool_))
             out.append(([collate(built, part, users[of[part]]) for part in parts], none))

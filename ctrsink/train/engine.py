@@ -234,7 +234,7 @@ def group_key(model: CTRModule, name: str, parameter: nn.Parameter, trainable: t
     group = model.trained_as(name, trainable)
     # Under ZeRO-3 the parameter itself is empty; its shape is kept beside it.
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return None if group is None else f"{group}/{'decay' if len(shape) > 1 else 'plain'}"
+    return None if group is None else f"{group}/{'decay' if model.decays(name, len(shape)) else 'plain'}"
 
 
 def deepspeed_config(spec: RunSpec, named: dict[str, nn.Parameter]) -> dict[str, Any]:

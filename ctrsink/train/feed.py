@@ -1,6 +1,7 @@
 """Micro-batches on their way to the device: the next one is copied while the present one is computed."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
@@ -16,7 +17,7 @@ def fed(batches: list[Batch], device: str) -> Iterator[Batch]:
     if not device.startswith("cuda"):
         yield from (batch.to(device) for batch in batches)
         return
-    copying = torch.cuda.Stream(device)
+    copying = _copying(device)
 
     def sent(batch: Batch) -> Batch:
         with torch.cuda.stream(copying):
@@ -32,6 +33,12 @@ def fed(batches: list[Batch], device: str) -> Iterator[Batch]:
         if following is not None:
             waiting.append(sent(following))
         yield now
+
+
+@lru_cache
+def _copying(device: str) -> torch.cuda.Stream:
+    """One for the whole run: the allocator keeps memory apart for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def _used(tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:

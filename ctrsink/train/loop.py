@@ -169,7 +169,7 @@ class Trainer:
                     with self._during("report"):
                         inside = self._look_inside(engine, stage) if metrics else {}
                         self._report(stage, result | metrics | inside, pace)
-                better = bool(metrics) and train.keep.best is not None
+                better = f"valid/{train.keep.best}" in metrics
                 if last or controller.ended or preempted or better or controller.step % train.checkpoint_every == 0:
                     with self._during("checkpoint"):
                         self._checkpoint(engine, metrics)
@@ -306,7 +306,7 @@ class Trainer:
         return {f"valid/{name}": value for name, value in found.items()}
 
     def _look_inside(self, engine: Engine, stage: StageSpec) -> dict[str, float]:
-        """What `probe` finds, always in the same few sequences of the valid split."""
+        """What the model shows of its inside, always in the same few sequences of the valid split."""
         if self.probed is None:
             self.probed = probe_batch(self.dataset, "valid", self.layout).to(self.topology.device)
         with _evaluating(engine):

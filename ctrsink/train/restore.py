@@ -6,6 +6,7 @@ from ctrsink.config import RunSpec
 from ctrsink.config.stages import Objective
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
+from ctrsink.errors import InputError
 from ctrsink.families.facts import Facts, facts_of
 from ctrsink.families.parameters import load_parameters
 from ctrsink.families.protocol import CTRModule
@@ -52,4 +53,10 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     load_parameters(model, checkpoint.parameters)
     controller = StageController(spec, sum(source_of(dataset, "train", layout).per_shard))
     controller.load_state_dict(checkpoint.controller)
+    stage = controller.stage
+    if stage.objective != "click":
+        raise InputError(
+            f"the checkpoint of step {checkpoint.step} of {run_dir} is of the stage {stage.name}, which foretells no clicks: "
+            "name one of a later stage with --checkpoint, or let the run go on"
+        )
     return TrainedRun(spec, dataset, layout, checkpoint, facts, model.eval(), controller.stage.learns)

@@ -40,7 +40,7 @@ class BackboneSpec(Section):
     @field_validator("config")
     @classmethod
     def _can_be_built(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        # What can be told without transformers, and what would keep it busy for ever; the rest is model.build.check_model's.
+        # What can be told without transformers, and what would keep it busy for ever; the rest is for build.check_model.
         for name, size in (value or {}).items():
             if name in _SIZES and isinstance(size, int | float) and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")

@@ -23,7 +23,7 @@ class IdsSpec(FamilySpec):
     rows: int = Field(default=10_000, ge=2)
     """Rows of the embedding table of each id and of each hashed column; two values may share one. Row 0 is for the unknown."""
     buckets: int = Field(default=100, ge=2)
-    """Rows of the embedding table of each signal that is a bucket."""
+    """Rows of the embedding table of each signal that is a bucket, and of `feedback`, of which a log may bring new values."""
     embedding_size: int = Field(default=32, ge=1)
     """Width of the tables."""
     id_dropout: float = Field(default=0.1, ge=0, lt=1)

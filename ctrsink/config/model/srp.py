@@ -17,8 +17,13 @@ MaskGroup = Literal["item", "behaviour"]
 MASK_GROUPS: tuple[MaskGroup, ...] = ("item", "behaviour")
 
 
-def mask_group(name: str) -> MaskGroup:
-    """`item` where the signal's value is a property of the item, else `behaviour`: feedback, time, what the log says."""
+def mask_group(name: str) -> MaskGroup | Literal["both"]:
+    """`item` where the signal's value is a property of the item, else `behaviour`: feedback, time, what the log says.
+
+    `both`: it sets one against the other, and would give away either; it is hidden where one of them is.
+    """
+    if name in ("deviation", "expected", "field_res"):
+        return "both"
     column = Column.parse(name)
     of_item = name in ("item_id", "item_mean", "item_count") or (column is not None and column.of == "item")
     return "item" if of_item else "behaviour"
@@ -85,8 +90,6 @@ class SrpSpec(IdsSpec):
             raise ValueError(f"data.{key} {kept} is more than the {self.max_history} positions of model.max_history: raise that")
         for stage in run.stages:
             self._check_stage(stage, kept)
-        if run.stages[-1].objective != "click":
-            raise ValueError(f"stages.{run.stages[-1].name}: the last stage must have objective click, or no click is foretold")
 
     def _check_stage(self, stage: "StageSpec", kept: int) -> None:
         """What a stage trains its objective must use: ZeRO waits for the gradient of every parameter that is trained."""

@@ -20,12 +20,7 @@ def layout(data: DataSpec, model: DecoderSpec, manifest: Manifest) -> Layout:
     numbers = sinks.numbers if sinks else ()
     target_numbers = target.numbers if target else ()
     names = (*(sinks.signals if sinks else ()), *(target.signals if target else ()), *((model.base,) if model.base else ()))
-    require_signals(data.uri, manifest, names)
-    if sinks is not None and "feedback" in names and (texts := len(manifest.feedback_texts)) > sinks.buckets:
-        raise InputError(
-            f"model.sinks.signals: feedback has {texts} different texts in the data set {data.uri}, more than model.sinks."
-            f"buckets {sinks.buckets}: raise buckets, or prepare with a coarser text.feedback such as ' {{feedback:.1f}}'"
-        )
+    require_signals(data.uri, manifest, names, "model.sinks", sinks.buckets if sinks else 0)
     found = Layout(
         family=model.family,
         examples=data.examples,

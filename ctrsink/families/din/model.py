@@ -10,7 +10,7 @@ from ctrsink.config.model.din import DinSpec
 from ctrsink.config.stages import Objective
 from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import EventEmbedding
-from ctrsink.families.ids.module import IdsModule, linear_flops, mlp, seen_pairs
+from ctrsink.families.ids.module import Head, IdsModule, linear_flops, mlp, seen_pairs
 from ctrsink.families.protocol import Flops
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS
@@ -48,7 +48,7 @@ class Din(IdsModule):
         super().__init__()
         self.embedding = EventEmbedding(spec, facts, spec.width)
         self.weigh = Weights(spec.width, spec.attention_layers)
-        self.head = mlp(3 * spec.width + self.embedding.target_count, spec.layers, spec.dropout)
+        self.head = Head(mlp(3 * spec.width + self.embedding.target_count, spec.layers, spec.dropout))
 
     def logits(self, batch: Batch, objective: Objective) -> torch.Tensor:
         inputs = batch.inputs
@@ -56,7 +56,8 @@ class Din(IdsModule):
         asked = self.embedding.targets(inputs["target_signals"], inputs["target_numbers"])
         target, behaviour = seen_pairs(batch)
         weights = self.weigh(asked, behaviours, target, behaviour)
-        interest = torch.zeros_like(asked).index_add(0, target, (weights * behaviours[behaviour]).to(asked.dtype))
+        wide = torch.promote_types(asked.dtype, torch.float32)  # long sums do not fit bfloat16
+        interest = torch.zeros_like(asked, dtype=wide).index_add(0, target, weights.to(wide) * behaviours[behaviour])
         interest = interest / inputs["seen"].clamp(min=1).sqrt()[:, None]
         return self.head(torch.cat([interest, asked, interest * asked, inputs["target_numbers"]], -1)).squeeze(-1)
 

@@ -14,7 +14,7 @@ from ctrsink.config.model.hstu import HstuSpec
 from ctrsink.config.stages import Objective
 from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import EventEmbedding
-from ctrsink.families.ids.module import IdsModule, linear_flops, mlp
+from ctrsink.families.ids.module import Head, IdsModule, linear_flops, mlp
 from ctrsink.families.protocol import Flops
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS
@@ -60,7 +60,7 @@ class Hstu(IdsModule):
         self.embedding = EventEmbedding(spec, facts, spec.width)
         self.units = nn.ModuleList(Unit(spec.width, spec.heads, spec.dropout) for _ in range(spec.blocks))
         self.norm = nn.LayerNorm(spec.width)
-        self.head = mlp(spec.width + self.embedding.target_count, spec.layers, spec.dropout)
+        self.head = Head(mlp(spec.width + self.embedding.target_count, spec.layers, spec.dropout))
         self.width = spec.width
 
     def logits(self, batch: Batch, objective: Objective) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Hstu(IdsModule):
         for unit in self.units:
             x = unit(x, seen, gaps, distances)
         states = targets.pack(self.norm(x)[:, width:])
-        return self.head(torch.cat([states, inputs["target_numbers"].to(states.dtype)], -1)).squeeze(-1)
+        return self.head(torch.cat([states, inputs["target_numbers"]], -1)).squeeze(-1)
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         of_event, of_target = linear_flops(self.embedding) // 2 + linear_flops(self.units), linear_flops(self.head)

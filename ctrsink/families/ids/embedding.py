@@ -13,6 +13,9 @@ from ctrsink.features.registry import of_kind, signal
 class SignalTables(nn.Module):
     """A table of embeddings for each category of behaviours and targets; a category of both sides has one.
 
+    A value of an id or of a hashed column that training never met has a row that is as it was at the start: outside of training
+    it is taken for the unknown, row 0, where that was trained. Ids are hidden at random in training, so that theirs is.
+
     Args:
         spec: which signals each side has.
         facts: how many values feedback has.
@@ -21,21 +24,39 @@ class SignalTables(nn.Module):
     def __init__(self, spec: IdsSpec, facts: Facts) -> None:
         super().__init__()
         self.width, self.id_dropout = spec.embedding_size, spec.id_dropout
-        self.rows = rows = {name: _rows(name, spec, facts) for name in spec.categories}
+        self.rows = rows = {name: _rows(name, spec) for name in spec.categories}
         self.ids = nn.ModuleDict(
             {module_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if signal(n).identity}
         )
         self.tables = nn.ModuleDict(
             {module_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if not signal(n).identity}
         )
-        for table in (*self.ids.values(), *self.tables.values()):
-            nn.init.normal_(table.weight, std=1 / math.sqrt(spec.embedding_size))  # pyright: ignore[reportArgumentType]
+        for name in rows:
+            weight = self.table(name).weight
+            assert isinstance(weight, torch.Tensor)
+            nn.init.normal_(weight, std=1 / math.sqrt(spec.embedding_size))
+            if signal(name).hashed:
+                self.register_buffer(_initial(name), weight.detach().clone(), persistent=False)
 
     def of(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Values of one category, int64 [n] -> [n, E] from its table; in training some ids are hidden."""
         if signal(name).identity and self.training and self.id_dropout:
             values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
-        return self.table(name)(values)
+        if self.training or not signal(name).hashed:
+            return self.table(name)(values)
+        unknown, own = self.table(name)(torch.stack([torch.zeros_like(values), values]))
+        initial = self.get_buffer(_initial(name))
+        never_met = (own == initial[values]).all(-1) & (unknown != initial[0]).any(-1)
+        return torch.where(never_met[:, None], unknown, own)
+
+    def settle(self) -> None:
+        """Give rows that training never met the vector of the unknown, for a model that is built without the seed."""
+        for name in self.rows:
+            if signal(name).hashed:
+                weight, initial = self.table(name).weight, self.get_buffer(_initial(name))
+                assert isinstance(weight, torch.Tensor)
+                if (weight[0] != initial[0]).any():
+                    weight.data = torch.where((weight == initial).all(-1, keepdim=True), weight[0], weight).detach()
 
     def table(self, name: str) -> nn.Module:
         """The table of a category: int64 [...] -> [..., E]."""
@@ -74,11 +95,15 @@ class EventEmbedding(SignalTables):
         return self.target(torch.cat([self._sum(self.target_names, signals), numbers], -1))
 
 
-def _rows(name: str, spec: IdsSpec, facts: Facts) -> int:
+def _initial(name: str) -> str:
+    return f"initial_{module_key(name)}"
+
+
+def _rows(name: str, spec: IdsSpec) -> int:
     found = signal(name)
     if found.hashed:
         return spec.rows
-    return spec.buckets if found.kind == "bucket" else found.values or facts.feedbacks
+    return found.values or spec.buckets
 
 
 def module_key(name: str) -> str:

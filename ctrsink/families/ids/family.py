@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ctrsink.config import RunSpec
@@ -25,7 +26,7 @@ TARGET_NUMBERS = ("target_numbers",)
 def layout(data: DataSpec, model: IdsSpec, manifest: Manifest) -> Layout:
     """See Family.layout."""
     names = (*model.behaviours, *model.target, *((model.base,) if model.base else ()))
-    require_signals(data.uri, manifest, names)
+    require_signals(data.uri, manifest, names, "model", model.buckets)
     numbers, target_numbers = (of_kind(side, numbers=True) for side in (model.behaviours, model.target))
     found = Layout(
         family=model.family,  # pyright: ignore[reportAttributeAccessIssue]
@@ -53,6 +54,11 @@ def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
     return behaviours.encode(cuts, layout)
 
 
+def encode_padded(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
+    """As `encode`, for a model that pads the sequences of a batch."""
+    return replace(behaviours.encode(cuts, layout), padded=True)
+
+
 def check(run: RunSpec, manifest: Manifest, vocabulary: Callable[[], int]) -> Facts:
     """See Family.check."""
     model: IdsSpec = run.model  # pyright: ignore[reportAssignmentType]
@@ -71,6 +77,11 @@ def portable(model: IdsSpec) -> IdsSpec:
 
 def merged(module: CTRModule, model: IdsSpec) -> tuple[dict[str, Any], int]:
     """See Family.merged."""
+    from ctrsink.families.ids.embedding import SignalTables  # takes torch
+
+    for part in module.modules():
+        if isinstance(part, SignalTables):
+            part.settle()
     return model.model_dump(mode="json"), 0
 
 

@@ -27,6 +27,10 @@ class IdsModule(CTRModule):
         losses = functional.binary_cross_entropy_with_logits(logits, batch.targets.labels, reduction="none")
         return Out((losses * batch.targets.counted).sum(), logits)
 
+    def decays(self, name: str, dimensions: int) -> bool:
+        # A row that no batch has touched stays what it is.
+        return super().decays(name, dimensions) and ".ids." not in name and ".tables." not in name
+
     def group_of(self, name: str) -> str:
         if ".ids." in name:
             return "ids"
@@ -40,6 +44,14 @@ def seeded(make: Callable[[], CTRModule], seed: int, precision: str) -> CTRModul
         model = make()
     model.mixed_precision = precision == "bf16"
     return model
+
+
+class Head(nn.Sequential):
+    """Layers to a logit, in fp32 at least: autocast would round it to bfloat16's three digits, and make ties of scores."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(torch.promote_types(input.dtype, torch.float32)))
 
 
 def mlp(inputs: int, layers: Sequence[int], dropout: float) -> nn.Sequential:

@@ -11,7 +11,7 @@ from ctrsink.config.model.sparse import SparseSpec
 from ctrsink.config.stages import Objective
 from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import EventEmbedding
-from ctrsink.families.ids.module import IdsModule, linear_flops, mlp
+from ctrsink.families.ids.module import Head, IdsModule, linear_flops, mlp
 from ctrsink.families.protocol import Flops
 from ctrsink.families.sparse.attention import EvoAttention
 from ctrsink.families.sparse.profile import Profile
@@ -49,7 +49,7 @@ class Sparse(IdsModule):
         self.profile = Profile(spec)
         self.blocks = nn.ModuleList(SparseBlock(spec) for _ in range(spec.blocks))
         self.norm = nn.RMSNorm(spec.width)
-        self.head = mlp(2 * spec.width + self.embedding.target_count, spec.layers, spec.dropout)
+        self.head = Head(mlp(2 * spec.width + self.embedding.target_count, spec.layers, spec.dropout))
 
     def logits(self, batch: Batch, objective: Objective) -> torch.Tensor:
         inputs = batch.inputs
@@ -66,6 +66,9 @@ class Sparse(IdsModule):
         asked = self.norm(rows[inputs["target_rows"]])
         read = [asked, profiles[batch.axes["targets"].owner], inputs["target_numbers"]]
         return self.head(torch.cat(read, -1)).squeeze(-1)
+
+    def decays(self, name: str, dimensions: int) -> bool:
+        return super().decays(name, dimensions) and not name.endswith(".coefficients")  # a table of scalars
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         of_event, of_row, of_target = (linear_flops(part) for part in (self.embedding, self.blocks, self.head))

@@ -4,9 +4,20 @@ from typing import Any
 
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.families.facts import Facts
-from ctrsink.families.ids.family import TARGET_NUMBERS, check, described, encode, layout, looked, merged, narrowed, portable
+from ctrsink.families.ids.family import (
+    TARGET_NUMBERS,
+    check,
+    described,
+    encode_padded,
+    layout,
+    looked,
+    merged,
+    narrowed,
+    portable,
+)
 from ctrsink.families.protocol import CTRModule
 
+encode = encode_padded
 GROUPS = SrpSpec.GROUPS
 
 

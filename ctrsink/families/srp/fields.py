@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ctrsink.config.model.srp import MaskGroup, SrpSpec, mask_group
+from ctrsink.config.model.srp import SrpSpec, mask_group
 from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import SignalTables
 from ctrsink.features.registry import of_kind
@@ -45,6 +45,7 @@ class FieldEmbedding(SignalTables):
     """`W_g sum over categories of Embedding(value) + V_g numbers`, summed over the groups g: fields of the item, and all others.
 
     A group that is hidden is its [MASK] vector in place of all its fields, numbers too: one would often give the others away.
+    Numbers that set a behaviour against its item, such as the deviation, are 0 where either is hidden.
     That, the numbers and a projection to each group are our decisions; the two groups are the paper's (arXiv 2407.19658).
     """
 
@@ -53,6 +54,8 @@ class FieldEmbedding(SignalTables):
         of_item = _of_group(spec.behaviours, "item")
         self.told = {"item": Fields.of(of_item, spec.behaviours)}
         self.told["behaviour"] = Fields.of(_of_group(spec.behaviours, "behaviour"), spec.behaviours)
+        self.of_both = Fields.of(_of_group(spec.behaviours, "both"), spec.behaviours).number_places
+        self.both = nn.Linear(len(self.of_both), spec.width, bias=False) if self.of_both else None
         self.asked = Fields.of(of_item, spec.target)
         """The same fields of the item, of a target."""
         self.asked_beside = Fields.of(tuple(name for name in spec.target if name not in of_item), spec.target)
@@ -73,7 +76,12 @@ class FieldEmbedding(SignalTables):
         if hidden is not None:
             item = item.index_copy(0, hidden.item, hidden.item_mask.to(item.dtype))
             other = other.index_copy(0, hidden.behaviour, self.mask(torch.zeros_like(hidden.behaviour)).to(other.dtype))
-        return item + other
+        if self.both is None:
+            return item + other
+        told = _columns(numbers, self.of_both)
+        if hidden is not None:
+            told = told.index_fill(0, hidden.item, 0.0).index_fill(0, hidden.behaviour, 0.0)
+        return item + other + self.both(told.to(self.both.weight.dtype))
 
     def candidates(self, signals: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of targets, int64 [T, C] and float32 [T, G], what a behaviour with their item would be whose other fields are hidden,
@@ -88,7 +96,7 @@ class FieldEmbedding(SignalTables):
         return torch.cat([summed, _columns(numbers, fields.number_places)], -1)
 
 
-def _of_group(names: tuple[str, ...], group: MaskGroup) -> tuple[str, ...]:
+def _of_group(names: tuple[str, ...], group: str) -> tuple[str, ...]:
     return tuple(name for name in names if mask_group(name) == group)
 
 

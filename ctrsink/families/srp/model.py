@@ -60,14 +60,13 @@ class Srp(IdsModule):
         return hidden(batch, self.spec, key) if objective.kind == "cloze" else batch
 
     def group_of(self, name: str) -> str:
+        if name.startswith(self._of_targets):  # pre-training reads no table that targets alone have
+            return "cross"
         return "ids" if ".ids." in name else name.split(".")[0]
 
     def trained_as(self, name: str, trainable: tuple[str, ...]) -> str | None:
-        """As CTRModule; None also for what the objective does not use of a group, which ZeRO would wait for.
-
-        `cloze` reads no table that targets alone have; without queries `click` does not read the encoder's last states.
-        """
-        if name.startswith(self._of_targets if "cloze" in trainable else self._of_last_states):
+        """As CTRModule; None also for the encoder's last states, which without queries `click` does not read: ZeRO would wait."""
+        if "cloze" not in trainable and name.startswith(self._of_last_states):
             return None
         return super().trained_as(name, trainable)
 
@@ -82,6 +81,10 @@ class Srp(IdsModule):
             return ()
         parts = ("attend", "feed") if self.spec.share_keys else ("attend", "feed", "remember")
         return ("encoder.norm.", *(f"encoder.blocks.{self.spec.layers - 1}.{part}." for part in parts))
+
+    def decays(self, name: str, dimensions: int) -> bool:
+        # Vectors in the form of tables.
+        return super().decays(name, dimensions) and not name.startswith(("queries.start", "cloze.biases", "embedding.mask"))
 
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         return counter(self, objective)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ctrsink.config.model.srp import SrpSpec
-from ctrsink.families.ids.module import mlp
+from ctrsink.families.ids.module import Head, mlp
 from ctrsink.sequences.batch import Axis
 
 
@@ -16,7 +16,7 @@ class Tower(nn.Module):
         first, *rest = spec.tower
         self.of_target = nn.Linear(spec.width + numbers, first)
         self.of_queries = nn.Linear(spec.queries * spec.width, first, bias=False) if spec.queries else None
-        self.rest = nn.Sequential(nn.GELU(), nn.Dropout(spec.dropout), mlp(first, rest, spec.dropout))
+        self.rest = Head(nn.GELU(), nn.Dropout(spec.dropout), mlp(first, rest, spec.dropout))
 
     def forward(
         self, candidates: torch.Tensor, numbers: torch.Tensor, queries: torch.Tensor | None, targets: Axis

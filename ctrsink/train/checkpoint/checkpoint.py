@@ -159,7 +159,7 @@ def require_data(run_dir: str, checkpoint: Checkpoint, datasets: tuple[str, ...]
     """Refuse a data set other than the one that the checkpoint was trained on.
 
     Raises:
-        InputError: the data set at `uri` is another; `datasets` says what it may have been, see rundir.identities.
+        InputError: the data set at `uri` is another; `datasets` says what it may have been, see run.folder.identities.
     """
     if checkpoint.dataset not in datasets:
         raise InputError(
