@@ -94,14 +94,14 @@ def train(spec: RunSpec, to: str) -> Iterator[str]:
 def optimizer_of(model: CTRModule, spec: RunSpec, stage: StageSpec, states: dict[Any, Any]) -> torch.optim.AdamW:
     """AdamW over what the stage trains; moments of what the stage before trained, too, go on."""
     set_trainable(model, stage.trainable)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p], "group": model.trained_as(name, stage.trainable), "lr": 0.0}
         | {"weight_decay": spec.train.weight_decay if model.decays(name, p.dim()) else 0.0}
-        for name, p in model.named_parameters()
-        if p.requires_grad
+        for name, p in trained.items()
     ]
     optimizer = torch.optim.AdamW(groups, betas=spec.train.betas, eps=1e-8)
-    optimizer.state.update({p: states[p] for group in groups for p in group["params"] if p in states})
+    optimizer.state.update({p: states[p] for p in trained.values() if p in states})
     return optimizer
 
 

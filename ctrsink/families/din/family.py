@@ -20,7 +20,9 @@ def build(model: DinSpec, facts: Facts, seed: int, precision: str = "fp32") -> C
 
 def rebuilt(plain: dict[str, Any], facts: Facts) -> CTRModule:
     """See Family.rebuilt."""
-    return build(DinSpec.model_validate(plain), facts, 0)
+    from ctrsink.families.ids.module import settled
+
+    return settled(build(DinSpec.model_validate(plain), facts, 0))
 
 
 __all__ = [

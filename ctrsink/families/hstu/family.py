@@ -31,7 +31,9 @@ def build(model: HstuSpec, facts: Facts, seed: int, precision: str = "fp32") -> 
 
 def rebuilt(plain: dict[str, Any], facts: Facts) -> CTRModule:
     """See Family.rebuilt."""
-    return build(HstuSpec.model_validate(plain), facts, 0)
+    from ctrsink.families.ids.module import settled
+
+    return settled(build(HstuSpec.model_validate(plain), facts, 0))
 
 
 __all__ = [

@@ -31,32 +31,35 @@ class SignalTables(nn.Module):
         self.tables = nn.ModuleDict(
             {module_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if not signal(n).identity}
         )
+        self.initial: dict[str, torch.Tensor] = {}
+        """Tables of ids and hashed columns as they were at the start; none of a model that was settled."""
         for name in rows:
             weight = self.table(name).weight
             assert isinstance(weight, torch.Tensor)
             nn.init.normal_(weight, std=1 / math.sqrt(spec.embedding_size))
             if signal(name).hashed:
-                self.register_buffer(_initial(name), weight.detach().clone(), persistent=False)
+                self.initial[name] = weight.detach().clone()
 
     def of(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Values of one category, int64 [n] -> [n, E] from its table; in training some ids are hidden."""
         if signal(name).identity and self.training and self.id_dropout:
             values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
-        if self.training or not signal(name).hashed:
+        initial = self.initial.get(name)
+        if self.training or initial is None:
             return self.table(name)(values)
         unknown, own = self.table(name)(torch.stack([torch.zeros_like(values), values]))
-        initial = self.get_buffer(_initial(name))
+        initial = self.initial[name] = initial.to(own.device)  # stays there
         never_met = (own == initial[values]).all(-1) & (unknown != initial[0]).any(-1)
         return torch.where(never_met[:, None], unknown, own)
 
     def settle(self) -> None:
-        """Give rows that training never met the vector of the unknown, for a model that is built without the seed."""
-        for name in self.rows:
-            if signal(name).hashed:
-                weight, initial = self.table(name).weight, self.get_buffer(_initial(name))
-                assert isinstance(weight, torch.Tensor)
-                if (weight[0] != initial[0]).any():
-                    weight.data = torch.where((weight == initial).all(-1, keepdim=True), weight[0], weight).detach()
+        """Give rows that training never met the vector of the unknown, once for all: for a model that leaves its run."""
+        for name, initial in self.initial.items():
+            weight = self.table(name).weight
+            assert isinstance(weight, torch.Tensor)
+            if (weight[0] != initial[0]).any():
+                weight.data = torch.where((weight == initial).all(-1, keepdim=True), weight[0], weight).detach()
+        self.initial = {}
 
     def table(self, name: str) -> nn.Module:
         """The table of a category: int64 [...] -> [..., E]."""
@@ -93,10 +96,6 @@ class EventEmbedding(SignalTables):
     def targets(self, signals: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """int64 [T, C] and float32 [T, G] -> [T, D]."""
         return self.target(torch.cat([self._sum(self.target_names, signals), numbers], -1))
-
-
-def _initial(name: str) -> str:
-    return f"initial_{module_key(name)}"
 
 
 def _rows(name: str, spec: IdsSpec) -> int:

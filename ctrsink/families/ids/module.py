@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from ctrsink.config.stages import Objective
+from ctrsink.families.ids.embedding import SignalTables
 from ctrsink.families.protocol import CTRModule, Out
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.behaviours import BEHAVIOURS
@@ -35,6 +36,14 @@ class IdsModule(CTRModule):
         if ".ids." in name:
             return "ids"
         return "embedding" if name.startswith("embedding.") else "model"
+
+
+def settled(model: CTRModule) -> CTRModule:
+    """The model of an exported section: its tables come settled with the weights."""
+    for part in model.modules():
+        if isinstance(part, SignalTables):
+            part.initial = {}
+    return model
 
 
 def seeded(make: Callable[[], CTRModule], seed: int, precision: str) -> CTRModule:
