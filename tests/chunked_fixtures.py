@@ -102,7 +102,9 @@ def by_definition(
             own = given.at_asked[layer][owner[row], :, asked[row]]
             columns = [own[:, sinks[i]] if i in sinks else torch.zeros(len(own)) for i in seen]
             scores = scores + torch.stack(columns + [torch.zeros(len(own))] * len(chunks), 1)
-        out.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), values))
+        weights = scores.softmax(-1)
+        module.paid[row] = (seen, chunks, weights.mean(0).tolist())
+        out.append(torch.einsum("hk,hkd->hd", weights, values))
     return torch.stack(out)[None], None
 
 
@@ -116,7 +118,7 @@ def as_defined(model: CTRModel, batch: Batch) -> CTRModel:
     plain.backbone.config._attn_implementation = PLAIN  # pyright: ignore[reportAttributeAccessIssue]
     keys = plain_keys(model.sparse, batch)
     for layer in plain.backbone.layers:  # pyright: ignore[reportGeneralTypeIssues]
-        layer.self_attn.plain_keys = keys
+        layer.self_attn.plain_keys, layer.self_attn.paid = keys, {}
     return plain
 
 

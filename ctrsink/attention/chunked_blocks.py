@@ -22,7 +22,7 @@ from ctrsink.features.ragged import ranges
 
 BACKEND = "ctrsink_chunked_blocks"
 QUERIES = 32  # of a block at most, as measured: more would share keys that few of them see
-AT_ONCE = 512  # queries, as measured: their scores stay in the cache
+AT_ONCE = 256  # queries, as measured: their scores stay in the cache
 _NEVER = 2**62
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Keys of n blocks and the rows from which to which each is seen, [n, k]."""

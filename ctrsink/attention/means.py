@@ -13,4 +13,5 @@ def means(of: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.T
     """
     sums = torch.cat([of.new_zeros(1, *of.shape[1:], dtype=torch.float64), of.double().cumsum(0)])
     counts = (ends - starts).clamp(min=1)
-    return ((sums[ends] - sums[starts]) / counts[:, None, None]).to(of.dtype)
+    # An index costs several times as much as index_select.
+    return ((sums.index_select(0, ends) - sums.index_select(0, starts)) / counts[:, None, None]).to(of.dtype)
