@@ -87,9 +87,9 @@ class BiasSpec(Section):
 
 
 class SparseSinksSpec(Section):
-    """Attention to a long history through some of its sinks and means over others, at any length as many keys (SparseCTR,
-    arXiv 2601.17836, over the sinks of CTR-Sink: our own). A position sees the prefix, its own event up to itself, and of other
-    events no text, whatever a stage's readout is.
+    """Attention to a long history by its sinks: the latest, the last of each chunk, and a mean over each chunk, at any length as
+    many keys (SparseCTR, arXiv 2601.17836, over the sinks of CTR-Sink: our own). The text of other events is not seen, whatever a
+    stage's readout is.
     """
 
     chunks: int = Field(default=16, ge=1)
@@ -157,8 +157,8 @@ class DecoderSpec(FamilySpec):
     window: int | None = Field(default=None, ge=1)
     """A position attends to its own event, the prefix and this many events before it; null: to all of its sequence."""
     sparse: SparseSinksSpec | None = None
-    """Attention to a history of 1,000 behaviours and more through its sinks, by chunks; best with `data.text_history: 0`. null:
-    every position attends to all before it."""
+    """For histories of 1,000 behaviours and more, with `data.text_history: 0`, which leaves them their sinks alone. null: every
+    position attends to all before it."""
     lora: LoraSpec | None = None
     """null: no adapters."""
     trust_remote_code: bool = False
