@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import loss_compare
+from benchmarks.bridge_contestants import batch_of, contestant
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.dense import DenseModel
 from benchmarks.gpu_utilisation import PLAIN, backends
@@ -142,6 +143,21 @@ def test_history_growth_stops_who_would_need_too_much_memory(repository: Path) -
     assert rows["dense", 600]["peak_gib"] is None  # its masks alone are 4 x 6,016 squared floats in each layer
     assert 0 <= rows["ours", 4]["peak_gib"] < rows["ours", 600]["peak_gib"] < 2
     assert rows["ours", 4]["s_per_step"] < rows["ours", 600]["s_per_step"]
+
+
+def test_bridge_measures_everybody_on_the_same_behaviours(repository: Path) -> None:
+    sizes = ["--history", 6, "--event-tokens", 3, "--window", 4, "--steps", 1, "--threads", 1]
+    report = run_benchmark(repository, "bridge", "--shape", "test", *sizes, "--contestants", "bridge", "din")
+    ours, din = report["growth"]
+    assert ours["time_ratio"] == ours["cpu_ratio"] == 1
+    assert din["cpu_ratio"] == din["cpu_s_per_step"] / ours["cpu_s_per_step"]
+    assert all(min(row["s_per_step"], row["gflops"]) > 0 for row in report["growth"])
+    # A behaviour is its sink, or three tokens and its sink, or one row; the target is two tokens, or one row.
+    expected = {"bridge": 6 + 2, "ctr-sink, bare": 6 + 2, "ctr-sink": 6 * 4 + 2, "din": 7}
+    sparse = {"chunks": 4, "transition": 2, "window": 4}
+    found = {name: batch_of(contestant(name, 6, "test", "blocks", sparse), 2, 3).tokens for name in expected}
+    assert found == {name: 2 * rows for name, rows in expected.items()}
+    assert (ours["rows"], din["rows"]) == (found["bridge"], found["din"])
 
 
 def test_scoring_finds_the_same_probabilities_either_way(repository: Path) -> None:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ctrsink.families.registry import family_of
-from ctrsink.families.sparse.chunks import Chunks, by_length, by_time
 from ctrsink.families.sparse.model import Sparse, keys_read
 from ctrsink.families.sparse.rows import QUERIES, blocks_of
 from ctrsink.families.sparse.sight import sight
 from ctrsink.features.ragged import Ragged
 from ctrsink.sequences.batch import Batch
+from ctrsink.sequences.chunks import Chunks, by_length, by_time
 from tests.sparse_fixtures import (
     CLICK,
     FACTS,

@@ -41,7 +41,7 @@ class Layout:
     text_history: int | None = None
     """Of the behaviours before the first target only so many latest have a text, the others are their sink alone; None: all."""
     window: int | None = None
-    """How many events before its own a position of text attends to; None: all."""
+    """How many events before its own a position of text attends to; None: all. With `chunks`: sinks that it reads one by one."""
     asked_history: int = 0
     """`per_user`: of the behaviours before the first target so many latest are asked as targets are. In training none is: a
     sequence's targets do that. A request has one target, and its history must look as it did in training."""
@@ -51,6 +51,8 @@ class Layout:
     """Parts that a history is divided into for a model that reads summaries of them; 0: it is not."""
     chunking: Literal["time", "equal"] = "time"
     """Where these parts begin: behind the longest gaps, or after as many behaviours each."""
+    transition: int = 0
+    """Sinks at the end of each part that a position of text reads one by one."""
     utc_offset_hours: float = 0.0
     """What `hour` and `weekday` are counted at."""
     scales: tuple[tuple[str, float, float], ...] = ()

@@ -50,7 +50,7 @@ class Axis:
     def pad(self, packed: torch.Tensor, width: int, value: float = 0) -> torch.Tensor:
         """[total, ...] -> [B, width, ...], with `value` where no row is; `width` is at least `longest`."""
         flat = packed.new_full((len(self.lengths) * width, *packed.shape[1:]), value)
-        return flat.index_copy(0, self.owner * width + self.place, packed).unflatten(0, (-1, width))
+        return flat.index_copy(0, self.owner * width + self.place, packed).unflatten(0, (len(self.lengths), width))
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, W, ...] -> [total, ...]."""

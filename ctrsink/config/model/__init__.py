@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Discriminator, Tag
 
-from ctrsink.config.model.decoder import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec
+from ctrsink.config.model.decoder import BackboneSpec, BiasSpec, DecoderSpec, LoraSpec, SinkSpec, SparseSinksSpec
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.family import FamilySpec
 from ctrsink.config.model.hstu import HstuSpec
@@ -44,6 +44,7 @@ __all__ = [
     "LoraSpec",
     "ModelSpec",
     "SinkSpec",
+    "SparseSinksSpec",
     "SparseSpec",
     "SrpSpec",
     "TargetSpec",

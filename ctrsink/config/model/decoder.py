@@ -86,6 +86,30 @@ class BiasSpec(Section):
     """False is the published form, in which every sink slot of the batch takes part; for parity only."""
 
 
+class SparseSinksSpec(Section):
+    """Attention to a long history by its sinks: the latest, the last of each chunk, and a mean over each chunk, at any length as
+    many keys (SparseCTR, arXiv 2601.17836, over the sinks of CTR-Sink: our own). The text of other events is not seen, whatever a
+    stage's readout is.
+    """
+
+    chunks: int = Field(default=16, ge=1)
+    """Parts that a history is divided into, between its longest gaps, for every position anew, the latest among them. Of each
+    the mean of its sinks' keys and values is read."""
+    transition: int = Field(default=2, ge=1)
+    """Sinks at the end of each part that are read themselves; at most `window`."""
+    window: int = Field(default=64, ge=1)
+    """Latest sinks that are read themselves, whatever part they are in."""
+    summary_bias: bool = False
+    """A learned addition to the attention logits of the means, per head, which starts at 0: a mean of a hundred behaviours is
+    one key. Belongs to the group `bias`."""
+
+    @model_validator(mode="after")
+    def _ends_are_local(self) -> "SparseSinksSpec":
+        if self.transition > self.window:
+            raise ValueError(f"transition {self.transition} is more than window {self.window}, whose sinks are all read")
+        return self
+
+
 class LoraSpec(Section):
     """Low-rank adapters on the backbone's linear layers (PEFT)."""
 
@@ -132,6 +156,9 @@ class DecoderSpec(FamilySpec):
     `per_user` sequence cannot say by signals, because its targets share them."""
     window: int | None = Field(default=None, ge=1)
     """A position attends to its own event, the prefix and this many events before it; null: to all of its sequence."""
+    sparse: SparseSinksSpec | None = None
+    """For histories of 1,000 behaviours and more, with `data.text_history: 0`, which leaves them their sinks alone. null: every
+    position attends to all before it."""
     lora: LoraSpec | None = None
     """null: no adapters."""
     trust_remote_code: bool = False
@@ -161,11 +188,28 @@ class DecoderSpec(FamilySpec):
             raise ValueError("similarity acts from targets to sinks: set it to null where sinks is null")
         return self
 
+    @model_validator(mode="after")
+    def _sparse_fits(self) -> "DecoderSpec":
+        if self.sparse is None:
+            return self
+        if self.sinks is None:
+            raise ValueError("sparse reads a history through its sinks: set it to null where sinks is null")
+        if self.window is not None:
+            raise ValueError(
+                "window and sparse are two rules for one attention: set window to null; sparse has a window of its own"
+            )
+        if self.bias is not None:
+            raise ValueError("bias is a table of all pairs of sinks, as large as what sparse saves: set bias to null with sparse")
+        if self.attention == "flex":
+            raise ValueError("attention flex does not compute sparse: take blocks on a CPU, or sdpa")
+        return self
+
     @property
     def absent(self) -> dict[str, str]:
+        summaries = self.sparse is not None and self.sparse.summary_bias
         owners = {
             "sink": (self.sinks, "model.sinks is null"),
-            "bias": (self.bias or self.temporal or self.similarity, "model.bias is null"),
+            "bias": (self.bias or self.temporal or self.similarity or summaries, "model.bias is null"),
             "lora": (self.lora, "model.lora is null"),
             "ids": (self.ids, "no signal is item_id or user_id"),
         }

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ctrsink.config.model import DecoderSpec, LoraSpec
 from ctrsink.errors import InputError, did_you_mean, first_line
-from ctrsink.families.decoder.model import BACKENDS, CTRModel, decoder_layers
+from ctrsink.families.decoder.model import CTRModel, backend_of, decoder_layers
 from ctrsink.families.decoder.supported import check_config, check_flex, check_layers, guard_length
 from ctrsink.families.parameters import DTYPES
 
@@ -113,7 +113,7 @@ def _backbone(spec: DecoderSpec, vocabulary: int, dtype: torch.dtype) -> Any:
     source, config = spec.backbone, backbone_config(spec, vocabulary)
     if source.config is not None:
         try:
-            return AutoModel.from_config(config, attn_implementation=BACKENDS[spec.attention], dtype=dtype)
+            return AutoModel.from_config(config, attn_implementation=backend_of(spec), dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(f"model.backbone.config: {_one_line(error)}") from None
     assert source.path is not None
@@ -121,7 +121,7 @@ def _backbone(spec: DecoderSpec, vocabulary: int, dtype: torch.dtype) -> Any:
         backbone = AutoModel.from_pretrained(
             source.path,
             config=config,
-            attn_implementation=BACKENDS[spec.attention],
+            attn_implementation=backend_of(spec),
             dtype=dtype,
             use_safetensors=True,
             revision=source.revision or "main",

@@ -35,5 +35,6 @@ def flop_count(model: "CTRModel", sinks_only: bool) -> Callable[[Batch], Flops]:
             per_token += shape.numel() * (6 if parameter.requires_grad else 4 if returns else 2)
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     per_pair = (12 if returns else 4) * width * config.num_hidden_layers
-    pairs = "pairs_through_sinks" if sinks_only else "pairs"
+    # By chunks a target never sees more than sinks.
+    pairs = "pairs_through_sinks" if sinks_only and model.sparse is None else "pairs"
     return lambda batch: Flops(per_token * batch.tokens, per_pair * batch.costs[pairs])

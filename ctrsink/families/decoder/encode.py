@@ -7,6 +7,7 @@ import numpy as np
 
 from ctrsink.attention.kinds import FEEDBACK, PREFIX, SINK, TEXT
 from ctrsink.dataset.layout import Layout
+from ctrsink.families.decoder.chunked import with_chunks
 from ctrsink.families.decoder.pairs import similarity_pairs, visible_pairs
 from ctrsink.families.facts import Wording
 from ctrsink.features.ragged import Ragged, ranges
@@ -25,7 +26,7 @@ def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
     `position_ids`: targets that share a history begin at the same position behind it. Of sinks: `sink_positions`, `signals`,
     `sink_numbers`, `sink_times`. Of targets: `readout_positions`, `readout_numbers`, `base`. Of events that are asked, which are
     targets, and in `per_user` sequences every event from the first target on: `asked_positions`, `asked_times`, `asked_signals`,
-    `asked_numbers`. Of each pair of one asked and a sink: `similarity`.
+    `asked_numbers`. Of each pair of one asked and a sink: `similarity`. With chunks also those of `chunked.with_chunks`.
 
     Raises:
         InputError: a `per_user` sequence would show an impression the answers of its own request.
@@ -119,7 +120,7 @@ def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
         "pairs": {"similarity": similarity},
     }  # fmt: skip
     counted = {"positions": positions, "sinks": behaviours.offsets, TARGETS: targets.offsets, "asked": asked_rows.offsets}
-    return Sequences(
+    found = Sequences(
         {name: column for columns in of.values() for name, column in columns.items()},
         {name: axis for axis, columns in of.items() for name in columns},
         counted | {"pairs": pairs} | _most(positions, aligned, candidate, tails, np.diff(asked_rows.offsets), sizes),
@@ -127,6 +128,7 @@ def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
         points={f"{name}_positions": "positions" for name in ("sink", "readout", "asked")},
         costs=visible_pairs(kinds, event_ids, aligned, candidate, positions, layout.window),
     )
+    return with_chunks(found, layout) if layout.chunks else found
 
 
 def _most(

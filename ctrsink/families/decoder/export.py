@@ -4,11 +4,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
-from ctrsink.attention import sdpa
 from ctrsink.config.model import DecoderSpec
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
-from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.decoder.model import CTRModel, backend_of
 from ctrsink.families.decoder.supported import guard_length
 from ctrsink.families.protocol import CTRModule
 
@@ -42,7 +41,7 @@ def rebuilt(plain: dict[str, Any]) -> CTRModel:
     model = DecoderSpec.model_validate(plain)
     fields = dict(model.backbone.config or {})
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    backbone = AutoModel.from_config(config, attn_implementation=sdpa.BACKEND)
+    backbone = AutoModel.from_config(config, attn_implementation=backend_of(model))
     guard_length(backbone)
     return CTRModel(backbone, model)
 
@@ -62,6 +61,11 @@ def described(module: CTRModule, model: DecoderSpec, layout: Layout) -> list[str
     if model.similarity is not None:
         of = {"neighbours": "what users thought of both", "vectors": "their texts"}[model.similarity]
         parts.append(f"Targets look for the sinks of items that are similar by {of}.")
+    if (sparse := model.sparse) is not None:
+        parts.append(
+            f"A history is read by chunks, between its longest gaps: a mean of the sinks of each of {sparse.chunks}, the last "
+            f"{sparse.transition} of each, and the latest {sparse.window} sinks (SparseCTR, arXiv 2601.17836, over sinks)."
+        )
     if layout.text_history is not None:
         parts.append(f"Of the behaviours before a target's sequence the latest {layout.text_history} have a text.")
     if model.lora is not None:

@@ -7,6 +7,7 @@ _PREFIXES: dict[str, str] = {
     "biases": "bias",
     "temporal": "bias",
     "similarity": "bias",
+    "summaries": "bias",
     "target": "head",
     "head": "head",
 }

@@ -16,7 +16,7 @@ log = logging.getLogger("ctrsink.train")
 
 def layout(data: DataSpec, model: DecoderSpec, manifest: Manifest) -> Layout:
     """See Family.layout."""
-    sinks, target = model.sinks, model.target
+    sinks, target, sparse = model.sinks, model.target, model.sparse
     numbers = sinks.numbers if sinks else ()
     target_numbers = target.numbers if target else ()
     names = (*(sinks.signals if sinks else ()), *(target.signals if target else ()), *((model.base,) if model.base else ()))
@@ -38,7 +38,9 @@ def layout(data: DataSpec, model: DecoderSpec, manifest: Manifest) -> Layout:
         base=model.base,
         similarity=model.similarity,
         text_history=data.text_history,
-        window=model.window,
+        window=model.window if sparse is None else sparse.window,
+        chunks=0 if sparse is None else sparse.chunks,
+        transition=0 if sparse is None else sparse.transition,
         utc_offset_hours=data.utc_offset_hours,
         scales=scales_of(manifest, (*numbers, *target_numbers)),
     )

@@ -47,7 +47,7 @@ def looked(
     model: "CTRModel", untrained: Callable[[], "CTRModel"], batches: list[Batch], objective: Objective
 ) -> dict[str, dict[str, Shares]]:
     """`attention_to_sinks`: by layer and head, of the model `untrained`, `trained`, and trained `without_bias` (similarity,
-    temporal and inter-sink bias set to 0); nothing without sinks.
+    temporal, inter-sink bias and that of means set to 0); nothing without sinks.
     """
     if model.sinks is None:
         return {}
@@ -72,7 +72,7 @@ def shares_of(model: "CTRModel", batches: list[Batch], objective: Objective) -> 
 @contextmanager
 def _without_biases(model: "CTRModel") -> Iterator["CTRModel"]:
     """The model, whose biases are 0 meanwhile."""
-    names = ("similarity", "temporal", "biases")
+    names = ("similarity", "temporal", "summaries", "biases")
     kept = {name: value.detach().clone() for name, value in model.named_parameters() if name.split(".")[0] in names}
     with torch.no_grad():
         for name in kept:

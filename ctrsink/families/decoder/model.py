@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ctrsink.attention import blocks, flex, sdpa
+from ctrsink.attention import blocks, chunked_blocks, chunked_sdpa, flex, sdpa
+from ctrsink.attention.chunked import Chunked, ChunkedInputs
 from ctrsink.attention.inputs import AttentionInputs, Watch
 from ctrsink.attention.packed import Packed
-from ctrsink.config.model import DecoderSpec
+from ctrsink.config.model import DecoderSpec, SparseSinksSpec
 from ctrsink.config.stages import Objective
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.bias import InterSinkBias, attach
@@ -22,6 +23,7 @@ from ctrsink.families.decoder.look import gammas_and_shares
 from ctrsink.families.decoder.readout import read
 from ctrsink.families.decoder.shares import watched
 from ctrsink.families.decoder.similarity import SimilarityBias, similarity_of
+from ctrsink.families.decoder.summaries import SummaryBias
 from ctrsink.families.decoder.temporal import TemporalBias
 from ctrsink.families.protocol import CTRModule, Flops, Out
 from ctrsink.features.registry import SIGNALS, signal
@@ -31,13 +33,15 @@ from ctrsink.sequences.columns import TARGETS
 LAYER = 24  # states of a token that a layer holds while it computes, about: projections, attention, the gated MLP
 BACKENDS = {"sdpa": sdpa.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
+BY_CHUNKS = {"sdpa": chunked_sdpa.BACKEND, "blocks": chunked_blocks.BACKEND}
+"""The same with `model.sparse`."""
 
 
 class CTRModel(CTRModule):
     """Click probabilities of the targets in a Batch (CTR-Sink, arXiv 2508.03668).
 
     Args:
-        backbone: a decoder without its vocabulary head, whose attention implementation is `BACKENDS[spec.attention]`.
+        backbone: a decoder without its vocabulary head, whose attention implementation is `backend_of(spec)`.
         spec: which sinks and bias it carries.
     """
 
@@ -76,8 +80,11 @@ class CTRModel(CTRModule):
         self.similarity = nn.ModuleList()
         if spec.similarity is not None:
             self.similarity.extend(SimilarityBias(heads) for _ in decoder_layers(backbone))
+        self.summaries = nn.ModuleList()
+        if spec.sparse is not None and spec.sparse.summary_bias:
+            self.summaries.extend(SummaryBias(heads) for _ in decoder_layers(backbone))
         self.layers = len(decoder_layers(backbone))
-        self.window = spec.window
+        self.window, self.sparse = spec.window, spec.sparse
         self.attention = spec.attention
         self.watch: Watch | None = None
         """Told of every layer's attention while it is set."""
@@ -112,7 +119,7 @@ class CTRModel(CTRModule):
         Raises:
             RuntimeError: the backbone did not pass the attention's inputs on to it.
         """
-        given = self._inputs(packed, objective.readout.through_sinks)
+        given = self._inputs(batch, packed, objective.readout.through_sinks)
         given.watch = self.watch
         given.at_asked.update(enumerate(self._asked_biases(batch, packed)))
         out = self.backbone(
@@ -129,12 +136,23 @@ class CTRModel(CTRModule):
             )
         return out.last_hidden_state[0]
 
-    def _inputs(self, packed: Packed, sinks_only: bool) -> AttentionInputs:
+    def _inputs(self, batch: Batch, packed: Packed, sinks_only: bool) -> AttentionInputs:
+        if self.sparse is not None:
+            return self._chunked(Chunked.of(batch, packed), packed, self.sparse)
         if self.attention == "flex":
             return flex.inputs(packed, sinks_only, self.window)
         if self.attention == "blocks":
             return blocks.inputs(packed, sinks_only, self.window)
         return sdpa.inputs(packed, sinks_only, self.window, bool(self.temporal or self.similarity))
+
+    def _chunked(self, chunked: Chunked, packed: Packed, sparse: SparseSinksSpec) -> ChunkedInputs:
+        if self.attention == "blocks":
+            sizes = chunked_blocks.Sizes(sparse.window, sparse.chunks, sparse.transition)
+            given = chunked_blocks.inputs(packed, chunked, sizes)
+        else:
+            given = chunked_sdpa.inputs(packed, chunked)
+        given.at_means.update(enumerate(bias() for bias in self.summaries))
+        return given
 
     def forward(self, batch: Batch, objective: Objective) -> Out:
         targets = batch.targets
@@ -179,6 +197,11 @@ class CTRModel(CTRModule):
     def _state_bytes(self, tokens: int) -> int:
         """Of one state of every token, for any head."""
         return 4 * tokens * self.head.norm.normalized_shape[0]
+
+
+def backend_of(spec: DecoderSpec) -> str:
+    """The name under which transformers knows the attention of a model."""
+    return BACKENDS[spec.attention] if spec.sparse is None else BY_CHUNKS[spec.attention]
 
 
 def decoder_layers(backbone: nn.Module) -> list[nn.Module]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ctrsink.attention.chunked import ChunkedInputs
+from ctrsink.attention.chunked_dense import Columns
 from ctrsink.attention.inputs import AttentionInputs
 from ctrsink.attention.kinds import PAD, PREFIX, SINK
 from ctrsink.attention.packed import Packed, Padded
@@ -33,7 +35,8 @@ class SinkShare:
     """Watches one forward pass, by `CTRModel.watch`; no training step does.
 
     The softmax of the rows of events that are asked is computed in fp32 over all that they see, with their bias; these rows have
-    no inter-sink bias. The history is what they see of other events; prefix and own text are left out.
+    no inter-sink bias. The history is what they see of other events; prefix and own text are left out. What is paid to the mean
+    of a chunk is paid to its sinks, in equal parts.
 
     Args:
         of: the batch, on the model's device.
@@ -57,17 +60,15 @@ class SinkShare:
     def __call__(self, given: AttentionInputs, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Packed query [1, H, N, d] and key [1, H_kv, N, d] of one layer."""
         of, at, axis = self.of, self.of.asked, given.packed.sequences
-        query, key = (axis.pad(x[0].transpose(0, 1), of.kinds.shape[1]).transpose(1, 2).float() for x in (query, key))
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        query = axis.pad(query[0].transpose(0, 1), of.kinds.shape[1]).transpose(1, 2).float()
         rows = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         with torch.autocast(query.device.type, enabled=False):
-            scores = rows @ key.transpose(2, 3) * scaling
-        if (bias := given.at_asked.get(layer)) is not None:
-            # Slots that are not valid share the padding column; adding 0 there changes nothing.
-            bias = bias.float().masked_fill(~of.sink_valid[:, None, None, :], 0.0)
-            scores = scores.scatter_add(3, of.sinks[:, None, None, :].expand_as(bias), bias)
-        seen = visible(of, at, self.sinks_only, self.window)
-        weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+            if isinstance(given, ChunkedInputs):
+                weights = self._by_chunks(given, layer, rows, key[0].transpose(0, 1), scaling)
+            else:
+                key = axis.pad(key[0].transpose(0, 1), of.kinds.shape[1]).transpose(1, 2)
+                seen = visible(of, at, self.sinks_only, self.window)
+                weights = self._weights(given, layer, rows, key, scaling, seen)
         event = of.events[:, None, :]
         kept = (of.kinds != PAD) & (of.kinds != PREFIX)
         history = kept[:, None] & (event != of.events.gather(1, at)[:, :, None]) & of.asked_valid[:, :, None]
@@ -78,3 +79,22 @@ class SinkShare:
         columns = of.sinks[:, None, :].expand(-1, paid.shape[2], -1)
         at_sinks = paid.mean(1).gather(2, columns) * of.sink_valid[:, None, :]
         self.paid = at_sinks if self.paid is None else self.paid + at_sinks
+
+    def _weights(
+        self, given: AttentionInputs, layer: int, rows: torch.Tensor, key: torch.Tensor, scaling: float, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """Of queries [B, H, M, d] and keys [B, H_kv, C, d], of which those `seen`, [B, M, C], are: [B, H, M, C]."""
+        scores = rows @ key.float().repeat_interleave(rows.shape[1] // key.shape[1], 1).transpose(2, 3) * scaling
+        if (bias := given.at_asked.get(layer)) is not None:
+            # Slots that are not valid share the padding column; adding 0 there changes nothing.
+            bias = bias.float().masked_fill(~self.of.sink_valid[:, None, None, :], 0.0)
+            scores = scores.scatter_add(3, self.of.sinks[:, None, None, :].expand_as(bias), bias)
+        if isinstance(given, ChunkedInputs) and (at_means := given.at_means.get(layer)) is not None:
+            scores[..., self.of.kinds.shape[1] :] += at_means.float()[:, None, None]
+        return scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+
+    def _by_chunks(self, given: ChunkedInputs, layer: int, rows: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention to positions, [B, H, M, L], of queries [B, H, M, d] and packed keys [N, H_kv, d]."""
+        columns = Columns.painted(given.chunked, self.of)
+        seen = columns.visible.gather(1, self.of.asked[:, :, None].expand(-1, -1, columns.visible.shape[2]))
+        return columns.at_positions(self._weights(given, layer, rows, columns.padded(key), scaling, seen))

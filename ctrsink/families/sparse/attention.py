@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ctrsink.attention.means import means
 from ctrsink.config.model.sparse import SparseSpec
 from ctrsink.families.sparse.products import BranchProducts
 from ctrsink.families.sparse.sight import Sight
@@ -32,7 +33,8 @@ class EvoAttention(nn.Module):
         coefficients = query.new_zeros(len(self.branches), self.heads, 0) if self.bias is None else self.bias()
         banks = {"transition": (key[:count], value[:count]), "local": (key, value)}
         if "global" in self.branches:
-            banks["global"] = summaries(key, sight), summaries(value, sight)
+            behaviours, starts, ends = sight.behaviours, sight.starts, sight.ends
+            banks["global"] = means(key[behaviours], starts, ends), means(value[behaviours], starts, ends)
         found = [
             BranchProducts.apply(query[:count], *banks[name], of, sight.queries, sight.branches[name])
             for name, of in zip(self.branches, coefficients, strict=True)
@@ -40,13 +42,3 @@ class EvoAttention(nn.Module):
         views = torch.stack(found, 1).flatten(2)
         shares = self.gate(views.flatten(1)).softmax(-1, dtype=torch.promote_types(views.dtype, torch.float32))
         return self.out((shares[..., None] * views).sum(1))
-
-
-def summaries(of: torch.Tensor, sight: Sight) -> torch.Tensor:
-    """Means over the chunks, finished and running: [M, H, d] -> [I + R, H, d]; 0 of a chunk with nothing in it.
-
-    Differences of running sums: chunks of different positions overlap. In fp64, in which these lose nothing that fp32 would show.
-    """
-    sums = torch.cat([of.new_zeros(1, *of.shape[1:], dtype=torch.float64), of[sight.behaviours].double().cumsum(0)])
-    counts = (sight.ends - sight.starts).clamp(min=1)
-    return ((sums[sight.ends] - sums[sight.starts]) / counts[:, None, None]).to(of.dtype)

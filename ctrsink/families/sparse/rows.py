@@ -8,10 +8,10 @@ import numpy as np
 
 from ctrsink.dataset.layout import Layout
 from ctrsink.families.facts import Wording
-from ctrsink.families.sparse.chunks import Chunks, by_length, by_time
 from ctrsink.features.ragged import ranges
 from ctrsink.sequences import behaviours
 from ctrsink.sequences.behaviours import BEHAVIOURS
+from ctrsink.sequences.chunks import Chunks, by_length, by_time
 from ctrsink.sequences.columns import TARGETS, Sequences
 from ctrsink.sequences.windows import Cuts
 
