@@ -5,19 +5,21 @@ from typing import Any
 
 import numpy as np
 
+from ctrsink.config.model import SparseSpec
 from ctrsink.config.model.ids import IdsSpec
 from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
-from ctrsink.families.facts import Facts
+from ctrsink.families.facts import Facts, Wording
+from ctrsink.families.registry import family_of
 from ctrsink.features.categories import categories
 from ctrsink.features.ragged import Ragged
 from ctrsink.features.registry import of_kind
-from ctrsink.sequences import behaviours
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
 from tests.builders import TEXTS, batch_of
 
+NO_WORDS = Wording(Ragged.of([np.zeros(0, np.int64)]), np.zeros(0, np.int64))
 FACTS = Facts(vocabulary=97, items=5, feedbacks=3)
 SIGNALS = {"behaviours": ("item_id", "feedback", "previous_gap", "deviation"), "target": ("item_id", "hour", "item_mean")}
 FORMS = ("per_target", "per_request", "per_user")
@@ -25,7 +27,7 @@ FORMS = ("per_target", "per_request", "per_user")
 
 def ids_layout(spec: IdsSpec, examples: Any, history: int = 6, targets: int = 3) -> Layout:
     """The layout of a model, as its family would make it."""
-    return Layout(
+    found = Layout(
         family=spec.family,  # pyright: ignore[reportAttributeAccessIssue]
         examples=examples,
         history=history,
@@ -38,6 +40,7 @@ def ids_layout(spec: IdsSpec, examples: Any, history: int = 6, targets: int = 3)
         target_rows=spec.rows,
         target_numbers=of_kind(spec.target, numbers=True),
     )
+    return dataclasses.replace(found, chunks=spec.chunks, chunking=spec.chunking) if isinstance(spec, SparseSpec) else found
 
 
 def ids_sequence(chronology: UserEvents, targets: np.ndarray, layout: Layout) -> Sequences:
@@ -55,7 +58,8 @@ def ids_sequence(chronology: UserEvents, targets: np.ndarray, layout: Layout) ->
         target_numbers=(c.texts[:, None] / 5 * np.ones(len(layout.target_numbers))).astype(np.float32),
         categories=told | {"item_id": c.texts},
     )
-    return behaviours.encode(Cuts([events], np.array([1]), np.array([0]), Ragged.of([targets])), layout)
+    cuts = Cuts([events], np.array([1]), np.array([0]), Ragged.of([targets]))
+    return family_of(layout.family).encode(cuts, layout, NO_WORDS)
 
 
 def chosen(chronology: UserEvents, examples: str, targets: int = 3) -> tuple[UserEvents, np.ndarray]:

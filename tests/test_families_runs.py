@@ -1,5 +1,6 @@
 """Every family without text, by configuration alone: trained through two stages, resumed, evaluated, exported and scored."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from transformers import AutoModel
 from ctrsink.config import parse_run
 from ctrsink.config.load import merge
 from ctrsink.dataset.reader import Dataset
+from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
 from ctrsink.families.registry import FAMILIES, family_of, source_of
+from ctrsink.report.look import look
 from ctrsink.runtime.start import start
 from ctrsink.serve import Scorer, request_of
 from ctrsink.train.measure import evaluate_run
@@ -97,3 +100,23 @@ def test_pretraining_is_measured_by_what_it_foretells(data: str, tmp_path: Path)
     rows = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"stage": "first"' in line]
     assert rows
     assert all("valid/accuracy/item_id" in row and "valid/auc" not in row for row in rows)
+
+
+def test_a_checkpoint_that_foretells_no_clicks_is_refused_as_a_model(data: str, tmp_path: Path) -> None:
+    train = {"checkpoint_every": 1, "keep": {"last": 4}}
+    spec = parse_run(tree_of("srp", data, str(tmp_path / "run"), "per_target", train=train), "test")
+    assert not start(spec, stop_after=1)["finished"]
+    run_dir, to = spec.run_dir, str(tmp_path / "model")
+    refused = f"the checkpoint of step 1 of {re.escape(run_dir)} is of the stage first, which foretells no clicks: .*--checkpoint"
+    uses = (lambda: export_run(run_dir, to), lambda: evaluate_run(run_dir, ("test",)), lambda: look(run_dir))
+    for use in uses:
+        with pytest.raises(InputError, match=refused):
+            use()
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "run/evaluation").exists()
+    start(spec, resume=True)
+    with pytest.raises(InputError, match=refused):
+        export_run(run_dir, to, checkpoint=1)
+    with pytest.raises(InputError, match=refused):
+        evaluate_run(run_dir, ("test",), 1)
+    assert export_run(run_dir, to, checkpoint=4)["step"] == 4

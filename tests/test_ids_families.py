@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ctrsink.config.model import DinSpec, HstuSpec
+from ctrsink.config.model import DinSpec, HstuSpec, SparseSpec, SrpSpec
 from ctrsink.config.model.ids import IdsSpec
 from ctrsink.config.stages import Objective
 from ctrsink.dataset.events import UserEvents
@@ -24,6 +24,10 @@ CLICK = Objective()
 SPECS: dict[str, IdsSpec] = {
     "din": DinSpec(family="din", **SIGNALS, rows=50, width=8, attention_layers=(6,), layers=(6,)),
     "hstu": HstuSpec(family="hstu", **SIGNALS, rows=50, width=8, heads=2, blocks=2, layers=(6,)),
+}
+ALL_SPECS: dict[str, IdsSpec] = SPECS | {
+    "sparse": SparseSpec(family="sparse", **SIGNALS, rows=50, width=8, heads=2, chunks=3, window=4, layers=(6,)),
+    "srp": SrpSpec(family="srp", **SIGNALS, rows=50, width=8, heads=2, inner=16, queries=2, tower=(6,)),
 }
 close = torch.testing.assert_close
 
@@ -111,6 +115,81 @@ def test_without_any_history_scores_and_gradients_are_numbers(name: str, precisi
     assert out.logits.isfinite().all()
     # Under ZeRO every parameter of every rank has a gradient, whatever its batch holds.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ALL_SPECS)
+def test_logits_are_not_rounded_to_bfloat16(name: str) -> None:
+    """Two impressions in a thousand would have the same score, and AUC would lose what they differ in."""
+    exact, narrow = (family_of(name).build(ALL_SPECS[name], FACTS, 1, precision).eval() for precision in ("fp32", "bf16"))
+    batch = ids_batch(ALL_SPECS[name], "per_request", users(8, 9))
+    found = logits(narrow, batch)
+    assert found.dtype == torch.float32
+    assert (found != found.bfloat16().float()).float().mean() > 0.9
+    assert not torch.equal(found, logits(exact, batch))
+    close(found, logits(exact, batch), atol=0.05, rtol=0.05)
+
+
+def with_item(batch: Batch, side: str, value: int) -> Batch:
+    """With another item in place of each event's own."""
+    signals = batch.inputs[side].clone()
+    signals[:, 0] = value  # the first signal of both sides
+    return dataclasses.replace(batch, inputs=batch.inputs | {side: signals})
+
+
+def trained(name: str, spec: IdsSpec) -> tuple[CTRModule, torch.Tensor]:
+    """A model after a few steps, in evaluation mode, and the rows of item_id that some batch of it held."""
+    model = family_of(name).build(spec, FACTS, 3)
+    set_trainable(model, tuple(group for group in family_of(name).GROUPS if group != "cloze"))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    held = []
+    for step in range(4):
+        batch = ids_batch(spec, "per_target", users(16, 7, seed=step))
+        held += [batch.inputs[side][:, 0] for side in ("signals", "target_signals")]
+        optimizer.zero_grad()
+        model(batch, CLICK).loss.backward()
+        optimizer.step()
+    return model.eval(), torch.cat(held).unique()
+
+
+@pytest.mark.parametrize("name", ALL_SPECS)
+def test_an_id_that_no_batch_held_scores_as_the_unknown_in_the_run_and_exported(name: str) -> None:
+    spec, family = ALL_SPECS[name], family_of(name)
+    model, held = trained(name, spec)
+    batch = ids_batch(spec, "per_target", users(6, 7, seed=99))
+    never = sorted(set(range(1, spec.rows)) - set(held.tolist()))
+    assert len(never) > 30
+    asked = {
+        (side, value): with_item(batch, side, value) for side in ("signals", "target_signals") for value in (0, *never, *held)
+    }
+    found = {key: logits(model, given) for key, given in asked.items()}
+    for (side, value), score in found.items():
+        assert torch.equal(score, found[side, 0]) == (value == 0 or value in never), (side, value)
+    # In training it has a row of its own, which may learn.
+    table = model.embedding.table("item_id").weight  # pyright: ignore[reportAttributeAccessIssue]
+    assert not torch.equal(table[never[0]], table[0])
+    plain, _ = family.merged(model, spec)
+    again = family.rebuilt(plain, FACTS).eval()
+    again.load_state_dict(model.state_dict())
+    for exported in (model, again):
+        for key, given in asked.items():
+            assert torch.equal(logits(exported, given), found[key]), key
+
+
+@pytest.mark.parametrize("name", ALL_SPECS)
+def test_where_training_hid_no_id_each_scores_by_its_own_row(name: str) -> None:
+    """The row of the unknown was not trained, either, so that nothing speaks for it."""
+    spec, family = ALL_SPECS[name].model_copy(update={"id_dropout": 0.0}), family_of(name)
+    model, held = trained(name, spec)
+    assert 0 not in held
+    batch = ids_batch(spec, "per_target", users(6, 7, seed=99))
+    never = [value for value in range(1, spec.rows) if value not in held][:2]
+    asked = [with_item(batch, side, value) for side in ("signals", "target_signals") for value in (0, *never)]
+    found = [logits(model, given) for given in asked]
+    assert not any(torch.equal(one, other) for place, one in enumerate(found) for other in found[:place])
+    plain, _ = family.merged(model, spec)
+    again = family.rebuilt(plain, FACTS).eval()
+    again.load_state_dict(model.state_dict())
+    assert all(torch.equal(logits(again, given), score) for given, score in zip(asked, found, strict=True))
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -200,3 +200,14 @@ def test_micro_batches_keep_to_the_token_budget(lengths: list[int], budget: int)
     assert all(sum(group) + after[0] > budget for group, after in pairwise(sizes))
     joined = [length for group in sizes for length in group]
     assert joined == sorted(lengths, reverse=True)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 120))
+def test_micro_batches_of_padded_sequences_keep_to_the_token_budget(lengths: list[int], budget: int) -> None:
+    groups = fill(np.array(lengths), budget, padded=True)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    sizes = [[lengths[i] for i in group] for group in groups]
+    assert all(len(group) * max(group) <= budget or len(group) == 1 for group in sizes)
+    # Nothing could have been joined to the group before it.
+    assert all((len(group) + 1) * max(group) > budget for group in sizes[:-1])
+    assert [length for group in sizes for length in group] == sorted(lengths, reverse=True)

@@ -15,14 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import srp_folded
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.dataset.events import Events
-from ctrsink.families.srp import family as srp
 from ctrsink.families.registry import family_of
+from ctrsink.families.srp import family as srp
 from ctrsink.families.srp.attention import Attend, Remember
 from ctrsink.families.srp.fields import Hidden
 from ctrsink.families.srp.model import Srp
 from ctrsink.sequences.batch import Axis, Batch
 from ctrsink.sequences.collate import collate
 from tests.srp_fixtures import (
+    BEHAVIOURS,
     CLICK,
     CLOZE,
     FACTS,
@@ -38,6 +39,8 @@ from tests.srp_fixtures import (
 )  # fmt: skip
 
 FORMS = [{}, {"queries": 0}, {"share_keys": False}, {"queries": 0, "share_keys": False, "layers": 1}]
+OF_TARGETS = ["embedding.ids.user__id.weight", "embedding.tables.weekday.weight"]
+"""Tables that no behaviour reads."""
 sizes = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=5)
 
 
@@ -165,7 +168,8 @@ def test_shared_keys_are_the_encoders_own() -> None:
     batch = batch_of([5], [2], spec_of())
     trained = training_groups(shared, ("cross",))
     shared(batch, CLICK).loss.backward()
-    assert sum(p.numel() for p in trained) == sum(p.numel() for p in shared.cross.parameters())
+    of_targets = 40 * 8 + 7 * 8
+    assert sum(p.numel() for p in trained) == sum(p.numel() for p in shared.cross.parameters()) + of_targets
     key = shared.encoder.blocks[-1].remember.key.weight  # pyright: ignore
     training_groups(shared, ("encoder",))
     shared(batch, CLICK).loss.backward()
@@ -193,10 +197,26 @@ def test_groups_cover_all_parameters(form: dict[str, int]) -> None:
     groups = {model.group_of(name) for name, _ in model.named_parameters()}
     assert groups == set(srp.GROUPS) - set(spec.absent)
     assert spec.absent.keys() == ({"queries"} if spec.queries == 0 else set())
-    names = [name for name, _ in model.named_parameters() if model.group_of(name) == "ids"]
-    assert sorted(names) == ["embedding.ids.item__id.weight", "embedding.ids.user__id.weight"]
-    unused = [n for n, _ in model.named_parameters() if model.trained_as(n, OF_CLOZE) is None and model.group_of(n) in OF_CLOZE]
-    assert sorted(unused) == ["embedding.ids.user__id.weight", "embedding.tables.weekday.weight"]
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name in names if model.group_of(name) == "ids"] == ["embedding.ids.item__id.weight"]
+    beside = [name for name in names if model.group_of(name) == "cross" and not name.startswith("cross.")]
+    assert sorted(beside) == OF_TARGETS
+    assert [n for n in names if model.trained_as(n, OF_CLOZE) is None and model.group_of(n) in OF_CLOZE] == []
+    assert not any(model.decays(name, 2) for name in beside)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_tables_that_targets_alone_have_learn_where_all_pre_training_is_frozen(form: dict[str, int]) -> None:
+    spec = spec_of(**form, id_dropout=0.0)
+    model = model_of(spec).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    groups = tuple(group for group in ("cross", "queries", "tower") if group not in spec.absent)
+    optimizer = torch.optim.Adam(training_groups(model, groups), 0.01)
+    model(batch_of([5, 3], [2, 2], spec), CLICK).loss.backward()
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {name for name in moved if name.startswith("embedding.")} == set(OF_TARGETS)
+    assert {model.group_of(name) for name in moved} == set(groups)
 
 
 def test_an_exported_section_builds_the_same_model() -> None:
@@ -212,10 +232,10 @@ def test_an_exported_section_builds_the_same_model() -> None:
     assert isinstance(spec, SrpSpec)
 
 
-def counted(model: Srp, batch: Batch, objective: object) -> int:
+def counted(model: Callable[..., object], *given: object) -> int:
     """FLOPs of the matrix products of a forward pass, as torch counts them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(batch, objective)
+        model(*given)
     operations = counter.get_flop_counts()["Global"]
     return sum(count for operation, count in operations.items() if "attention" not in str(operation))
 
@@ -234,6 +254,26 @@ def test_flops_are_those_of_the_products(form: dict[str, int]) -> None:
     training_groups(model, ("tower",))
     assert forward.total < model.flop_count(CLICK)(batch).total < 2 * forward.total
     assert model.flop_count(CLICK)(batch).attention == forward.attention
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("behaviours", [BEHAVIOURS, ("item_id", "feedback"), (*BEHAVIOURS, "expected")], ids=len)
+def test_a_frozen_encoder_is_not_gone_back_through(form: dict[str, int], behaviours: tuple[str, ...]) -> None:
+    """Tables of targets are trained beside it, and nothing that behaviours are embedded by."""
+    spec = spec_of(**form, behaviours=behaviours)
+    model, batch = model_of(spec), batch_of([9, 4, 0], [5, 1, 2], spec)
+    of = batch.inputs
+
+    def below() -> None:
+        embedded = model.embedding.behaviours(of["signals"], of["numbers"])
+        model.encoder(embedded, batch.axes["behaviours"], model.queries is not None)
+        model.embedding.candidates(of["target_signals"], of["target_numbers"])
+
+    training_groups(model, ())
+    forward, frozen = model.flop_count(CLICK)(batch), counted(below)
+    assert forward.matrices == counted(model, batch, CLICK)
+    training_groups(model, ("cross", "queries", "tower"))
+    assert model.flop_count(CLICK)(batch).matrices == 3 * forward.matrices - 2 * frozen
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

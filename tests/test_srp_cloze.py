@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ctrsink.config.model.srp import mask_group
 from ctrsink.families.srp.fields import Hidden
 from ctrsink.families.srp.model import Srp
+from ctrsink.features.registry import of_kind
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from tests.srp_fixtures import (
@@ -37,8 +38,10 @@ def states(model: Srp, batch: Batch) -> torch.Tensor:
 
 def test_fields_are_of_the_item_or_of_the_behaviour() -> None:
     of_item = {"item_id", "item_mean", "item_count", "item.year", "hashed.item.brand", "mean.item.brand", "count.item.brand"}
-    of_behaviour = {"feedback", "deviation", "hour", "weekday", "previous_gap", "time_gap", "log.price", "hashed.log.slot"}
-    assert {name for name in of_item | of_behaviour if mask_group(name) == "item"} == of_item
+    of_behaviour = {"feedback", "hour", "weekday", "previous_gap", "time_gap", "log.price", "hashed.log.slot", "user_res"}
+    of_both = {"deviation", "expected", "field_res"}
+    for group, names in (("item", of_item), ("behaviour", of_behaviour), ("both", of_both)):
+        assert {name for name in of_item | of_behaviour | of_both if mask_group(name) == group} == names
     assert spec_of().foretold == {"item": ("item_id", "hashed.item.brand"), "behaviour": ("feedback", "hour", "previous_gap")}
 
 
@@ -49,7 +52,7 @@ def test_a_hidden_group_hides_all_its_fields(group: str) -> None:
     masked = torch.tensor([1, 7])
     batch = with_inputs(batch, masked_item=masked, masked_behaviour=masked)
     before = states(model, batch)
-    names = [name for name in BEHAVIOURS if mask_group(name) == group]
+    names = [name for name in BEHAVIOURS if mask_group(name) in (group, "both")]
     assert len(names) >= 4
     for name in names:
         place = [n for n in BEHAVIOURS if (n in model.cloze.columns) == (name in model.cloze.columns)].index(name)
@@ -57,9 +60,35 @@ def test_a_hidden_group_hides_all_its_fields(group: str) -> None:
         changed = batch.inputs[which].clone()
         changed[masked, place] = (changed[masked, place] + 1) % 5
         assert torch.equal(states(model, with_inputs(batch, **{which: changed})), before), name
-        shown = with_inputs(batch, **{which: changed, f"masked_{group}": masked[:1]})
-        kept = with_inputs(batch, **{f"masked_{group}": masked[:1]})
-        assert not torch.allclose(states(model, shown), states(model, kept)), name
+        hiding = ("item", "behaviour") if mask_group(name) == "both" else (group,)
+        fewer = {f"masked_{each}": masked[:1] for each in hiding}
+        shown, kept = (states(model, with_inputs(batch, **given, **fewer)) for given in ({which: changed}, {}))
+        assert not torch.allclose(shown, kept), name
+
+
+@pytest.mark.parametrize("hidden", [("item",), ("behaviour",), ("item", "behaviour")], ids="+".join)
+@pytest.mark.parametrize("name", ["deviation", "expected", "field_res"])
+def test_what_sets_a_behaviour_against_its_item_is_hidden_with_either(name: str, hidden: tuple[str, ...]) -> None:
+    """With the item's mean the deviation would give the feedback away, and with the feedback the item."""
+    spec = spec_of(behaviours=(*BEHAVIOURS, "expected", "field_res"))
+    model, batch = model_of(spec), batch_of([6, 4], [1, 2], spec)
+    masked, none = torch.tensor([1, 7]), torch.zeros(0, dtype=torch.int64)
+    batch = with_inputs(batch, **{f"masked_{group}": masked if group in hidden else none for group in ("item", "behaviour")})
+    place = of_kind(spec.behaviours, numbers=True).index(name)
+
+    def changed(rows: torch.Tensor) -> Batch:
+        numbers = batch.inputs["numbers"].clone()
+        numbers[rows, place] += 3.0
+        return with_inputs(batch, numbers=numbers)
+
+    before = model(batch, CLOZE)
+    after = model(changed(masked), CLOZE)
+    assert torch.equal(states(model, changed(masked)), states(model, batch))
+    assert torch.equal(after.loss, before.loss)
+    assert all(torch.equal(after.tallies[key], value) for key, value in before.tallies.items())
+    assert not torch.allclose(states(model, changed(masked + 1)), states(model, batch))
+    # Shown it is read, in the task that hides nothing too.
+    assert not torch.equal(model(changed(masked), CLICK).logits, model(batch, CLICK).logits)
 
 
 def test_masks_of_the_groups_differ_and_only_they_say_what_is_hidden() -> None:

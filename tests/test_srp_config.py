@@ -41,7 +41,7 @@ def test_pre_training_and_clicks_are_two_stages_of_one_run() -> None:
         ((CLICK,), {"history": 201}, {}, "data.history 201 is more than the 200 positions of model.max_history"),
         ((CLICK,), {"history": 300, "retrieve": 201}, {}, "data.retrieve 201 is more than the 200 positions"),
         ((CLICK,), {"history": 50}, {"max_history": 49}, "data.history 50 is more than the 49 positions"),
-        ((CLICK, PRETRAIN), {}, {}, "stages.pretrain: the last stage must have objective click, or no click is foretold"),
+        ((CLICK, PRETRAIN), {}, {}, "stages.pretrain: the last stage's objective must be click: a run ends with"),
         (
             (PRETRAIN | {"trainable": ["cloze", "tower"]}, CLICK), {}, {},
             "stages.pretrain: objective cloze does not use the group tower: it trains ids, embedding, encoder and cloze only",

@@ -14,8 +14,7 @@ def fill(lengths: np.ndarray, budget: int, padded: bool = False) -> list[np.ndar
     order = np.argsort(-lengths, kind="stable")
     starts, used, longest = [], budget + 1, 0
     for place, own in enumerate(lengths[order].tolist()):
-        length = longest if padded and used + longest <= budget else own
-        used += length
+        used += longest if padded else own
         if used > budget:
             starts.append(place)
             used = longest = own

@@ -27,14 +27,15 @@ def counter(model: "Srp", objective: Objective) -> Callable[[Batch], Flops]:
     cloze = objective.kind == "cloze"
     whole = cloze or model.queries is not None
     layers = spec.layers if whole else spec.layers - 1
-    embedded = _trained(embedding)
+    # Tables that targets alone have are trained with what reads them: behaviours are not embedded by these.
+    embedded = any(p.requires_grad for name, p in embedding.named_parameters() if model.group_of(f"embedding.{name}") != "cross")
     encoded = embedded or _trained(encoder)
     of_encoder = _times(encoder, embedded)
     last = encoder.blocks[-1]
     unread = linear_flops(last) - (linear_flops(last.remember) if spec.share_keys else 0)  # pyright: ignore[reportArgumentType]
     per_behaviour = linear_flops(encoder) - (0 if whole else unread)
-    per_item, per_event = linear_flops(embedding.item), linear_flops(embedding.item) + linear_flops(embedding.behaviour)
-    of_embedding = _times(embedding, False)
+    per_item, per_event = linear_flops(embedding.item), linear_flops(embedding)
+    of_embedding = 3 if embedded else 1
     per_pair = 4 * spec.width
     per_masked = {
         g: 2 * spec.embedding_size * (n + spec.width * len(spec.foretold[g])) for g, n in scored(spec, model.cloze.rows).items()
