@@ -24,7 +24,7 @@ from benchmarks.report import machine, machine_line, markdown
 from ctrsink import strict_json
 from ctrsink.dist import Topology, barrier
 from ctrsink.tables.embedding import ShardedEmbedding
-from ctrsink.tables.files import load_tables, save_tables
+from ctrsink.tables.files import read_tables, save_tables
 from ctrsink.tables.shares import bytes_needed
 
 MIB = 2**20
@@ -130,7 +130,7 @@ def _shared(rows: int, args: argparse.Namespace, topology: Topology) -> dict[str
     gathered: list[Any] = [None] * topology.world
     dist.all_gather_object(gathered, {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()})
     everything = {name: entry for of_one in gathered for name, entry in of_one.items()}
-    read_s, _ = _timed(lambda: load_tables({"table": table}, args.work, everything))
+    read_s, _ = _timed(lambda: table.take(read_tables(args.work, everything, topology)["table"]))
     return {
         "step_s": statistics.median(seconds),
         "longest_s": max(seconds),

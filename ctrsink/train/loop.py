@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -39,28 +39,12 @@ from ctrsink.train.observe.audit import Audit
 from ctrsink.train.observe.hardware import over_ranks, peak_of, precision_of
 from ctrsink.train.observe.probe import probe_batch
 from ctrsink.train.observe.telemetry import Pace, Telemetry, progress_line
+from ctrsink.train.progress import Progress
 from ctrsink.train.same_data import require_same_data
 from ctrsink.train.stages import StageController
 
 log = logging.getLogger("ctrsink.train")
 LOOK_EVERY_S = 5.0  # for the announced loss of a node
-
-
-@dataclass
-class Progress:
-    """How far the run is, and what earlier stages left behind."""
-
-    position: int = 0
-    """Of the stream: sequences consumed."""
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Values of everything trained so far, as of the last rebuild of the engine."""
-    state: EngineState | None = None
-    trained: Audit = field(default_factory=Audit)
-    """Impressions trained on before this process began, by all ranks."""
-    seconds: float = 0.0
-    """Spent in training steps."""
-    precision: str = ""
-    """That of the run, empty before it has begun."""
 
 
 class Trainer:
@@ -156,14 +140,7 @@ class Trainer:
         require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
         self.controller.load_state_dict(checkpoint.controller)
-        self.progress = Progress(
-            checkpoint.position,
-            checkpoint.parameters,
-            EngineState({}, checkpoint.moments, checkpoint.steps),
-            Audit(**checkpoint.trained),
-            checkpoint.seconds,
-            checkpoint.precision,
-        )
+        self.progress = Progress.of(checkpoint)
 
     def _run_stages(self, stop_at: int | None) -> str | None:
         """Train to the end or to step `stop_at`, and see the last checkpoint saved; returns why the run was asked to stop."""
@@ -172,7 +149,7 @@ class Trainer:
             self.controller.advance()
             stopped = self._run_stage(stop_at)
         with self._during("checkpoint"):
-            self.saver.wait()
+            self.saver.finish(self.engine)
         return stopped
 
     def _run_stage(self, stop_at: int | None) -> str | None:
@@ -279,14 +256,15 @@ class Trainer:
             state = self.engine.state(kept=stage.trainable)
             self.progress.parameters |= state.parameters
             self.progress.state = state
+            self.progress.tables = self.engine.tables.held()
             self.engine.destroy()
             self.engine = None  # or two models would be held at a time
             gc.collect()
         model = self.family.build(self.spec.model, self.facts, self.spec.seed, self.progress.precision)
         load_parameters(model, self.progress.parameters)
         model.to(self.topology.device).train()
-        self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state)
-        self.progress.state = None
+        self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state, self.progress.tables)
+        self.progress.state = self.progress.tables = None
         if self.shards is not None:
             load_native(self.engine, self.shards)
             self.shards = None
