@@ -129,6 +129,17 @@ def test_a_table_that_one_of_several_ranks_finds_damaged_makes_all_take_the_chec
     assert any("does not match its hash" in message and "looking for one before it" in message for message in warned)
 
 
+def test_the_benchmark_tells_steps_and_memory(repository: Path) -> None:
+    sizes = ["--rows", "200", "2000", "--dense-rows", "200", "--sequences", "8", "--history", "3", "--steps", "2"]
+    command = [sys.executable, "-m", "benchmarks.tables_training", "--json", *sizes]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["table"], row["rows"]) for row in report["training"]] == [("sharded", 200), ("sharded", 2000), ("dense", 200)]
+    assert all(row[name] > 0 for row in report["training"] for name in ("step_s", "peak_bytes", "made_s"))
+    assert report["ratio"] > 0
+
+
 def test_workers_of_ray_train_as_one_process_does(data: str, tmp_path: Path, ray_cluster: RayCluster) -> None:
     several = {"kind": "ray", "workers": 2, "address": ray_cluster.gcs_address}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(data, str(tmp_path / "run"), runtime=several)))

@@ -14,6 +14,8 @@ from ctrsink.train.deepspeed_import import combine_grad_norm_groups
 class StageTables:
     """The sharded tables of a model while a stage trains it; where it has none, nothing is done or waited for.
 
+    A table is of the group that the parameter `<its part>.weight` would be of.
+
     Args:
         held: this rank's rows to go on with, see share_out; None: a new run's.
     """
