@@ -24,7 +24,7 @@ from benchmarks.report import machine, machine_line, markdown
 from ctrsink import strict_json
 from ctrsink.dist import Topology, barrier
 from ctrsink.tables.embedding import ShardedEmbedding
-from ctrsink.tables.files import load_tables, save_tables
+from ctrsink.tables.files import read_tables, save_tables
 from ctrsink.tables.shares import bytes_needed
 
 MIB = 2**20
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for count in args.rows:
             workers = _started(args, count, args.workers, folder)
             needed = bytes_needed(count, args.width, args.workers)
-            rows.append({"table": "ours", "rows": count, "workers": args.workers, "needed_bytes": needed, **_together(workers)})
+            rows.append({"table": "ours", "rows": count, "workers": args.workers, "needed_bytes": needed, **together(workers)})
         whole = _started(args, args.whole_rows, 0, folder)
-        rows.append({"table": "nn.Embedding, AdamW", "rows": args.whole_rows, "workers": 1, **_together(whole)})
+        rows.append({"table": "nn.Embedding, AdamW", "rows": args.whole_rows, "workers": 1, **together(whole)})
     by_rows = {row["rows"]: row["step_s"] for row in rows if row["table"] == "ours"}
     settings = {name: getattr(args, name) for name in ("width", "touched", "steps", "workers")}
     return {"machine": found, "settings": settings, "tables": rows, "ratio": by_rows[max(by_rows)] / by_rows[min(by_rows)]}
@@ -79,8 +79,13 @@ def _started(args: argparse.Namespace, rows: int, workers: int, folder: str) -> 
     command = [sys.executable, "-m", "benchmarks.tables", "--rows", str(rows), "--workers", str(workers), "--work", folder]
     command += ["--store", f"{folder}/store-{rows}", "--width", str(args.width)]
     command += ["--touched", str(args.touched), "--steps", str(args.steps)]
+    return of_workers(command, max(1, workers))
+
+
+def of_workers(command: list[str], workers: int) -> list[dict[str, Any]]:
+    """What each of so many processes printed as its last line; they are told which they are by `--worker`."""
     processes = [
-        subprocess.Popen([*command, "--worker", str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(max(1, workers))
+        subprocess.Popen([*command, "--worker", str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(workers)
     ]
     try:
         printed = [process.communicate()[0] for process in processes]
@@ -92,7 +97,7 @@ def _started(args: argparse.Namespace, rows: int, workers: int, folder: str) -> 
     return [json.loads(out.splitlines()[-1]) for out in printed]
 
 
-def _together(workers: list[dict[str, Any]]) -> dict[str, Any]:
+def together(workers: list[dict[str, Any]]) -> dict[str, Any]:
     """The slowest, and the largest, of the workers; bytes on disk are those of all."""
     return {name: (sum if name == "file_bytes" else max)(worker[name] for worker in workers) for name in workers[0]}
 
@@ -114,8 +119,8 @@ def _shared(rows: int, args: argparse.Namespace, topology: Topology) -> dict[str
     embedding = ShardedEmbedding(rows, args.width)
     table = embedding.table
     table.place(topology)
-    before = _status("VmRSS")
-    made_s, _ = _timed(lambda: table.values)
+    before = status("VmRSS")
+    made_s, _ = timed(lambda: table.values)
 
     def step(ids: torch.Tensor) -> None:
         for part in ids.chunk(2):  # two micro-batches
@@ -125,17 +130,17 @@ def _shared(rows: int, args: argparse.Namespace, topology: Topology) -> dict[str
         table.step(LEARNING_RATE)
 
     seconds = list(_steps(step, rows, args, topology))
-    peak = _status("VmHWM") - before
-    saved_s, entries = _timed(lambda: save_tables({"table": table}, args.work))
+    peak = status("VmHWM") - before
+    saved_s, entries = timed(lambda: save_tables({"table": table}, args.work))
     gathered: list[Any] = [None] * topology.world
     dist.all_gather_object(gathered, {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()})
     everything = {name: entry for of_one in gathered for name, entry in of_one.items()}
-    read_s, _ = _timed(lambda: load_tables({"table": table}, args.work, everything))
+    read_s, _ = timed(lambda: table.take(read_tables(args.work, everything, topology)["table"]))
     return {
         "step_s": statistics.median(seconds),
         "longest_s": max(seconds),
         "peak_bytes": peak,
-        "peak_with_files_bytes": _status("VmHWM") - before,
+        "peak_with_files_bytes": status("VmHWM") - before,
         "made_s": made_s,
         "saved_s": saved_s,
         "read_s": read_s,
@@ -144,7 +149,7 @@ def _shared(rows: int, args: argparse.Namespace, topology: Topology) -> dict[str
 
 
 def _whole(rows: int, args: argparse.Namespace) -> dict[str, Any]:
-    before = _status("VmRSS")
+    before = status("VmRSS")
     embedding = torch.nn.Embedding(rows, args.width)
     optimizer = torch.optim.AdamW(embedding.parameters(), lr=LEARNING_RATE)
 
@@ -155,7 +160,7 @@ def _whole(rows: int, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
 
     seconds = list(_steps(step, rows, args, Topology()))
-    return {"step_s": statistics.median(seconds), "longest_s": max(seconds), "peak_bytes": _status("VmHWM") - before}
+    return {"step_s": statistics.median(seconds), "longest_s": max(seconds), "peak_bytes": status("VmHWM") - before}
 
 
 def _steps(step: Callable[[torch.Tensor], None], rows: int, args: argparse.Namespace, topology: Topology) -> Iterator[float]:
@@ -166,7 +171,7 @@ def _steps(step: Callable[[torch.Tensor], None], rows: int, args: argparse.Names
         alone = args.touched // 2
         own = torch.cat([ids[:alone][topology.rank :: topology.world], ids[alone:]]).repeat(2)
         barrier(topology)
-        spent, _ = _timed(lambda own=own: step(own))
+        spent, _ = timed(lambda own=own: step(own))
         if number >= WARM_UP:
             yield spent
 
@@ -175,13 +180,14 @@ def _loss(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.sum(1).tanh().square().sum()
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """Bytes that the system tells of this process: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that it took, and what it returned."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result

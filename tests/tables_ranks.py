@@ -84,20 +84,12 @@ def trained(run: Run, topology: Topology) -> Iterator[tuple[Model, float]]:
 
 
 def results(topology: Topology, folder: Path) -> Iterator[dict[str, Any]]:
-    """Train all runs, each saved below `folder`; its first rank also puts the gathered values there."""
+    """Train all runs, each saved below `folder`."""
     for name, run in RUNS.items():
         *norms, (model, last) = [step if n == STEPS - 1 else step[1] for n, step in enumerate(trained(run, topology))]
         tables = tables_of(model)
         entries = save_tables(tables, str(folder / name))
-        gathered = {key: table.gathered() for key, table in tables.items()}
-        if topology.is_first:
-            torch.save(gathered, folder / f"{name}.pt")
-        yield {
-            "name": name,
-            "norms": [*norms, last],
-            "entries": entries,
-            "kinds": sorted({type(g).__name__ for g in gathered.values()}),
-        }
+        yield {"name": name, "norms": [*norms, last], "entries": entries}
 
 
 def main(rank: int, world: int, store: str, folder: Path) -> None:

@@ -18,8 +18,8 @@ from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.features.mix64 import mix64
 from ctrsink.tables import files
-from ctrsink.tables.embedding import ShardedEmbedding, tables_of
-from ctrsink.tables.files import DamagedTable, folder_of, load_tables, save_tables
+from ctrsink.tables.embedding import ShardedEmbedding, held_of, share_out, tables_of
+from ctrsink.tables.files import DamagedTable, folder_of, read_tables, save_tables
 from ctrsink.tables.hashing import MOST_ROWS, rows_of, splitmix
 from ctrsink.tables.initial import initial_values
 from ctrsink.tables.shares import bytes_needed, counts_by_owner, share
@@ -54,6 +54,10 @@ def saved(world: int, folder: Path, **changed: Any) -> Entries:
         table.put(0, values, squares)
         entries |= save_tables({"t": table}, str(folder))
     return plain(entries)
+
+
+def load(table: RowTable, folder: Path, entries: Entries) -> None:
+    table.take(read_tables(str(folder), entries, table.topology)["t"])
 
 
 def random_state(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +138,9 @@ def test_training_is_that_of_dense_tables_however_a_batch_is_dealt_out(world: in
     values, squares, norms = dense(run)
     lines = [next(line for line in rank if line["name"] == name) for rank in ran[world]]
     entries = plain({path: entry for line in lines for path, entry in line["entries"].items()})
-    tables = tables_of(Model(run))
-    initial = {key: table.values.clone() for key, table in tables.items()}
-    load_tables(tables, str(lines[0]["folder"] / name), entries)
+    model = Model(run)
+    initial = {key: table.values.clone() for key, table in tables_of(model).items()}
+    tables = share_out(model, Topology(), read_tables(str(lines[0]["folder"] / name), entries, Topology()))
     for key, table in tables.items():
         torch.testing.assert_close(table.values, values[key], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(table.squares, squares[key], rtol=1e-5, atol=1e-12)
@@ -145,9 +149,6 @@ def test_training_is_that_of_dense_tables_however_a_batch_is_dealt_out(world: in
         assert not torch.equal(table.values[~never], initial[key][~never])
     for line in lines:
         np.testing.assert_allclose(line["norms"], norms, rtol=1e-5)
-    assert [line["kinds"] for line in lines] == [["Tensor"]] + [["NoneType"]] * (world - 1)
-    gathered = torch.load(lines[0]["folder"] / f"{name}.pt", weights_only=True)
-    assert all(torch.equal(gathered[key], table.values) for key, table in tables.items())
 
 
 def test_some_rows_are_never_touched() -> None:
@@ -393,7 +394,7 @@ def test_any_number_of_ranks_reads_exactly_what_any_other_wrote(
     values, squares = random_state(rows, 3)
     for rank in range(reads):
         table = placed(rank, reads, rows=rows, seed=8)
-        load_tables({"t": table}, str(folder), entries)
+        load(table, folder, entries)
         own = slice(table.own.start, table.own.stop)
         assert torch.equal(table.values, values[own])
         assert torch.equal(table.squares, squares[own])
@@ -402,22 +403,22 @@ def test_any_number_of_ranks_reads_exactly_what_any_other_wrote(
 def test_a_rank_reads_only_files_with_rows_of_its_own(tmp_path: Path) -> None:
     entries = saved(3, tmp_path)
     (tmp_path / next(name for name in sorted(entries))).unlink()
-    load_tables({"t": placed(1, 2)}, str(tmp_path), entries)
+    load(placed(1, 2), tmp_path, entries)
     with pytest.raises(DamagedTable, match="is missing"):
-        load_tables({"t": placed(0, 2)}, str(tmp_path), entries)
+        load(placed(0, 2), tmp_path, entries)
 
 
 def test_files_of_an_interrupted_save_by_other_ranks_do_no_harm(tmp_path: Path) -> None:
     saved(2, tmp_path, seed=1)
     entries = saved(3, tmp_path)
     table = one()
-    load_tables({"t": table}, str(tmp_path), entries)
+    load(table, tmp_path, entries)
     assert torch.equal(table.values, random_state(100, 3)[0])
 
 
-def one_line(table: RowTable, folder: Path, entries: Entries) -> str:
-    with pytest.raises(InputError) as caught:
-        load_tables({"t": table}, str(folder), entries)
+def one_line(folder: Path, entries: Entries) -> str:
+    with pytest.raises(DamagedTable) as caught:
+        read_tables(str(folder), entries, Topology())
     message = str(caught.value)
     assert "\n" not in message
     assert str(folder / "t") in message
@@ -429,22 +430,54 @@ def test_a_file_that_is_not_what_was_written_is_refused_in_one_line(tmp_path: Pa
     path = tmp_path / sorted(entries)[1]
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    assert one_line(one(), tmp_path, entries) == f"{path} is damaged: it has {len(content) - 1} bytes, not {len(content)}"
+    assert one_line(tmp_path, entries) == f"{path} is damaged: it has {len(content) - 1} bytes, not {len(content)}"
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert one_line(one(), tmp_path, entries) == f"{path} is damaged: it does not match its hash"
+    assert one_line(tmp_path, entries) == f"{path} is damaged: it does not match its hash"
     path.unlink()
-    assert one_line(one(), tmp_path, entries) == f"{path} is missing"
+    assert one_line(tmp_path, entries) == f"{path} is missing"
     del entries[sorted(entries)[0]]
-    assert "do not hold each of the 100 rows once" in one_line(one(), tmp_path, entries)
-    assert "do not hold each of the 100 rows once" in one_line(one(), tmp_path, {})
+    assert "do not hold each of the 100 rows once" in one_line(tmp_path, entries)
+    assert read_tables(str(tmp_path), {}, Topology()) == {}
+
+
+def one_embedding(rows: int = 100, width: int = 3, name: str = "t") -> torch.nn.Module:
+    return torch.nn.ModuleDict({name: ShardedEmbedding(rows, width)})
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
-    [({"rows": 101}, "has 100 rows, the model's table has 101"), ({"width": 4}, "has vectors of 3, the model's table has of 4")],
+    ("other", "says"),
+    [
+        (one_embedding(101), "the table t has 100 rows of 3, not 101 of 3"),
+        (one_embedding(width=4), "the table t has 100 rows of 3, not 100 of 4"),
+        (one_embedding(name="a"), "the table a is here and not there"),
+        (torch.nn.Linear(2, 2), "the table t is there and not here"),
+    ],
 )
-def test_a_table_of_other_sizes_is_refused(changed: dict[str, int], says: str, tmp_path: Path) -> None:
-    assert says in one_line(one(**changed), tmp_path, saved(2, tmp_path))
+def test_a_table_of_other_sizes_is_refused(other: torch.nn.Module, says: str, tmp_path: Path) -> None:
+    held = read_tables(str(tmp_path), saved(2, tmp_path), Topology())
+    with pytest.raises(InputError, match=f"the checkpoint does not fit the model: {says}$"):
+        share_out(other, Topology(), held)
+
+
+def test_what_a_rank_holds_goes_on_in_another_model_without_a_copy() -> None:
+    first, second = one_embedding(), one_embedding()
+    (table,) = share_out(first, Topology(1, 2), None).values()
+    before = table.values.clone()
+    (again,) = share_out(second, Topology(1, 2), held_of(tables_of(first))).values()
+    assert again.values.data_ptr() == table.values.data_ptr()
+    assert torch.equal(again.values, before)
+    with pytest.raises(InputError, match="100 rows of 3"):
+        share_out(one_embedding(), Topology(0, 3), held_of(tables_of(first)))
+
+
+def test_vectors_are_what_a_lookup_finds_in_the_order_of_the_ids() -> None:
+    embedding = ShardedEmbedding(300, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctrsink.tables.embedding._AT_ONCE", 7)
+        found = embedding.vectors(range(-1, 299))
+    assert torch.equal(found, embedding(torch.arange(-1, 299)).detach())
+    assert torch.equal(found[0], embedding.table.values[0])
+    assert len(found.unique(dim=0)) == 300
 
 
 @pytest.mark.parametrize("name", ["a.ids.item__id", "a/../../b", "ü" * 300, "x y", "..", "a" * 200])
@@ -452,7 +485,7 @@ def test_a_table_may_have_any_name(name: str, tmp_path: Path) -> None:
     table, again = one(), one(seed=8)
     entries = plain(save_tables({name: table, "other": one(seed=9)}, str(tmp_path / "in")))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    load_tables({name: again}, str(tmp_path / "in"), entries)
+    again.take(read_tables(str(tmp_path / "in"), entries, Topology())[folder_of(name)])
     assert torch.equal(again.values, table.values)
     assert len({folder_of(other) for other in ("a/b", "a_b", "a b", name)}) == 4
 

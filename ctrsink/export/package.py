@@ -23,6 +23,7 @@ from ctrsink.folder import new_folder
 from ctrsink.prepare.encoder import write_files
 from ctrsink.serve.knowledge import FILE as KNOWLEDGE_NAME
 from ctrsink.serve.knowledge import Knowledge
+from ctrsink.tables.embedding import tables_of
 from ctrsink.train.restore import TrainedRun, restore_run
 
 CONFIG_NAME = "config.json"
@@ -77,6 +78,7 @@ def export_run(run_dir: str, to: str, dtype: Literal["fp32", "bf16"] = "fp32", c
 
 def _require_finite_weights(run: TrainedRun) -> None:
     dead = next((name for name, value in run.checkpoint.parameters.items() if not value.isfinite().all()), None)
+    dead = dead or next((name for name, table in tables_of(run.model).items() if not table.is_finite()), None)
     if dead is not None:
         raise InputError(_dead(run, f"its weights {dead} are not finite"))
 

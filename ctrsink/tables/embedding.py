@@ -1,12 +1,19 @@
 """What a family's module looks ids up with."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from ctrsink.dist import Topology
+from ctrsink.errors import InputError
+from ctrsink.tables.files import folder_of
 from ctrsink.tables.hashing import rows_of
+from ctrsink.tables.shares import Share
 from ctrsink.tables.table import RowTable
+
+_AT_ONCE = 2**16
 
 
 class ShardedEmbedding(nn.Module):
@@ -31,6 +38,15 @@ class ShardedEmbedding(nn.Module):
         found = self.table.lookup(rows_of(ids, self.table.rows, self.hashes))
         return found.squeeze(-2) if self.hashes == 1 else found.sum(-2)
 
+    @torch.no_grad()
+    def vectors(self, ids: range) -> torch.Tensor:
+        """[len(ids), D] on the CPU, of neighbouring ids: a table of its own for a plain lookup. In one process."""
+        found = torch.empty(len(ids), self.table.width)
+        for first in range(0, len(ids), _AT_ONCE):
+            part = ids[first : first + _AT_ONCE]
+            found[first : first + len(part)] = self(torch.arange(part.start, part.stop))
+        return found
+
     def extra_repr(self) -> str:
         return f"{self.table.rows}, {self.table.width}, hashes={self.hashes}"
 
@@ -38,3 +54,34 @@ class ShardedEmbedding(nn.Module):
 def tables_of(module: nn.Module) -> dict[str, RowTable]:
     """The tables that a module looks up in, by the names of its parts that do."""
     return {name: part.table for name, part in module.named_modules() if isinstance(part, ShardedEmbedding)}
+
+
+def share_out(module: nn.Module, topology: Topology, held: Mapping[str, Share] | None) -> dict[str, RowTable]:
+    """Give this rank its rows of each table of a module; returns the tables by name.
+
+    Args:
+        held: their values and state, by `folder_of` the name; None: they start with those of their seed.
+
+    Raises:
+        InputError: `held` is of other tables.
+    """
+    tables = tables_of(module)
+    for table in tables.values():
+        table.place(topology)
+    if held is None:
+        return tables
+    places = {folder_of(name): name for name in tables}
+    if odd := sorted(held.keys() ^ places.keys()):
+        where = "there and not here" if odd[0] in held else "here and not there"
+        raise InputError(f"the checkpoint does not fit the model: the table {odd[0]} is {where}")
+    for place, name in places.items():
+        try:
+            tables[name].take(held[place])
+        except ValueError as error:
+            raise InputError(f"the checkpoint does not fit the model: the table {name} has {error}") from None
+    return tables
+
+
+def held_of(tables: Mapping[str, RowTable]) -> dict[str, Share]:
+    """What this rank holds of tables, for `share_out` on another module; no copies."""
+    return {folder_of(name): table.held for name, table in tables.items()}

@@ -10,10 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 
 from ctrsink import storage
+from ctrsink.dist import Topology
 from ctrsink.errors import InputError
+from ctrsink.tables.shares import Share, share
 from ctrsink.tables.table import RowTable
 
 FILE_BYTES = 64 * 2**20
@@ -47,29 +50,19 @@ def save_tables(tables: Mapping[str, RowTable], folder: str) -> dict[str, dict[s
     return entries
 
 
-def load_tables(tables: Mapping[str, RowTable], folder: str, entries: Mapping[str, tuple[int, str]]) -> None:
-    """Read the rows that lie on this rank, of the files that hold any of them and of no others; no collective.
+def read_tables(folder: str, entries: Mapping[str, tuple[int, str]], topology: Topology) -> dict[str, Share]:
+    """The rows of every table that lie on this rank, by `folder_of` its name, on the CPU; no collective.
 
-    Where it fails a table may hold some of both: load another checkpoint.
+    Of the files just those are read that hold any of them.
 
     Args:
-        tables: by the names that they were saved under.
         folder: as for `save_tables`.
-        entries: size and sha256 of the files of all ranks, as `save_tables` returned them; of other files, too.
+        entries: size and sha256 of the files of all ranks, as `save_tables` returned them.
 
     Raises:
         DamagedTable: a file is missing, truncated or altered.
-        InputError: a table was saved with other sizes.
     """
-    for name, table in tables.items():
-        pieces = _pieces(name, table, folder, entries)
-        for first, last, path in pieces:
-            if max(first, table.own.start) >= min(last, table.own.stop):
-                continue
-            found = load(_content(storage.join(folder, path), entries[path]))
-            if found["values"].shape[1] != table.width:
-                raise _other(storage.join(folder, path), f"vectors of {found['values'].shape[1]}", f"of {table.width}")
-            table.put(first, found["values"], found["squares"])
+    return {name: _read(name, folder, entries, topology) for name in sorted({path.partition("/")[0] for path in entries})}
 
 
 def folder_of(name: str) -> str:
@@ -78,18 +71,30 @@ def folder_of(name: str) -> str:
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
-def _pieces(name: str, table: RowTable, folder: str, entries: Mapping[str, object]) -> list[tuple[int, int, str]]:
-    """First row, row behind the last and path of each file of a table, which together hold every row once."""
-    where, own = storage.join(folder, folder_of(name)), folder_of(name)
-    named = [(path, _NAME.fullmatch(path.removeprefix(f"{own}/"))) for path in entries if path.startswith(f"{own}/")]
+def _read(name: str, folder: str, entries: Mapping[str, tuple[int, str]], topology: Topology) -> Share:
+    rows, pieces = _pieces(name, folder, entries)
+    own = share(rows, topology.rank, topology.world)
+    needed = [piece for piece in pieces if max(piece[0], own.start) < min(piece[1], own.stop)]
+    values, squares = torch.empty(0), torch.empty(len(own))
+    for number, (first, last, path) in enumerate(needed or pieces[:1]):  # a rank without rows learns their width, too
+        found = load(_content(storage.join(folder, path), entries[path]))
+        if number == 0:
+            values = torch.empty(len(own), found["values"].shape[1])
+        begin, end = max(first, own.start), min(last, own.stop)
+        here, there = slice(begin - own.start, end - own.start), slice(begin - first, end - first)
+        values[here], squares[here] = found["values"][there], found["squares"][there]
+    return Share(rows, values, squares)
+
+
+def _pieces(name: str, folder: str, entries: Mapping[str, object]) -> tuple[int, list[tuple[int, int, str]]]:
+    """Rows of a table; first row, row behind the last and path of each of its files, which together hold every row once."""
+    named = [(path, _NAME.fullmatch(path.removeprefix(f"{name}/"))) for path in entries if path.startswith(f"{name}/")]
     pieces = sorted((int(found[1]), int(found[2]), path) for path, found in named if found)
-    sizes = {int(found[3]) for _, found in named if found}
-    if sizes - {table.rows}:
-        raise _other(where, f"{max(sizes)} rows", f"{table.rows}")
+    rows = max((int(found[3]) for _, found in named if found), default=0)
     ends = [0, *(last for _, last, _ in pieces)]
-    if [first for first, _, _ in pieces] != ends[:-1] or ends[-1] != table.rows:
-        raise DamagedTable(f"{where} is incomplete: its files do not hold each of the {table.rows} rows once")
-    return pieces
+    if not rows or [first for first, _, _ in pieces] != ends[:-1] or ends[-1] != rows:
+        raise DamagedTable(f"{storage.join(folder, name)} is incomplete: its files do not hold each of the {rows} rows once")
+    return rows, pieces
 
 
 def _content(uri: str, expected: tuple[int, str]) -> bytes:
@@ -102,7 +107,3 @@ def _content(uri: str, expected: tuple[int, str]) -> bytes:
     if storage.sha256(content) != expected[1]:
         raise DamagedTable(f"{uri} is damaged: it does not match its hash")
     return content
-
-
-def _other(where: str, has: str, wanted: str) -> InputError:
-    return InputError(f"{where} has {has}, the model's table has {wanted}: give the model the sizes that it was saved with")

@@ -5,7 +5,20 @@ number of ranks reads whole stretches of the files. Ranges are evenly busy becau
 apart.
 """
 
+from typing import NamedTuple
+
 import torch
+
+
+class Share(NamedTuple):
+    """What one rank holds of a table."""
+
+    rows: int
+    """Of the whole table."""
+    values: torch.Tensor
+    """fp32 [n, D], of the own rows."""
+    squares: torch.Tensor
+    """fp32 [n], the optimiser's state."""
 
 
 def share(rows: int, rank: int, world: int) -> range:

@@ -3,18 +3,15 @@
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional
 
 from ctrsink.dist import Topology
 from ctrsink.tables.exchange import Route
 from ctrsink.tables.initial import initial_values
-from ctrsink.tables.shares import counts_by_owner, share
+from ctrsink.tables.shares import Share, counts_by_owner, share
 from ctrsink.tables.sums import RowSums, merged
 
 EPSILON = 1e-10
-_GATHERED = 2**18
-"""Rows that travel at once where a whole table is gathered."""
 
 
 class RowTable:
@@ -68,6 +65,26 @@ class RowTable:
     def squares(self) -> torch.Tensor:
         """[n], the optimiser's state: sums of mean squared gradients of the own rows."""
         return self._state()[1]
+
+    @property
+    def held(self) -> Share:
+        """The own rows with their state; no copy."""
+        return Share(self.rows, self.values, self.squares)
+
+    def take(self, held: Share) -> None:
+        """Hold these from now on, in place of values from the seed; on the device that they are on already no copy is made.
+
+        Raises:
+            ValueError: they are not the own rows of a table of these sizes.
+        """
+        fits = held.rows == self.rows and held.values.shape == (len(self.own), self.width) and len(held.squares) == len(self.own)
+        if not fits:
+            raise ValueError(f"{held.rows} rows of {held.values.shape[1]}, not {self.rows} of {self.width}")
+        self._made = held.values.to(self.topology.device), held.squares.to(self.topology.device)
+
+    def make(self) -> None:
+        """Make the values now, not at their first use: so what memory is free afterwards is free."""
+        self._state()
 
     def put(self, first: int, values: torch.Tensor, squares: torch.Tensor | None = None) -> None:
         """Of the rows from `first` on, set those that lie here to values [n, D] and squares [n]; without squares, to 0."""
@@ -131,32 +148,6 @@ class RowTable:
         """Whether all values that lie here are finite numbers."""
         values = self.values
         return not values.numel() or all(bool(one.isfinite()) for one in torch.aminmax(values))
-
-    def gathered(self) -> torch.Tensor | None:
-        """Collective: the values of all rows, [rows, D] on the CPU, on the first rank; None on the others."""
-        if self.topology.world == 1:
-            return self.values.cpu()
-        whole = torch.empty(self.rows, self.width) if self.topology.is_first else None
-        for rank in range(self.topology.world):
-            owned = share(self.rows, rank, self.topology.world)
-            for first in range(owned.start, owned.stop, _GATHERED):
-                last = min(first + _GATHERED, owned.stop)
-                block = self._sent_to_first(rank, first, last)
-                if whole is not None and block is not None:
-                    whole[first:last] = block
-        return whole
-
-    def _sent_to_first(self, owner: int, first: int, last: int) -> torch.Tensor | None:
-        if self.topology.rank == owner:
-            block = self.values[first - self.own.start : last - self.own.start]
-            if owner:
-                dist.send(block, 0)
-            return block
-        if not self.topology.is_first:
-            return None
-        block = torch.empty(last - first, self.width, device=self.topology.device)
-        dist.recv(block, owner)
-        return block
 
     def _fetched(self, named: torch.Tensor) -> torch.Tensor:
         """int64 [u], ascending, each once -> a copy of these rows [u, D], wherever they lie."""

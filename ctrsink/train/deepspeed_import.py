@@ -10,6 +10,7 @@ if _NO_MLFLOW:
     sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
 try:
     import deepspeed
+    from deepspeed.runtime.utils import combine_grad_norm_groups
     from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
     from deepspeed.utils.tensor_fragment import (
         safe_get_local_optimizer_state,
@@ -26,6 +27,7 @@ deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIs
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING"))
 
 __all__ = [
+    "combine_grad_norm_groups",
     "deepspeed",
     "groups",
     "safe_get_full_fp32_param",

@@ -1,7 +1,7 @@
 """One DeepSpeed engine: what a stage trains, under any ZeRO stage, with its state readable and writable by parameter name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from ctrsink.dist import Topology, all_max, all_sum
 from ctrsink.families.parameters import set_trainable
 from ctrsink.families.protocol import CTRModule, Out
 from ctrsink.sequences.batch import Batch
+from ctrsink.tables.shares import Share
 from ctrsink.train.deepspeed_import import (
     deepspeed,
     groups,
@@ -26,6 +27,7 @@ from ctrsink.train.deepspeed_import import (
     safe_set_local_optimizer_state,
 )
 from ctrsink.train.feed import fed
+from ctrsink.train.stage_tables import StageTables
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed is told where each step ends, so this is a factor of the loss; above 1, or it would not accumulate where it offloads.
@@ -62,11 +64,21 @@ class Engine:
     Args:
         model: its trainable parameters already hold the values to start from.
         state: moments and step counts to go on with; those of groups that this stage does not train are ignored.
+        held: this rank's rows of sharded tables to go on with; None: a new run's.
     """
 
-    def __init__(self, model: CTRModule, spec: RunSpec, stage: StageSpec, topology: Topology, state: EngineState | None) -> None:
+    def __init__(
+        self,
+        model: CTRModule,
+        spec: RunSpec,
+        stage: StageSpec,
+        topology: Topology,
+        state: EngineState | None,
+        held: Mapping[str, Share] | None = None,
+    ) -> None:
         self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
-        self.trainable = stage.trainable
+        self.trainable, self.clip_norm = stage.trainable, spec.train.clip_norm
+        self.tables = StageTables(model, stage, topology, held)
         set_trainable(model, stage.trainable)
         trained = parameter_groups(model, stage.trainable, spec.train.weight_decay)
         self._group_names = [g["name"] for g in trained]
@@ -84,6 +96,7 @@ class Engine:
         self._base: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.zero_stage in (1, 2):
             self.optimizer.check_grad_overflow = True  # DeepSpeed switches it off without fp16: a NaN would reach the weights
+        self.tables.join(self.optimizer, self.zero_stage)
         self._create_moments()
         if state is not None:
             self.load(state)
@@ -99,7 +112,8 @@ class Engine:
         not depend on how a global batch is shared out: `units` is their number in the global batch. Every rank must bring equally
         many micro-batches.
 
-        A gradient with a NaN or an infinity changes neither weights nor moments; its norm tells.
+        A gradient with a NaN or an infinity, be it of sharded tables or of all else, changes neither weights nor moments; its
+        norm tells. Both are clipped by the norm of both.
 
         Args:
             votes: numbers of this rank that travel with the sum of the losses, at no cost.
@@ -114,8 +128,10 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(last := number == len(batches))
             loss = self.forward(batch, stage.learns).loss
             self.deepspeed.backward(loss * weight)
+            if last:
+                self.tables.collect()
             if last and self.zero_stage == 0:
-                norm = self._norm()
+                norm = self._clipped()
             if last and self.zero_stage == 0 and not math.isfinite(norm):
                 self.deepspeed.zero_grad()  # DeepSpeed would step all the same
             else:
@@ -123,12 +139,24 @@ class Engine:
             total += loss.detach()  # read once, at the end
         if self.zero_stage > 0:
             norm = float(self.deepspeed.get_global_grad_norm())
+        if math.isfinite(norm):
+            self.tables.step(stage, factor, self._scale(norm))
+        else:
+            self.tables.discard()
         loss, *summed = all_sum(torch.cat([total[None], total.new_tensor(votes)]), self.topology)
         return StepResult(loss / units, norm, tuple(summed))
 
-    def _norm(self) -> float:
-        """Norm of the gradient under ZeRO 0, where DeepSpeed does not keep it."""
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]))
+    def _clipped(self) -> float:
+        """Norm of the gradient under ZeRO 0, where DeepSpeed does not keep it and, of what it holds, clips by its own."""
+        dense = [p.grad for p in self.named.values() if p.grad is not None]
+        norm = math.hypot(float(torch.nn.utils.get_total_norm(dense)), self.tables.norm)
+        if self.tables.norm and math.isfinite(norm):
+            torch._foreach_mul_(dense, self._scale(norm))
+        return norm
+
+    def _scale(self, norm: float) -> float:
+        """What clipping makes of a gradient of this norm, as torch and DeepSpeed do it."""
+        return min(1.0, self.clip_norm / (norm + 1e-6))
 
     def state(self, wanted: bool = True, kept: tuple[Group, ...] | None = None) -> EngineState:
         """Collective: every rank must call it, and gets the whole state on the CPU; an empty one where it is not `wanted`.
@@ -150,7 +178,8 @@ class Engine:
     def is_finite(self) -> bool:
         """Collective: whether every trained weight, of which each rank looks at its own part, is a finite number."""
         own = (getattr(parameter, "ds_tensor", parameter) for parameter in self.named.values())
-        return not all_max(int(any(not value.isfinite().all() for value in own)), self.topology)
+        bad = any(not value.isfinite().all() for value in own) or not self.tables.is_finite()
+        return not all_max(int(bad), self.topology)
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""

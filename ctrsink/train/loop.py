@@ -149,7 +149,7 @@ class Trainer:
             self.controller.advance()
             stopped = self._run_stage(stop_at)
         with self._during("checkpoint"):
-            self.saver.wait()
+            self.saver.finish(self.engine)
         return stopped
 
     def _run_stage(self, stop_at: int | None) -> str | None:
@@ -261,14 +261,15 @@ class Trainer:
             state = self.engine.state(kept=stage.trainable)
             self.progress.parameters |= state.parameters
             self.progress.state = state
+            self.progress.tables = self.engine.tables.held()
             self.engine.destroy()
             self.engine = None  # or two models would be held at a time
             gc.collect()
         model = self.family.build(self.spec.model, self.facts, self.spec.seed, self.progress.precision)
         load_parameters(model, self.progress.parameters)
         model.to(self.topology.device).train()
-        self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state)
-        self.progress.state = None
+        self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state, self.progress.tables)
+        self.progress.state = self.progress.tables = None
         if self.shards is not None:
             load_native(self.engine, self.shards)
             self.shards = None

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ctrsink.tables.shares import Share
 from ctrsink.train.checkpoint.checkpoint import Checkpoint
 from ctrsink.train.engine import EngineState
 from ctrsink.train.observe.audit import Audit
@@ -18,6 +19,8 @@ class Progress:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """Values of everything trained so far, as of the last rebuild of the engine."""
     state: EngineState | None = None
+    tables: dict[str, Share] | None = None
+    """This rank's rows of sharded tables, for the next engine; None before the first."""
     trained: Audit = field(default_factory=Audit)
     """Impressions trained on before this process began, by all ranks."""
     seconds: float = 0.0
@@ -27,12 +30,13 @@ class Progress:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Progress":
-        """As the checkpoint has it."""
+        """As a checkpoint has it."""
         return cls(
-            checkpoint.position,
-            checkpoint.parameters,
-            EngineState({}, checkpoint.moments, checkpoint.steps),
-            Audit(**checkpoint.trained),
-            checkpoint.seconds,
-            checkpoint.precision,
+            position=checkpoint.position,
+            parameters=checkpoint.parameters,
+            state=EngineState({}, checkpoint.moments, checkpoint.steps),
+            tables=checkpoint.tables,
+            trained=Audit(**checkpoint.trained),
+            seconds=checkpoint.seconds,
+            precision=checkpoint.precision,
         )

@@ -6,6 +6,7 @@ from ctrsink.config import RunSpec
 from ctrsink.config.stages import Objective
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
+from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.families.facts import Facts, facts_of
 from ctrsink.families.parameters import load_parameters
@@ -13,6 +14,7 @@ from ctrsink.families.protocol import CTRModule
 from ctrsink.families.registry import family_of, source_of
 from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.run.folder import identities, read_run
+from ctrsink.tables.embedding import share_out
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, Step, find_checkpoint, require_data
 from ctrsink.train.stages import StageController
 
@@ -27,7 +29,7 @@ class TrainedRun:
     checkpoint: Checkpoint
     facts: Facts
     model: CTRModule
-    """In evaluation mode; LoRA not merged."""
+    """In evaluation mode; LoRA not merged, sharded tables whole in this process."""
     objective: Objective
     """That of the stage which made the checkpoint."""
 
@@ -41,7 +43,7 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     spec = read_run(run_dir)
     # The folder may have been moved or copied since; what it says of its own place counts for nothing.
     spec = spec.model_copy(update={"run_dir": run_dir})
-    checkpoint = find_checkpoint(run_dir, step)
+    checkpoint = find_checkpoint(run_dir, step, Topology())
     dataset = Dataset.of(spec.data)
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     family = family_of(spec.model.family)
@@ -51,6 +53,7 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     model = family.build(family.portable(spec.model), facts, spec.seed, precision).float()
     model.mixed_precision = False
     load_parameters(model, checkpoint.parameters)
+    share_out(model, Topology(), checkpoint.tables)
     controller = StageController(spec, sum(source_of(dataset, "train", layout).per_shard))
     controller.load_state_dict(checkpoint.controller)
     stage = controller.stage

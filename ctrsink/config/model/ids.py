@@ -1,6 +1,6 @@
 """What the sections of all families that read ids and signals, and no text, share."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,6 +11,8 @@ from ctrsink.features.registry import of_kind, signal
 
 if TYPE_CHECKING:
     from ctrsink.config.run import RunSpec
+
+_MOST_ROWS = 2**31  # of a sharded table
 
 
 class IdsSpec(FamilySpec):
@@ -28,6 +30,9 @@ class IdsSpec(FamilySpec):
     """Width of the tables."""
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the ids, `item_id` and `user_id`, that is hidden in training, so that the model does without those of new ones."""
+    id_tables: Literal["dense", "sharded"] = "dense"
+    """Where the tables of ids lie. `dense`: whole on every worker, trained by AdamW as all else. `sharded`: by row over the
+    workers, outside DeepSpeed, trained by row-wise Adagrad in the rows that a batch names: for millions of rows."""
 
     @field_validator("behaviours")
     @classmethod
@@ -56,3 +61,16 @@ class IdsSpec(FamilySpec):
         check_shared(self.behaviours, "model.behaviours", run)
         if run.data.text_history is not None:
             raise ValueError("data.text_history: this family reads no text: leave it out")
+        if self.id_tables == "sharded":
+            self._check_sharded(run)
+
+    def _check_sharded(self, run: "RunSpec") -> None:
+        if not self.ids:
+            raise ValueError("model.id_tables sharded: no signal is item_id or user_id: leave it out")
+        if self.rows > _MOST_ROWS:
+            raise ValueError(f"model.rows {self.rows}: a sharded table has at most {_MOST_ROWS}")
+        for stage in run.stages:
+            if stage.trainable == ("ids",):
+                raise ValueError(
+                    f"stages.{stage.name}: trains sharded tables alone, and DeepSpeed needs a parameter: add another group"
+                )

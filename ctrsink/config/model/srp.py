@@ -79,6 +79,8 @@ class SrpSpec(IdsSpec):
 
     def check(self, run: "RunSpec") -> None:
         super().check(run)
+        if self.id_tables == "sharded":
+            raise ValueError("model.id_tables sharded: the family srp foretells ids, for which it needs whole tables: take dense")
         data = run.data
         if data.examples == "per_user":
             raise ValueError(

@@ -8,6 +8,7 @@ from torch import nn
 from ctrsink.config.model.ids import IdsSpec
 from ctrsink.families.facts import Facts
 from ctrsink.features.registry import of_kind, signal
+from ctrsink.tables.embedding import ShardedEmbedding
 
 
 class SignalTables(nn.Module):
@@ -15,6 +16,8 @@ class SignalTables(nn.Module):
 
     A value of an id or of a hashed column that training never met has a row that is as it was at the start: outside of training
     it is taken for the unknown, row 0, where that was trained. Ids are hidden at random in training, so that theirs is.
+
+    Those of ids may be sharded: parts without parameters, of whose rows each worker has its share.
 
     Args:
         spec: which signals each side has.
@@ -25,29 +28,33 @@ class SignalTables(nn.Module):
         super().__init__()
         self.width, self.id_dropout = spec.embedding_size, spec.id_dropout
         self.rows = rows = {name: _rows(name, spec) for name in spec.categories}
-        self.ids = nn.ModuleDict(
-            {module_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if signal(n).identity}
-        )
-        self.tables = nn.ModuleDict(
-            {module_key(n): nn.Embedding(of, spec.embedding_size) for n, of in rows.items() if not signal(n).identity}
-        )
+        std = 1 / math.sqrt(spec.embedding_size)
+
+        def table(rows: int, sharded: bool) -> nn.Module:
+            return ShardedEmbedding(rows, self.width, std=std) if sharded else nn.Embedding(rows, self.width)
+
+        sharded = spec.id_tables == "sharded"
+        self.ids = nn.ModuleDict({module_key(n): table(of, sharded) for n, of in rows.items() if signal(n).identity})
+        self.tables = nn.ModuleDict({module_key(n): table(of, False) for n, of in rows.items() if not signal(n).identity})
         self.initial: dict[str, torch.Tensor] = {}
-        """Tables of ids and hashed columns as they were at the start; none of a model that was settled."""
+        """Tables of ids and hashed columns as they were at the start; none of sharded ones, and of a model that was settled."""
         for name in rows:
-            weight = self.table(name).weight
-            assert isinstance(weight, torch.Tensor)
-            nn.init.normal_(weight, std=1 / math.sqrt(spec.embedding_size))
-            if signal(name).hashed:
-                self.initial[name] = weight.detach().clone()
+            part = self.table(name)
+            if isinstance(part, nn.Embedding):
+                nn.init.normal_(part.weight, std=std)
+                if signal(name).hashed:
+                    self.initial[name] = part.weight.detach().clone()
 
     def of(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Values of one category, int64 [n] -> [n, E] from its table; in training some ids are hidden."""
         if signal(name).identity and self.training and self.id_dropout:
             values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
-        initial = self.initial.get(name)
+        table, initial = self.table(name), self.initial.get(name)
+        if isinstance(table, ShardedEmbedding):
+            return table(values - 1)  # there -1 is unknown, not 0
         if self.training or initial is None:
-            return self.table(name)(values)
-        unknown, own = self.table(name)(torch.stack([torch.zeros_like(values), values]))
+            return table(values)
+        unknown, own = table(torch.stack([torch.zeros_like(values), values]))
         initial = self.initial[name] = initial.to(own.device)  # stays there
         never_met = (own == initial[values]).all(-1) & (unknown != initial[0]).any(-1)
         return torch.where(never_met[:, None], unknown, own)
@@ -64,6 +71,12 @@ class SignalTables(nn.Module):
     def table(self, name: str) -> nn.Module:
         """The table of a category: int64 [...] -> [..., E]."""
         return (self.ids if signal(name).identity else self.tables)[module_key(name)]
+
+    def unshard(self) -> None:
+        """Put tables that look up by themselves in place of sharded ones, with the same vectors. In one process."""
+        for key, part in self.ids.items():
+            if isinstance(part, ShardedEmbedding):
+                self.ids[key] = nn.Embedding.from_pretrained(part.vectors(range(-1, part.table.rows - 1)), freeze=False)
 
     def _sum(self, names: tuple[str, ...], signals: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(len(signals), self.width, device=signals.device)

@@ -75,14 +75,11 @@ def portable(model: IdsSpec) -> IdsSpec:
     return model
 
 
-def merged(module: CTRModule, model: IdsSpec) -> tuple[dict[str, Any], int]:
-    """See Family.merged."""
-    from ctrsink.families.ids.embedding import SignalTables  # takes torch
-
-    for part in module.modules():
-        if isinstance(part, SignalTables):
-            part.settle()
-    return model.model_dump(mode="json"), 0
+def merged(module: Any, model: IdsSpec) -> tuple[dict[str, Any], int]:
+    """See Family.merged: sharded tables become whole ones, and rows that training never met the unknown."""
+    module.embedding.settle()
+    module.embedding.unshard()
+    return model.model_copy(update={"id_tables": "dense"}).model_dump(mode="json"), 0
 
 
 def looked(module: Any, untrained: Callable[[], CTRModule], batches: list[Batch], objective: Objective) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A folder per checkpoint; `complete.json`, with size and sha256 of each file, is written last. Without it, or with a file that
 does not match, the folder is no checkpoint. A native checkpoint (see `native`) has the same parameters and state; its moments are
-DeepSpeed's shards, of which only presence and size are looked at here.
+DeepSpeed's shards, of which only presence and size are looked at here. Sharded tables of embeddings have files of their own
+(`tables.files`), of which each rank reads those with rows of its own.
 """
 
 import json
@@ -15,14 +16,19 @@ import torch
 from safetensors.torch import load
 
 from ctrsink import kept, storage, strict_json
+from ctrsink.dist import Topology
 from ctrsink.errors import InputError, RunError
 from ctrsink.run.listing import FOLDER, folder_of, list_checkpoints, step_of
+from ctrsink.tables.files import DamagedTable, read_tables
+from ctrsink.tables.shares import Share
 from ctrsink.train.checkpoint.tensor_file import to_safetensors
 
 PARAMETERS, MOMENTS, STATE = FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
 MARKER = "complete.json"
 SHARDS = "shards"
 """Folder in a native checkpoint."""
+TABLES = "tables"
+"""Folder in the checkpoint of a model with sharded tables."""
 BEST = "best.json"
 """Beside the checkpoints: step, metric and value of the best one."""
 Step = int | Literal["best"] | None
@@ -60,6 +66,8 @@ class Checkpoint:
     """`world` and `zero_stage` of the shards that hold the moments; empty in a portable checkpoint."""
     precision: str = ""
     """What the run trains in, which `train.precision: auto` leaves open; empty in a checkpoint from before there was that."""
+    tables: dict[str, Share] = field(default_factory=dict)
+    """One rank's rows of sharded tables, where a checkpoint is read by that rank; see `read_tables`."""
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
@@ -96,16 +104,17 @@ def write_marker(folder: str, entries: dict[str, dict[str, Any]]) -> None:
 
 def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
     if name == STATE:
-        names = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments")]
+        names = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments", "tables")]
         return strict_json.dumps(kept.stamped({name: getattr(checkpoint, name) for name in names})).encode()
     return to_safetensors(checkpoint.parameters if name == PARAMETERS else checkpoint.moments)
 
 
-def latest_checkpoint(run_dir: str, before: int | None = None) -> Checkpoint | None:
+def latest_checkpoint(run_dir: str, before: int | None = None, reader: Topology | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole; each newer one that is not is named in a warning. None where none was ever finished.
 
     Args:
         before: only of earlier steps: the finished one of this step turned out to be damaged.
+        reader: see `load_checkpoint`.
 
     Raises:
         InputError: checkpoints were finished, but none is whole any more: to start anew is the user's to say.
@@ -115,7 +124,7 @@ def latest_checkpoint(run_dir: str, before: int | None = None) -> Checkpoint | N
         if before is not None and step_of(folder) >= before:
             continue
         try:
-            return load_checkpoint(folder)
+            return load_checkpoint(folder, reader)
         except DamagedCheckpoint as error:
             finished = finished or storage.exists(storage.join(folder, MARKER))
             log.warning("%s; looking for one before it", error)
@@ -124,8 +133,11 @@ def latest_checkpoint(run_dir: str, before: int | None = None) -> Checkpoint | N
     return None
 
 
-def find_checkpoint(run_dir: str, step: Step = None) -> Checkpoint:
+def find_checkpoint(run_dir: str, step: Step = None, reader: Topology | None = None) -> Checkpoint:
     """The checkpoint of `step`, the best, or the newest whole one.
+
+    Args:
+        reader: see `load_checkpoint`.
 
     Raises:
         InputError: there is none, or that of `step` is damaged.
@@ -137,8 +149,8 @@ def find_checkpoint(run_dir: str, step: Step = None) -> Checkpoint:
         if folder_of(run_dir, step) not in folders:
             steps = ", ".join(str(step_of(folder)) for folder in reversed(folders)) or "none"
             raise InputError(f"{run_dir} has no checkpoint of step {step}: choose one of those it has ({steps})")
-        return load_checkpoint(folder_of(run_dir, step))
-    checkpoint = latest_checkpoint(run_dir)
+        return load_checkpoint(folder_of(run_dir, step), reader)
+    checkpoint = latest_checkpoint(run_dir, reader=reader)
     if checkpoint is None:
         raise InputError(f"{run_dir} holds no whole checkpoint yet: train it first")
     return checkpoint
@@ -168,17 +180,20 @@ def require_data(run_dir: str, checkpoint: Checkpoint, datasets: tuple[str, ...]
         )
 
 
-def load_checkpoint(folder: str) -> Checkpoint:
+def load_checkpoint(folder: str, reader: Topology | None = None) -> Checkpoint:
     """Read a checkpoint and check it against its marker.
+
+    Args:
+        reader: the rank whose rows of sharded tables are read; None: no tables are, their presence and size is looked at.
 
     Raises:
         InputError: it is incomplete or altered, or of a newer version.
     """
     entries = read_marker(folder)
-    shards = {name: size for name, (size, _) in entries.items() if name not in FILES}
-    if shards:
-        found = {f"{SHARDS}/{one.path}": one.bytes for one in storage.find(storage.join(folder, SHARDS))}
-        for name, size in shards.items():
+    others = {name: size for name, (size, _) in entries.items() if name not in FILES}
+    if others:
+        found = {one.path: one.bytes for one in storage.find(folder)}
+        for name, size in others.items():
             if found.get(name) != size:
                 what = f"{name} has another size" if name in found else f"{name} is missing"
                 raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {what}")
@@ -193,9 +208,20 @@ def load_checkpoint(folder: str) -> Checkpoint:
     moments = load(contents[MOMENTS]) if MOMENTS in contents else {}
     try:
         state = kept.opened(json.loads(contents[STATE]), storage.join(folder, STATE))
-        return Checkpoint(parameters=load(contents[PARAMETERS]), moments=moments, **state)
+        checkpoint = Checkpoint(parameters=load(contents[PARAMETERS]), moments=moments, **state)
     except (ValueError, TypeError):
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE} is not what was written") from None
+    if reader is not None:
+        checkpoint.tables = _tables(folder, entries, reader)
+    return checkpoint
+
+
+def _tables(folder: str, entries: dict[str, tuple[int, str]], reader: Topology) -> dict[str, Share]:
+    own = {name.removeprefix(f"{TABLES}/"): entry for name, entry in entries.items() if name.startswith(f"{TABLES}/")}
+    try:
+        return read_tables(storage.join(folder, TABLES), own, reader)
+    except DamagedTable as error:
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {error}") from None
 
 
 def read_marker(folder: str) -> dict[str, tuple[int, str]]:
@@ -209,9 +235,10 @@ def read_marker(folder: str) -> dict[str, tuple[int, str]]:
         entries = kept.opened(json.loads(_read(folder, MARKER)), storage.join(folder, MARKER))
         found = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         others = found.keys() - FILES
-        if not {PARAMETERS, STATE} <= found.keys() or (MOMENTS in found) == bool(others):
+        shards = [name for name in others if name.startswith(f"{SHARDS}/")]
+        if not {PARAMETERS, STATE} <= found.keys() or (MOMENTS in found) == bool(shards):
             raise ValueError
-        if any(not name.startswith(f"{SHARDS}/") or storage.leads_out(name) for name in others):
+        if any(not name.startswith((f"{SHARDS}/", f"{TABLES}/")) or storage.leads_out(name) for name in others):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {MARKER} is not what was written") from None

@@ -15,17 +15,17 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from ctrsink import storage
 from ctrsink.dist import Topology, all_sum
-from ctrsink.errors import InputError, PeerLost, RunError, first_line
+from ctrsink.errors import InputError, RunError, first_line
 from ctrsink.train.checkpoint.checkpoint import (
     PARAMETERS,
     SHARDS,
@@ -36,9 +36,8 @@ from ctrsink.train.checkpoint.checkpoint import (
     folder_of,
     latest_checkpoint,
     read_marker,
-    write_files,
-    write_marker,
 )
+from ctrsink.train.checkpoint.shared import Entries, agree, gather, save_shared, write_tables
 from ctrsink.train.deepspeed_import import safe_get_full_fp32_param
 from ctrsink.train.engine import Engine, EngineState
 
@@ -61,84 +60,63 @@ class Shards:
 
 
 def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint, before: Callable[[], object] = lambda: None) -> str:
-    """Collective: every rank must call it; it returns the folder when the checkpoint is whole.
-
-    Each rank writes its shards to the node's temporary folder, uploads them, and tells the first one their sizes and hashes; that
-    one writes the marker when all are there.
+    """Collective, see `save_shared`; each rank writes its shards to the node's temporary folder, and uploads them.
 
     Args:
         engine: under ZeRO 1 to 3.
-        checkpoint: its parameters are those that the engine does not train, of interest on the first rank only; its moments are
-            not looked at.
-        before: called first; what it raises on one rank is told on all of them.
+        checkpoint: its parameters are those that the engine does not train; its moments are not looked at.
+        before: see `save_shared`.
 
     Raises:
         RunError, InputError: some rank could not write its part; then all raise, and there is no checkpoint.
     """
-    topology, folder = engine.topology, folder_of(run_dir, checkpoint.step)
-    entries, error = {}, None
-    try:
-        before()
-    except Exception as caught:
-        error = caught
-    _agree(error, "could not begin to save", topology)  # DeepSpeed waits for all ranks where it saves
-    parameters = _trained(engine)
-    try:
-        entries = _write_shards(engine, storage.join(folder, SHARDS))
-        if topology.is_first:
-            native = {"world": topology.world, "zero_stage": engine.zero_stage}
-            checkpoint = replace(checkpoint, parameters=checkpoint.parameters | parameters, native=native)
-            entries |= write_files(folder, checkpoint, (PARAMETERS, STATE))
-    except Exception as caught:
-        error = caught
-    try:
-        _agree(error, "could not save its part of the checkpoint", topology)
-        gathered = _gather(entries, topology)
-        error = None
-        if topology.is_first:
-            try:
-                write_marker(folder, {name: entry for one in gathered for name, entry in one.items()})
-            except Exception as caught:
-                error = caught
-        _agree(error, "could not finish the checkpoint", topology)
-    except Exception:
-        if topology.is_first and not storage.is_remote(folder):  # a full disk needs the room; remains on S3 go with the next save
-            with suppress(Exception):
-                storage.delete(folder)
-        raise
-    return folder
+    topology = engine.topology
+    native = {"world": topology.world, "zero_stage": engine.zero_stage}
+    whole = replace(checkpoint, parameters=checkpoint.parameters | _trained(engine), native=native)
+
+    def write(folder: str) -> Entries:
+        return _write_shards(engine, storage.join(folder, SHARDS)) | write_tables(engine.tables.all, folder)
+
+    return save_shared(run_dir, whole, (PARAMETERS, STATE), write, topology, before)
 
 
 def restore(run_dir: str, zero_stage: int, topology: Topology) -> tuple[Checkpoint, Shards | None] | None:
-    """Collective: the newest checkpoint that is whole, the same on all ranks, and the shards of a native one.
+    """Collective: the newest checkpoint that is whole, with this rank's rows of sharded tables, and the shards of a native one.
 
-    A checkpoint of which any rank finds a shard altered is passed over with a warning, as `latest_checkpoint` does. Nothing is
-    unpickled here, and later nothing that did not match its hash. None where no checkpoint was ever finished.
+    All ranks get the same. A checkpoint of which any rank finds a file altered is passed over with a warning, as
+    `latest_checkpoint` does. Nothing is unpickled here, and later nothing that did not match its hash. None where no checkpoint
+    was ever finished.
 
     Raises:
         InputError: checkpoints were finished, but none is whole any more.
     """
     before: int | None = None
     while True:
-        checkpoint = latest_checkpoint(run_dir, before) if topology.is_first else None
-        step = int(all_sum([checkpoint.step if checkpoint else 0], topology)[0])
+        newest = latest_checkpoint(run_dir, before, topology) if topology.is_first else None
+        step = int(all_sum([newest.step if newest else 0], topology)[0])
         if step == 0:
             return None
-        checkpoint = checkpoint or find_checkpoint(run_dir, step)
-        if not checkpoint.native:
+        checkpoint, damage = _by_all(lambda: newest or find_checkpoint(run_dir, step, topology), topology)  # noqa: B023
+        if checkpoint is not None and damage is None and not checkpoint.native:
             return checkpoint, None
-        whole = checkpoint.native != {"world": topology.world, "zero_stage": zero_stage}
-        shards, error = None, None
-        try:
-            shards = _fetch(folder_of(run_dir, step), checkpoint, whole, topology)
-        except DamagedCheckpoint as caught:
-            error = caught
-        reasons = [reason for reason in _gather(str(error) if error else None, topology) if reason]
-        if shards is not None and not reasons:
-            return checkpoint, shards
+        if checkpoint is not None and damage is None:
+            whole = checkpoint.native != {"world": topology.world, "zero_stage": zero_stage}
+            shards, damage = _by_all(partial(_fetch, folder_of(run_dir, step), checkpoint, whole, topology), topology)
+            if shards is not None and damage is None:
+                return checkpoint, shards
         if topology.is_first:
-            log.warning("%s; looking for one before it", reasons[0])
+            log.warning("%s; looking for one before it", damage)
         before = step
+
+
+def _by_all(read: Callable[[], T], topology: Topology) -> tuple[T | None, str | None]:
+    """Collective: what this rank reads, and the first damage that any rank found."""
+    found, damage = None, None
+    try:
+        found = read()
+    except DamagedCheckpoint as error:
+        damage = str(error)
+    return found, next((told for told in gather(damage, topology) if told is not None), None)
 
 
 def load_native(engine: Engine, shards: Shards) -> None:
@@ -154,7 +132,7 @@ def load_native(engine: Engine, shards: Shards) -> None:
     same_groups = checkpoint.steps.keys() == engine.steps().keys()
     if not shards.whole and same_groups:
         path, _ = engine.deepspeed.load_checkpoint(str(shards.local), tag=SHARDS, load_module_strict=False)
-        _agree(None if path else RunError(f"DeepSpeed found nothing in {shards.local}"), "could not load its shards", topology)
+        agree(None if path else RunError(f"DeepSpeed found nothing in {shards.local}"), "could not load its shards", topology)
         if engine.zero_stage < 3:  # its views of the moments, by parameter, are still those of the state that was replaced
             engine.optimizer._hp_optimizer_states_linked = False
             engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -174,15 +152,15 @@ def load_native(engine: Engine, shards: Shards) -> None:
         target = f"ZeRO-{engine.zero_stage} on {topology.world}"
         hint = "go on with as many ranks and the same ZeRO stage as it was saved with"
         error = InputError(f"{shards.folder}: cannot convert {source} for {target} ({first_line(caught)}): {hint}")
-    _agree(error, "could not convert the shards", topology)
-    places = _gather((socket.gethostname(), universal), topology)
+    agree(error, "could not convert the shards", topology)
+    places = gather((socket.gethostname(), universal), topology)
     here = next(place for host, place in places if host == places[topology.rank][0] and place is not None)
     # Without this, a rank that cannot see the files would take all moments for missing, and start with fresh ones.
     hidden = None if here.is_dir() else RunError(f"{here} is not there: give every host its own name and one temporary folder")
-    _agree(hidden, "does not see the converted shards", topology)
+    agree(hidden, "does not see the converted shards", topology)
     moments: Any = _Moments(here / "zero", {name: p.shape for name, p in checkpoint.parameters.items()})
     engine.load(EngineState({}, moments, checkpoint.steps))
-    _gather(None, topology)  # every rank of the host has read
+    gather(None, topology)  # every rank of the host has read
     shards.temporary.cleanup()
 
 
@@ -217,7 +195,7 @@ def _trained(engine: Engine) -> dict[str, torch.Tensor]:
     return found
 
 
-def _write_shards(engine: Engine, uri: str) -> dict[str, dict[str, Any]]:
+def _write_shards(engine: Engine, uri: str) -> Entries:
     """This rank's shards, put at `uri`; returns their entries in the marker."""
     with tempfile.TemporaryDirectory(prefix="ctrsink-shards-") as temporary:
         # Without `latest`, which is not written atomically; what is frozen comes again from the seed or the backbone's folder.
@@ -260,7 +238,7 @@ def _fetch(folder: str, checkpoint: Checkpoint, whole: bool, topology: Topology)
     Raises:
         DamagedCheckpoint: one of them is missing or altered; other ranks may have found theirs whole.
     """
-    hosts = _gather(socket.gethostname(), topology)
+    hosts = gather(socket.gethostname(), topology)
     converts = hosts.index(hosts[topology.rank]) == topology.rank
     temporary = tempfile.TemporaryDirectory(prefix="ctrsink-shards-")
     shards = Shards(checkpoint, folder, whole, None, temporary)
@@ -310,22 +288,3 @@ def _convert(source: Path, target: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _gather(value: T, topology: Topology) -> list[T]:
-    """The values of all ranks, in their order."""
-    if topology.world == 1:
-        return [value]
-    found: list[Any] = [None] * topology.world
-    dist.all_gather_object(found, value)
-    return found
-
-
-def _agree(error: Exception | None, what: str, topology: Topology) -> None:
-    """Collective: raise this rank's error, or PeerLost that tells of the first other rank that has one."""
-    reasons = _gather(first_line(error) if error else None, topology)
-    if error is not None:
-        raise error
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            raise PeerLost(f"rank {rank} {what}: {reason}")

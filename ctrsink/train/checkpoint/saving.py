@@ -1,4 +1,4 @@
-"""How a checkpoint leaves the loop: portable ones by the first rank, in the background, native ones by all ranks together."""
+"""How a checkpoint leaves the loop: by the first rank, in the background, or by all ranks together where each has a part."""
 
 import logging
 import time
@@ -8,9 +8,10 @@ from concurrent.futures import Future
 from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError, RunError
-from ctrsink.train.checkpoint.checkpoint import Checkpoint
+from ctrsink.train.checkpoint.checkpoint import FILES, Checkpoint
 from ctrsink.train.checkpoint.native import save_native
 from ctrsink.train.checkpoint.retention import Keeper
+from ctrsink.train.checkpoint.shared import save_shared, write_tables
 from ctrsink.train.checkpoint.writer import TOLERATED, CheckpointWriter
 from ctrsink.train.engine import Engine, EngineState
 
@@ -30,10 +31,13 @@ class Saver:
         self._writer = CheckpointWriter(spec.run_dir, spec.train.keep) if topology.is_first else None
         self._keeper = Keeper(spec.run_dir, spec.train.keep)
         self._blocked: float | None = None
-        self._failures = 0  # native saves in a row
+        self._failures = 0  # saves by all ranks, in a row
+        self._unsaved: Checkpoint | None = None  # the last of these, if it is not in the storage
 
     def save(self, engine: Engine, make: Callable[[EngineState], Checkpoint], metrics: "Future[None] | None") -> None:
         """Collective. Training is blocked while the state is gathered, and while the save before is still going on.
+
+        Shards of DeepSpeed and of tables are written meanwhile, too: a copy of them to write later may not fit into memory.
 
         Args:
             make: the checkpoint of an engine's state.
@@ -44,36 +48,30 @@ class Saver:
             RunError, InputError: the checkpoint, or too many before it, could not be written.
         """
         began = time.monotonic()
-        if self._spec.train.checkpoint_format == "native" and set(engine.trainable) & set(engine.model.large):
-            self._save_native(engine, make(EngineState({}, {}, engine.steps())), metrics)
-        else:
-            state = engine.state(self._topology.is_first)
-            if self._writer is not None:
-                self._writer.save(make(state), metrics.result if metrics is not None else None)
+        state = EngineState({}, {}, engine.steps()) if self._native(engine) else engine.state(self._topology.is_first)
+        checkpoint = make(state)
+        if self._native(engine) or engine.tables.all:
+            self._save_by_all(engine, checkpoint, metrics)
+        elif self._writer is not None:
+            self._writer.save(checkpoint, metrics.result if metrics is not None else None)
         self._blocked = time.monotonic() - began
 
-    def _save_native(self, engine: Engine, checkpoint: Checkpoint, metrics: "Future[None] | None") -> None:
-        def before() -> None:
-            if metrics is not None:
-                metrics.result()
-            if self._writer is not None:
-                self._writer.wait()  # one hand at a time in the folder
+    def finish(self, engine: Engine | None) -> None:
+        """Collective: return when the last checkpoint is in the storage; one that failed is tried once more.
 
-        try:
-            save_native(engine, self._spec.run_dir, checkpoint, before)
-            self._failures = 0
-        except (InputError, RunError) as error:  # on every rank alike
-            self._failures += 1
-            if self._failures > TOLERATED:
-                raise
-            if self._topology.is_first:
-                log.warning("the checkpoint of step %d was not saved, training goes on: %s", checkpoint.step, error)
-            return
-        if self._topology.is_first:
-            self._keeper.apply(checkpoint.step)
+        Args:
+            engine: not stepped since that checkpoint.
+
+        Raises:
+            RunError, InputError: it cannot be saved.
+        """
+        if engine is not None and self._unsaved is not None:
+            self._failures = TOLERATED
+            self._save_by_all(engine, self._unsaved, None)
+        self.wait()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is in the storage.
+        """Return when what is saved in the background is in the storage.
 
         Raises:
             RunError, InputError: it cannot be saved.
@@ -85,3 +83,30 @@ class Saver:
         """How long the last checkpoint blocked training, and how long the last finished background save took."""
         found = {"checkpoint_s": self._blocked, "save_s": self._writer.seconds if self._writer is not None else None}
         return {key: value for key, value in found.items() if value is not None}
+
+    def _native(self, engine: Engine) -> bool:
+        return self._spec.train.checkpoint_format == "native" and bool(set(engine.trainable) & set(engine.model.large))
+
+    def _save_by_all(self, engine: Engine, checkpoint: Checkpoint, metrics: "Future[None] | None") -> None:
+        def before() -> None:
+            if metrics is not None:
+                metrics.result()
+            self.wait()  # one hand at a time in the folder
+
+        run_dir, topology = self._spec.run_dir, self._topology
+        try:
+            if self._native(engine):
+                save_native(engine, run_dir, checkpoint, before)
+            else:
+                write = lambda folder: write_tables(engine.tables.all, folder)  # noqa: E731
+                save_shared(run_dir, checkpoint, FILES, write, topology, before)
+            self._failures, self._unsaved = 0, None
+        except (InputError, RunError) as error:  # on every rank alike
+            self._failures, self._unsaved = self._failures + 1, checkpoint
+            if self._failures > TOLERATED:
+                raise
+            if topology.is_first:
+                log.warning("the checkpoint of step %d was not saved, training goes on: %s", checkpoint.step, error)
+            return
+        if topology.is_first:
+            self._keeper.apply(checkpoint.step)
