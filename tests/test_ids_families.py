@@ -136,19 +136,19 @@ def with_item(batch: Batch, side: str, value: int) -> Batch:
     return dataclasses.replace(batch, inputs=batch.inputs | {side: signals})
 
 
-def trained(name: str, spec: IdsSpec) -> tuple[CTRModule, torch.Tensor]:
+def trained(name: str, spec: IdsSpec) -> tuple[Any, set[int]]:
     """A model after a few steps, in evaluation mode, and the rows of item_id that some batch of it held."""
     model = family_of(name).build(spec, FACTS, 3)
     set_trainable(model, tuple(group for group in family_of(name).GROUPS if group != "cloze"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
-    held = []
+    held: set[int] = set()
     for step in range(4):
         batch = ids_batch(spec, "per_target", users(16, 7, seed=step))
-        held += [batch.inputs[side][:, 0] for side in ("signals", "target_signals")]
+        held |= {value for side in ("signals", "target_signals") for value in batch.inputs[side][:, 0].tolist()}
         optimizer.zero_grad()
         model(batch, CLICK).loss.backward()
         optimizer.step()
-    return model.eval(), torch.cat(held).unique()
+    return model.eval(), held
 
 
 @pytest.mark.parametrize("name", ALL_SPECS)
@@ -156,8 +156,8 @@ def test_an_id_that_no_batch_held_scores_as_the_unknown_in_the_run_and_exported(
     spec, family = ALL_SPECS[name], family_of(name)
     model, held = trained(name, spec)
     batch = ids_batch(spec, "per_target", users(6, 7, seed=99))
-    never = sorted(set(range(1, spec.rows)) - set(held.tolist()))
-    assert len(never) > 30
+    never = sorted(set(range(1, spec.rows)) - held)[::5]
+    assert len(held) == 5
     asked = {
         (side, value): with_item(batch, side, value) for side in ("signals", "target_signals") for value in (0, *never, *held)
     }
@@ -165,7 +165,7 @@ def test_an_id_that_no_batch_held_scores_as_the_unknown_in_the_run_and_exported(
     for (side, value), score in found.items():
         assert torch.equal(score, found[side, 0]) == (value == 0 or value in never), (side, value)
     # In training it has a row of its own, which may learn.
-    table = model.embedding.table("item_id").weight  # pyright: ignore[reportAttributeAccessIssue]
+    table = model.embedding.table("item_id").weight
     assert not torch.equal(table[never[0]], table[0])
     plain, _ = family.merged(model, spec)
     again = family.rebuilt(plain, FACTS).eval()

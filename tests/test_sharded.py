@@ -120,9 +120,11 @@ def reference(spec: RunSpec, batches: list[Any], steps: int) -> tuple[nn.Module,
     model: Any = build(spec.model, FACTS, spec.seed).eval()
     model.embedding.unshard()
     tables = [part.weight for part in model.embedding.ids.values()]
-    dense = [p for p in model.parameters() if all(p is not table for table in tables)]
-    decays = [{"params": [p for p in dense if p.dim() > 1], "weight_decay": spec.train.weight_decay}]
-    decays += [{"params": [p for p in dense if p.dim() == 1], "weight_decay": 0.0}]
+    dense = {name: p for name, p in model.named_parameters() if all(p is not table for table in tables)}
+    decays = [
+        {"params": [p], "weight_decay": spec.train.weight_decay if model.decays(name, p.dim()) else 0.0}
+        for name, p in dense.items()
+    ]
     optimizer = torch.optim.AdamW(decays, lr=0.01, betas=spec.train.betas, eps=1e-8)
     squares = [torch.zeros(len(table)) for table in tables]
     norms = []

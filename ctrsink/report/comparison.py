@@ -48,8 +48,8 @@ def _trained(found: dict[str, Any]) -> str:
     for name, variant in found["variants"].items():
         trained = variant["trained"]
         told = [trained[key] for key in ("impressions", "steps", "seconds")]
-        told.append(None if trained["flops"] is None else trained["flops"] / 1e12)
-        rows.append((name, str(len(variant["runs"])), *("-" if value is None else f"{value:,.0f}" for value in told)))
+        flops = "-" if trained["flops"] is None else f"{trained['flops'] / 1e12:,.3g}"
+        rows.append((name, str(len(variant["runs"])), *("-" if value is None else f"{value:,.0f}" for value in told), flops))
     equal = {
         True: "all runs trained on equally many impressions",
         False: "the budgets are NOT equal",
