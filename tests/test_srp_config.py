@@ -32,6 +32,11 @@ def test_pre_training_and_clicks_are_two_stages_of_one_run() -> None:
     assert run_of(data={"history": 500, "retrieve": 50}).model == spec.model
     frozen = CLICK | {"trainable": ["cross", "queries", "tower"]}
     assert run_of((PRETRAIN, frozen)).stages[1].trainable == ("cross", "queries", "tower")
+    # A table that targets alone have is trained with what reads targets.
+    told = {"behaviours": ["feedback"], "target": ["user_id"]}
+    assert run_of((frozen,), **told).model.ids == ()
+    with pytest.raises(ValidationError, match="trainable ids does not exist, because no signal is item_id or user_id"):
+        run_of((CLICK,), **told)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,10 @@ def test_pre_training_and_clicks_are_two_stages_of_one_run() -> None:
         ((CLICK | {"trainable": ["ids", "cloze"]},), {}, {}, "stages.ctr: objective click does not use the group cloze"),
         ((PRETRAIN, CLICK), {}, {"behaviours": ["deviation"]}, "objective cloze foretells categories, and model.behaviours has"),
         ((PRETRAIN, CLICK), {"history": 0}, {}, "objective cloze foretells fields of behaviours, and data.history is 0"),
+        (
+            (PRETRAIN, CLICK), {"retrieve": 5}, {"behaviours": ["item_id", "similarity"]},
+            "stages.pretrain: objective cloze hides items, and the signal similarity would give them away",
+        ),
         ((CLICK,), {}, {"queries": 0}, "stages.ctr: trainable queries does not exist, because model.queries is 0"),
         ((CLICK,), {}, {"heads": 3}, "width 64 is no multiple of heads 3"),
         ((CLICK,), {}, {"tower": []}, "tower"),

@@ -74,6 +74,11 @@ class SrpSpec(IdsSpec):
         return {group: tuple(name for name in names if mask_group(name) == group) for group in MASK_GROUPS}
 
     @property
+    def ids(self) -> tuple[str, ...]:
+        """Those of behaviours: the tables that targets alone have belong to what reads targets."""
+        return tuple(name for name in super().ids if name in self.behaviours)
+
+    @property
     def absent(self) -> dict[str, str]:
         return super().absent | ({} if self.queries else {"queries": "model.queries is 0"})
 
@@ -111,5 +116,7 @@ class SrpSpec(IdsSpec):
             raise ValueError(
                 f"{key}: objective cloze foretells categories, and model.behaviours has none: add one, such as item_id"
             )
+        if "similarity" in self.behaviours:
+            raise ValueError(f"{key}: objective cloze hides items, and the signal similarity would give them away: leave it out")
         if kept == 0:
             raise ValueError(f"{key}: objective cloze foretells fields of behaviours, and data.history is 0: raise it")
