@@ -100,7 +100,7 @@ def test_gradients_are_exact_in_double_precision() -> None:
     batch = a_batch(sparse(), "per_user", [LOGS[0][:5], [1]])
     packed = Packed.of(batch)
     chunked = Chunked.of(batch, packed)
-    made = chunked_blocks.inputs(packed, chunked, chunked_blocks.Sizes(3, 4, 2))
+    made = chunked_blocks.inputs(packed, chunked, sparse())
     torch.manual_seed(0)
     length, keys = batch.tokens, batch.tokens + len(chunked.starts)
     shapes = [(length, 4, 2), (keys, 2, 2), (keys, 2, 2), (2, 4, packed.asked.width, packed.sinks.width), (4,)]
@@ -267,7 +267,7 @@ def test_work_and_memory_are_linear_in_the_history(growing: bool) -> None:
         gaps = range(count) if growing else np.random.default_rng(0).integers(0, 10**6, count)
         batch = a_batch(of, "per_target", [list(gaps)], text_history=0)
         packed = Packed.of(batch)
-        made = chunked_blocks.inputs(packed, Chunked.of(batch, packed), chunked_blocks.Sizes(8, 4, 2))
+        made = chunked_blocks.inputs(packed, Chunked.of(batch, packed), of)
         elements.append(sum(part.hidden.numel() for part in made.blocks))
         pairs.append(batch.costs["pairs"])
         with Largest() as seen:
@@ -285,7 +285,7 @@ def test_blocks_hold_all_rows_once(gaps: list[int], chunks: int, growing: bool, 
     gaps = np.sort(gaps).tolist() if growing else gaps
     batch = a_batch(of, "per_user", [gaps, [5]], text_history=text_history)
     packed = Packed.of(batch)
-    made = chunked_blocks.inputs(packed, Chunked.of(batch, packed), chunked_blocks.Sizes(of.window, chunks, of.transition))
+    made = chunked_blocks.inputs(packed, Chunked.of(batch, packed), of)
     rows = torch.cat([part.rows.flatten() for part in made.blocks])
     assert torch.equal(rows[rows < batch.tokens].sort().values, torch.arange(batch.tokens))
 

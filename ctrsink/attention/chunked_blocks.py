@@ -7,7 +7,7 @@ of a row depends on what comes behind it, not even by the order of a sum.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ctrsink.attention.chunked_products import Asked, Blocks, ChunkedProducts
 from ctrsink.attention.inputs import register
 from ctrsink.attention.kinds import PREFIX
 from ctrsink.attention.packed import Packed
+from ctrsink.config.model import SparseSinksSpec
 from ctrsink.features.ragged import ranges
 
 BACKEND = "ctrsink_chunked_blocks"
@@ -28,14 +29,6 @@ _Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Keys of n blocks and the rows from which to which each is seen, [n, k]."""
 
 
-class Sizes(NamedTuple):
-    """Of `model.sparse`."""
-
-    window: int
-    chunks: int
-    transition: int
-
-
 @dataclass(kw_only=True)
 class ChunkedBlockInputs(ChunkedInputs):
     """The blocks of a batch, made once per forward pass."""
@@ -43,11 +36,11 @@ class ChunkedBlockInputs(ChunkedInputs):
     blocks: list[Blocks]
 
 
-def inputs(packed: Packed, chunked: Chunked, sizes: Sizes) -> ChunkedBlockInputs:
+def inputs(packed: Packed, chunked: Chunked, sparse: SparseSinksSpec) -> ChunkedBlockInputs:
     """The inputs of a batch, with the rule of `ctrsink.attention.chunked`."""
-    spans = block_spans(packed, chunked, sizes.chunks)
+    spans = block_spans(packed, chunked, sparse.chunks)
     blocks = [
-        _blocks(packed, chunked, sizes, part)
+        _blocks(packed, chunked, sparse, part)
         for depth in np.unique(spans[:, 3])
         for part in _stretches(spans[spans[:, 3] == depth])
     ]
@@ -99,15 +92,15 @@ def _stretches(spans: np.ndarray) -> Iterator[np.ndarray]:
         yield spans[first : first + step]
 
 
-def _blocks(packed: Packed, chunked: Chunked, sizes: Sizes, spans: np.ndarray) -> Blocks:
+def _blocks(packed: Packed, chunked: Chunked, sparse: SparseSinksSpec, spans: np.ndarray) -> Blocks:
     """Rows and keys of some blocks of one depth: prefix, latest sinks before, own events, ends of chunks, means."""
-    first, stop, finished = spans[:, 1], spans[:, 2], 2 * sizes.chunks
+    first, stop, finished = spans[:, 1], spans[:, 2], 2 * sparse.chunks
     rows = first[:, None] + np.arange(QUERIES)
     parts = [
         _prefix(packed, chunked, spans),
-        _latest(packed, chunked, min(sizes.window, packed.sinks.axis.longest), spans),
+        _latest(packed, chunked, min(sparse.window, packed.sinks.axis.longest), spans),
         _own(packed, chunked, spans),
-        _alive(chunked.ends, chunked.axes["ends"].offsets.numpy(), finished * sizes.transition, spans),
+        _alive(chunked.ends, chunked.axes["ends"].offsets.numpy(), finished * sparse.transition, spans),
         _alive(chunked.finished, chunked.axes["chunks"].offsets.numpy(), finished, spans),
         _running(packed, chunked, rows, spans),
     ]

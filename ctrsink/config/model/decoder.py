@@ -221,6 +221,8 @@ class DecoderSpec(FamilySpec):
             raise ValueError("model.bias.causal: false shows a target later behaviours in per_user sequences; use per_target")
         if self.attention == "flex" and run.runtime.device == "cpu":
             raise ValueError("model.attention: flex has no backward pass on a CPU; use blocks, or runtime.device cuda")
+        if self.sparse is not None and self.attention == "blocks" and run.runtime.device == "cuda":
+            raise ValueError("model.attention: blocks computes model.sparse on a CPU alone; use sdpa, or runtime.device cpu")
         for stage in run.stages:
             if stage.readout.over == "sinks" and self.sinks is None:
                 raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")

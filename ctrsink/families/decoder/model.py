@@ -147,8 +147,7 @@ class CTRModel(CTRModule):
 
     def _chunked(self, chunked: Chunked, packed: Packed, sparse: SparseSinksSpec) -> ChunkedInputs:
         if self.attention == "blocks":
-            sizes = chunked_blocks.Sizes(sparse.window, sparse.chunks, sparse.transition)
-            given = chunked_blocks.inputs(packed, chunked, sizes)
+            given = chunked_blocks.inputs(packed, chunked, sparse)
         else:
             given = chunked_sdpa.inputs(packed, chunked)
         given.at_means.update(enumerate(bias() for bias in self.summaries))
