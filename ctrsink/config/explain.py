@@ -29,8 +29,8 @@ def explain(error: ValidationError, root: Any) -> str:
     # A misspelt key explains the one that is missing, not the other way round.
     errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     # What has no valid value within is too short, too: that says nothing new.
-    locs = [e["loc"] for e in errors]
-    errors = [e for e in errors if not any(len(loc) > len(e["loc"]) and loc[: len(e["loc"])] == e["loc"] for loc in locs)]
+    within = {e["loc"][:depth] for e in errors for depth in range(len(e["loc"]))}
+    errors = [e for e in errors if e["loc"] not in within]
     # Alternatives of one value are one mistake.
     keys = list(dict.fromkeys(_key(root, e["loc"], e["type"] == "extra_forbidden")[0] for e in errors))
     text = _line(errors[0], root)
