@@ -1,11 +1,8 @@
 """Native checkpoints: DeepSpeed's shards of two real ranks, taken up by as many, by fewer and under other ZeRO stages."""
 
-import json
 import logging
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from ctrsink.train.checkpoint.checkpoint import MARKER, SHARDS, find_checkpoint,
 from ctrsink.train.checkpoint.native import restore
 from tests.conftest import BUCKET
 from tests.native_ranks import LOADED
+from tests.rank_processes import run_ranks
 
 pytestmark = pytest.mark.slow  # all share three starts of processes with DeepSpeed, about a minute
 
@@ -37,23 +35,7 @@ class Ran:
 
 def start(what: str, world: int, folder: Path, repository: Path) -> list[list[dict[str, Any]]]:
     arguments = [str(world), str(folder / f"store-{what}"), str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.native_ranks", what, str(rank), *arguments],
-            cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        printed = []
-        for process in ranks:
-            out, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors
-            printed.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
-        return printed
-    finally:
-        for process in ranks:
-            process.kill()
+    return run_ranks(["-m", "tests.native_ranks", what], world, arguments, repository, 240)
 
 
 @pytest.fixture(scope="module")

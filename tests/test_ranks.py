@@ -1,8 +1,6 @@
 """Two processes with gloo: every rank runs every module equally often, whatever its batch holds, or ZeRO-3 would hang."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ctrsink.runtime.start import start
 from ctrsink.sequences.batch import Batch
 from ctrsink.train.observe.telemetry import read_metrics
 from tests.builders import layout_of, random_batch
+from tests.rank_processes import run_ranks
 from tests.runs import run_tree
 from tests.test_forms import make_requests
 
@@ -99,22 +98,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Ran:
         claim(spec, False, identities(spec, read_manifest(data)))
         trees.append(tree)
     arguments = [str(folder / "store"), *map(json.dumps, trees)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), *arguments],
-            cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        printed = []
-        for process in ranks:
-            out, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors
-            printed.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
-    finally:
-        for process in ranks:
-            process.kill()
+    printed = run_ranks(["-c", RANK], 2, arguments, repository, 240)
     assert printed[0] == printed[1]
     return Ran(printed[0], data, folder)
 

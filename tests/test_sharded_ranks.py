@@ -16,12 +16,15 @@ import yaml
 from ctrsink.runtime.start import start
 from ctrsink.train.checkpoint.checkpoint import folder_of, list_checkpoints
 from ctrsink.train.observe.telemetry import read_metrics
+from tests.rank_processes import run_ranks
 from tests.runs import prepared_data
 from tests.services.ray_cluster import RayCluster
 from tests.sharded_ranks import CUT, STEPS, ZERO, tree
 from tests.test_sharded import NAMES, alter, checkpoint, spec_of
 
 pytestmark = pytest.mark.slow  # two starts of processes with DeepSpeed, and a cluster
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start_ranks(world: int, data: str, folder: Path) -> list[list[dict[str, Any]]]:
     """What each of so many ranks printed of each of its runs."""
     arguments = [str(world), str(folder / f"store-{world}"), data, str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.sharded_ranks", str(rank), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        printed = []
-        for process in ranks:
-            out, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            printed.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
-        return printed
-    finally:
-        for process in ranks:
-            process.kill()
+    return run_ranks(["-m", "tests.sharded_ranks"], world, arguments, REPOSITORY, 300)
 
 
 def cut_back(run: Path, target: Path, step: int = CUT) -> Path:

@@ -22,6 +22,7 @@ from ctrsink.tables.files import DamagedTable, folder_of, read_tables, save_tabl
 from ctrsink.tables.hashing import rows_of
 from ctrsink.tables.sums import RowSums
 from ctrsink.tables.table import EPSILON, RowTable
+from tests.rank_processes import run_ranks
 from tests.tables_ranks import DIVISOR, LR, RUNS, STEPS, Model, Run, batches, results
 
 REPOSITORY = Path(__file__).parents[1]
@@ -82,24 +83,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict[st
 
 
 def start(world: int, folder: Path) -> list[list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "tests.tables_ranks"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder / "store"), str(folder)],
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        printed = []
-        for process in processes:
-            out, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-            printed.append([json.loads(line) for line in out.splitlines()])
-        return printed
-    finally:
-        for process in processes:
-            process.kill()
+    arguments = [str(world), str(folder / "store"), str(folder)]
+    return run_ranks(["-m", "tests.tables_ranks"], world, arguments, REPOSITORY, 120)
 
 
 def dense(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
