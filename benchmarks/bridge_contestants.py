@@ -16,7 +16,8 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from ctrsink.sequences.windows import Cuts
 
-FACTS = Facts(vocabulary=VOCABULARY, items=1000, feedbacks=5)
+FACTS = Facts(vocabulary=VOCABULARY)
+ITEMS, OPINIONS = 1000, 5
 _SIGNALS = ("item_id", "feedback", "previous_gap")
 _OF_DECODER = ("sink", "head", "ids", "backbone")
 
@@ -32,9 +33,9 @@ class Contestant:
 
 def contestant(name: str, history: int, shape: str, attention: str, sparse: dict[str, int]) -> Contestant:
     """`bridge` reads bare sinks by chunks, `ctr-sink, bare` all of them, `ctr-sink` their texts too, without inter-sink bias."""
-    told: dict[str, Any] = {"signals": _SIGNALS, "rows": FACTS.items + 1, "buckets": 100}
+    told: dict[str, Any] = {"signals": _SIGNALS, "rows": ITEMS + 1, "buckets": 100}
     if name == "din":
-        spec = DinSpec.model_validate({"family": name, "behaviours": _SIGNALS, "target": ["item_id"], "rows": FACTS.items + 1})
+        spec = DinSpec.model_validate({"family": name, "behaviours": _SIGNALS, "target": ["item_id"], "rows": ITEMS + 1})
         return Contestant(
             spec, _layout(name, history, told | {"target_signals": ("item_id",), "target_rows": spec.rows}), spec.GROUPS
         )
@@ -53,7 +54,7 @@ def batch_of(found: Contestant, users: int, event_tokens: int, seed: int = 0) ->
     """A sequence of one target behind `layout.history` behaviours of each user; text and feedback take `event_tokens`."""
     chance, history = np.random.default_rng(seed), found.layout.history
     texts = Ragged.of([chance.integers(0, VOCABULARY, event_tokens - 1) for _ in range(64)])
-    wording = Wording(Ragged.of([np.array([token]) for token in range(FACTS.feedbacks)]), np.empty(0, np.int64))
+    wording = Wording(Ragged.of([np.array([token]) for token in range(OPINIONS)]), np.empty(0, np.int64))
     made = [_events(chance, history + 1, texts) for _ in range(users)]
     one = np.ones(users, np.int64)
     cuts = Cuts(made, one, 0 * one, Ragged.of([np.array([history])] * users))
@@ -63,7 +64,7 @@ def batch_of(found: Contestant, users: int, event_tokens: int, seed: int = 0) ->
 def _events(chance: np.random.Generator, count: int, texts: Ragged) -> Events:
     """Of one user, with long and short gaps."""
     times = 1_600_000_000 + (60 * chance.pareto(1, count)).clip(0, 10**6).astype(np.int64).cumsum()
-    feedbacks = chance.integers(0, FACTS.feedbacks, count)
+    feedbacks = chance.integers(0, OPINIONS, count)
     return Events(
         texts=chance.integers(0, 64, count),
         feedbacks=feedbacks,
@@ -71,5 +72,5 @@ def _events(chance: np.random.Generator, count: int, texts: Ragged) -> Events:
         labels=chance.integers(0, 2, count).astype(np.int8),
         known=np.arange(count),
         tokens=texts,
-        categories={"item_id": chance.integers(1, FACTS.items, count), "feedback": feedbacks},
+        categories={"item_id": chance.integers(1, ITEMS, count), "feedback": feedbacks},
     )

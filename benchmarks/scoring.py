@@ -107,7 +107,7 @@ def scorer_of(shape: str, history: int) -> Scorer:
     config_class, model_class = CLASSES[spec.family]
     config = config_class(
         model=spec.model_dump(mode="json"),
-        facts=dataclasses.asdict(Facts(VOCABULARY, items=0, feedbacks=1)),
+        facts=dataclasses.asdict(Facts(VOCABULARY)),
         objective=Objective().model_dump(mode="json"),
         layout=dataclasses.asdict(layout),
         text=TextSpec(separator="").model_dump(mode="json"),

@@ -20,10 +20,9 @@ from ctrsink.config.model.din import DinSpec
 from ctrsink.config.model.ids import IdsSpec
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.config.stages import Objective
-from ctrsink.families.din import family as din
 from ctrsink.families.facts import Facts
 from ctrsink.families.protocol import CTRModule
-from ctrsink.families.srp import family as srp
+from ctrsink.families.registry import family_of
 from ctrsink.features.registry import of_kind
 from ctrsink.sequences.batch import Axis, Batch, Targets
 
@@ -67,14 +66,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace, candidates: int) -> list[dict[str, Any]]:
     """All contestants with so many candidates."""
-    facts = Facts(0, 0, FEEDBACKS)
+    facts = Facts(0)
     spec, base = SrpSpec(family="srp", max_history=args.history), DinSpec(family="din")
-    ours = _ready(srp.build(spec, facts, 0, args.precision), args.device)
+    ours = _ready(family_of("srp").build(spec, facts, 0, args.precision), args.device)
     folded = random_requests(spec, args.requests, args.history, candidates)
     contestants: dict[str, tuple[CTRModule, Batch]] = {
         "srp, folded": (ours, folded.to(args.device)),
         "srp, unfolded": (ours, unfolded(folded).to(args.device)),
-        "din, folded": (_ready(din.build(base, facts, 0, args.precision), args.device), folded.to(args.device)),
+        "din, folded": (_ready(family_of("din").build(base, facts, 0, args.precision), args.device), folded.to(args.device)),
     }
     flops = {name: model.flop_count(CLICK)(batch).total / args.requests for name, (model, batch) in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}

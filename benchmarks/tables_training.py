@@ -82,7 +82,7 @@ def _worker(args: argparse.Namespace) -> dict[str, Any]:
     dist.init_process_group("gloo", init_method=f"file://{args.store}", rank=rank, world_size=world)
     (rows,) = args.rows
     spec = parse_run(_tree(args, rows), "the benchmark")
-    stage, topology, facts = spec.stages[0], Topology(rank, world), Facts(vocabulary=2, items=rows - 1, feedbacks=2)
+    stage, topology, facts = spec.stages[0], Topology(rank, world), Facts(vocabulary=2)
     batches = [[_batch(spec, args, 2 * step + half, rank) for half in (0, 1)] for step in range(WARM_UP + args.steps)]
     before = status("VmRSS")
 
@@ -128,7 +128,7 @@ def _batch(spec: Any, args: argparse.Namespace, number: int, rank: int) -> Any:
     from ctrsink.dataset.events import Events
     from ctrsink.dataset.layout import Layout
     from ctrsink.families.facts import Wording
-    from ctrsink.families.ids.family import encode
+    from ctrsink.families.registry import family_of
     from ctrsink.features.categories import categories
     from ctrsink.features.ragged import Ragged
     from ctrsink.sequences.collate import collate
@@ -153,7 +153,7 @@ def _batch(spec: Any, args: argparse.Namespace, number: int, rank: int) -> Any:
             target_numbers=np.empty((history + 1, 0), np.float32), categories=told,
         )  # fmt: skip
         cuts = Cuts([events], np.array([1]), np.array([0]), Ragged.of([np.array([history])]))
-        found.append(encode(cuts, layout, Wording(none, np.empty(0, np.int64))))
+        found.append(family_of("din").encode(cuts, layout, Wording(none, np.empty(0, np.int64))))
     return collate(Sequences.joined(found), np.arange(count), np.arange(count))
 
 

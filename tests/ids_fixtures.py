@@ -20,7 +20,7 @@ from ctrsink.sequences.windows import Cuts
 from tests.builders import TEXTS, batch_of
 
 NO_WORDS = Wording(Ragged.of([np.zeros(0, np.int64)]), np.zeros(0, np.int64))
-FACTS = Facts(vocabulary=97, items=5, feedbacks=3)
+FACTS = Facts(vocabulary=97)
 SIGNALS = {"behaviours": ("item_id", "feedback", "previous_gap", "deviation"), "target": ("item_id", "hour", "item_mean")}
 FORMS = ("per_target", "per_request", "per_user")
 

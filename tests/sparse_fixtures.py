@@ -23,7 +23,8 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from ctrsink.sequences.windows import Cuts
 
-FACTS = Facts(vocabulary=10, items=20, feedbacks=5)
+FACTS = Facts(vocabulary=10)
+OPINIONS = 5
 CLICK = Objective()
 
 
@@ -81,7 +82,7 @@ def a_user(gaps: Sequence[int], targets: Sequence[int], seed: int = 0, request: 
         categories={
             "item_id": draw.integers(1, 20, n),
             "user_id": np.full(n, 1 + seed),
-            "feedback": draw.integers(0, FACTS.feedbacks, n),
+            "feedback": draw.integers(0, OPINIONS, n),
         },
     )
     return User(events, rows)
@@ -101,7 +102,7 @@ def a_batch(users: Sequence[User], layout: Layout) -> Batch:
 
 def a_model(spec: SparseSpec, seed: int = 0, double: bool = False) -> Sparse:
     torch.manual_seed(seed)
-    model = Sparse(spec, FACTS).eval()
+    model = Sparse(spec).eval()
     with torch.no_grad():  # gates and coefficients with an effect
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -12,7 +12,7 @@ from ctrsink.config.stages import Objective
 from ctrsink.dataset.events import Events
 from ctrsink.dataset.layout import Layout
 from ctrsink.families.facts import Facts
-from ctrsink.families.srp.family import build
+from ctrsink.families.registry import family_of
 from ctrsink.families.srp.model import Srp
 from ctrsink.features.ragged import Ragged, ranges
 from ctrsink.features.registry import of_kind, signal
@@ -25,7 +25,7 @@ from ctrsink.sequences.windows import Cuts
 OF_CLOZE, OF_CLICK = ("ids", "embedding", "encoder", "cloze"), ("ids", "embedding", "encoder", "cross", "queries", "tower")
 CLOZE, CLICK = Objective(kind="cloze"), Objective(kind="click")
 FEEDBACKS = 5
-FACTS = Facts(vocabulary=0, items=50, feedbacks=FEEDBACKS)
+FACTS = Facts(vocabulary=0)
 BEHAVIOURS = ("item_id", "hashed.item.brand", "item_mean", "item.price", "feedback", "deviation", "hour", "previous_gap")
 TARGET = ("item_id", "user_id", "weekday", "item_mean", "expected")
 
@@ -38,7 +38,7 @@ def spec_of(**given: Any) -> SrpSpec:
 
 
 def model_of(spec: SrpSpec, seed: int = 0, precision: str = "fp32") -> Srp:
-    found = build(spec, FACTS, seed, precision)
+    found = family_of("srp").build(spec, FACTS, seed, precision)
     assert isinstance(found, Srp)
     return found.eval()
 

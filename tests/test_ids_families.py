@@ -60,7 +60,7 @@ def test_every_weight_comes_from_the_seed_and_has_a_group(name: str) -> None:
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
     model = model_of(name)
-    assert {model.group_of(key) for key, _ in model.named_parameters()} == set(family_of(name).GROUPS)
+    assert {model.group_of(key) for key, _ in model.named_parameters()} == set(ALL_SPECS[name].GROUPS)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -106,7 +106,7 @@ def test_history_and_target_matter_and_neighbours_do_not(name: str, examples: st
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_without_any_history_scores_and_gradients_are_numbers(name: str, precision: str) -> None:
     model = family_of(name).build(SPECS[name], FACTS, 1, precision)
-    set_trainable(model, family_of(name).GROUPS)
+    set_trainable(model, ALL_SPECS[name].GROUPS)
     batch = ids_batch(SPECS[name], "per_target", users(3, 1))
     out = model(batch, CLICK)
     out.loss.backward()
@@ -139,7 +139,7 @@ def with_item(batch: Batch, side: str, value: int) -> Batch:
 def trained(name: str, spec: IdsSpec) -> tuple[Any, set[int]]:
     """A model after a few steps, in evaluation mode, and the rows of item_id that some batch of it held."""
     model = family_of(name).build(spec, FACTS, 3)
-    set_trainable(model, tuple(group for group in family_of(name).GROUPS if group != "cloze"))
+    set_trainable(model, tuple(group for group in ALL_SPECS[name].GROUPS if group != "cloze"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
     held: set[int] = set()
     for step in range(4):

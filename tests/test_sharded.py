@@ -21,8 +21,8 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError, RunError
 from ctrsink.export.package import export_run
-from ctrsink.families.din.family import build
 from ctrsink.families.facts import Facts
+from ctrsink.families.registry import family_of
 from ctrsink.report.look import look
 from ctrsink.runtime.start import start
 from ctrsink.serve import Scorer, request_of
@@ -39,7 +39,7 @@ from tests.runs import prepared_data
 from tests.sharded_ranks import CUT, STEPS, tree
 
 NAMES = ("embedding.ids.item__id", "embedding.ids.user__id")
-FACTS = Facts(vocabulary=97, items=5, feedbacks=3)
+FACTS = Facts(vocabulary=97)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_an_exported_model_scores_what_evaluation_measured(name: str, data: str,
 
 def reference(spec: RunSpec, batches: list[Any], steps: int) -> tuple[nn.Module, list[float]]:
     """The model and the gradients' norms of as many steps by plain torch, with whole tables."""
-    model: Any = build(spec.model, FACTS, spec.seed).eval()
+    model: Any = family_of("din").build(spec.model, FACTS, spec.seed).eval()
     model.embedding.unshard()
     tables = [part.weight for part in model.embedding.ids.values()]
     dense = {name: p for name, p in model.named_parameters() if all(p is not table for table in tables)}
@@ -162,7 +162,7 @@ def small(zero: int, **train: Any) -> tuple[RunSpec, list[Any]]:
 
 
 def engine_of(spec: RunSpec) -> Engine:
-    return Engine(build(spec.model, FACTS, spec.seed).eval(), spec, spec.stages[0], Topology(), None)
+    return Engine(family_of("din").build(spec.model, FACTS, spec.seed).eval(), spec, spec.stages[0], Topology(), None)
 
 
 def step(engine: Engine, spec: RunSpec, batches: list[Any]) -> float:

@@ -16,8 +16,8 @@ from benchmarks import srp_folded
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.dataset.events import Events
 from ctrsink.families.registry import family_of
-from ctrsink.families.srp import family as srp
 from ctrsink.families.srp.attention import Attend, Remember
+from ctrsink.families.srp.family import FAMILY
 from ctrsink.families.srp.fields import Hidden
 from ctrsink.families.srp.model import Srp
 from ctrsink.sequences.batch import Axis, Batch
@@ -195,7 +195,7 @@ def test_inputs_of_candidates_are_the_behaviours_own() -> None:
 def test_groups_cover_all_parameters(form: dict[str, int]) -> None:
     model, spec = model_of(spec_of(**form)), spec_of(**form)
     groups = {model.group_of(name) for name, _ in model.named_parameters()}
-    assert groups == set(srp.GROUPS) - set(spec.absent)
+    assert groups == set(spec.GROUPS) - set(spec.absent)
     assert spec.absent.keys() == ({"queries"} if spec.queries == 0 else set())
     names = [name for name, _ in model.named_parameters()]
     assert [name for name in names if model.group_of(name) == "ids"] == ["embedding.ids.item__id.weight"]
@@ -222,7 +222,7 @@ def test_tables_that_targets_alone_have_learn_where_all_pre_training_is_frozen(f
 def test_an_exported_section_builds_the_same_model() -> None:
     spec = spec_of(queries=2, share_keys=False)
     model, batch = model_of(spec, seed=4), batch_of([5, 2], [2, 2], spec)
-    plain, layers = srp.merged(model, spec)
+    plain, layers = FAMILY.merged(model, spec)
     assert layers == 0
     family = family_of("srp")
     again = family.rebuilt(plain, FACTS).eval()

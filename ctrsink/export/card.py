@@ -24,7 +24,7 @@ def model_card(run: TrainedRun, dtype: str) -> str:
         f"## Data\n\n{_data(run)}",
         f"## Training\n\n{_training(run)}",
         f"## Metrics\n\n{_metrics(run)}",
-        f"## Use\n\n{_USE}{_needs(run)}",
+        f"## Use\n\n{_use(run)}{_needs(run)}",
         f"## Limits\n\n{_limits(run)}",
         f"## Licence\n\n{_licence(run.spec)}",
     ]
@@ -143,9 +143,17 @@ scorer = Scorer.load("path/to/this/folder")
 scorer.score({"history": [{"item": {...}, "feedback": 4, "timestamp": 1}], "candidates": [{...}, {...}], "timestamp": 2})
 ```
 
-An item is an object with the fields that the item text above names; timestamps are seconds. From a shell, one request a line:
+{items}; timestamps are seconds. From a shell, one request a line:
 `ctrsink score --model path/to/this/folder --input requests.jsonl`. After `import ctrsink.serve` the folder also loads through
 `transformers.AutoModel`; without it transformers refuses the model type, because a plain backbone would score wrongly."""
+
+
+def _use(run: TrainedRun) -> str:
+    reads = family_of(run.spec.model.family).reads_text
+    items = (
+        "An item is an object with the fields that the item text above names" if reads else "An item is an object with its `id`"
+    )
+    return _USE.replace("{items}", items)
 
 
 def _needs(run: TrainedRun) -> str:

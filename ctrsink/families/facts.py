@@ -4,25 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctrsink.dataset.manifest import Manifest
 from ctrsink.features.ragged import Ragged
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a model is built from beside its section of the configuration: sizes that the data set has."""
+    """What a model is built from beside its section of the configuration."""
 
     vocabulary: int
-    """Tokens of its tokenizer."""
-    items: int
-    """Of its item table."""
-    feedbacks: int
-    """Different texts of feedback, no feedback among them: values of the signal `feedback`."""
-
-
-def facts_of(manifest: Manifest, vocabulary: int) -> Facts:
-    """Of a data set whose tokenizer has so many tokens."""
-    return Facts(vocabulary, manifest.item_count, len(manifest.feedback_texts))
+    """Tokens of the data set's tokenizer, or of the model's own."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What every family of models gives, so that no other room has to know which one it works with."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class Flops(NamedTuple):
         return self.matrices + self.attention
 
 
-class CTRModule(nn.Module):
+class CTRModule(nn.Module, ABC):
     """A model that a family builds. ZeRO-3: every rank runs every module equally often, whatever its batch holds."""
 
     mixed_precision: bool = False
@@ -48,12 +49,12 @@ class CTRModule(nn.Module):
     large: tuple[str, ...] = ()
     """Groups whose optimiser state is too large to pass through one process."""
 
-    def forward(self, batch: Batch, objective: Objective) -> Out:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, batch: Batch, objective: Objective) -> Out: ...
 
+    @abstractmethod
     def group_of(self, name: str) -> str:
         """The group of the parameter `name`: stages name groups, never parameters."""
-        raise NotImplementedError
 
     def trained_as(self, name: str, trainable: tuple[str, ...]) -> str | None:
         """The group as which a stage trains the parameter; None where it is frozen."""
@@ -64,9 +65,9 @@ class CTRModule(nn.Module):
         """Whether `train.weight_decay` is for the parameter `name`: matrices, no vectors and scalars."""
         return dimensions > 1
 
+    @abstractmethod
     def flop_count(self, objective: Objective) -> Callable[[Batch], Flops]:
         """Counts what a training step on a batch, as `drawn`, needs, with what is trained now; also under ZeRO-3."""
-        raise NotImplementedError
 
     def drawn(self, batch: Batch, objective: Objective, key: int) -> Batch:
         """The batch, still on the host, with what the objective draws at random; clicks draw nothing.
@@ -98,33 +99,35 @@ class CTRModule(nn.Module):
         return 0
 
 
-class Family(Protocol):
-    """The functions of a family, in the module `family` of its package.
+class Family(ABC):
+    """One kind of model; `FAMILY` in the module `family` of its package. It has no state: its section decides.
 
     An exported model is rebuilt from `plain` alone: what merging leaves of the section, and the weights.
     """
 
-    GROUPS: tuple[str, ...]
-    """Of parameters."""
-    TARGET_NUMBERS: tuple[str, ...]
+    target_numbers: ClassVar[tuple[str, ...]]
     """Inputs of a batch that hold the numbers told of targets, a column each."""
 
+    reads_text: ClassVar[bool]
+    """Whether items are given to it as text."""
+
+    @abstractmethod
     def layout(self, data: DataSpec, model: Any, manifest: Manifest) -> Layout:
         """What its sequences hold, in plain values, exported with the weights.
 
         Raises:
             InputError: the data set lacks what a signal needs.
         """
-        ...
 
+    @abstractmethod
     def encode(self, cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
         """Many sequences at once, by numpy: the one way to a batch, in training, evaluation and scoring.
 
         Raises:
             InputError: a `per_user` sequence would show an impression the answers of its own request.
         """
-        ...
 
+    @abstractmethod
     def check(self, run: RunSpec, manifest: Manifest, vocabulary: Callable[[], int]) -> Facts:
         """Refuse what would fail in a worker, or at some later step.
 
@@ -134,42 +137,41 @@ class Family(Protocol):
         Raises:
             InputError: it would.
         """
-        ...
 
+    @abstractmethod
     def build(self, model: Any, facts: Facts, seed: int, precision: str = "fp32") -> CTRModule:
         """The model, whose every random weight comes from `seed`.
 
         Raises:
             InputError: it cannot be built.
         """
-        ...
 
+    @abstractmethod
     def rebuilt(self, plain: dict[str, Any], facts: Facts) -> CTRModule:
         """The model of an exported section, see `merged`, before it has its weights."""
-        ...
 
-    def portable(self, model: Any) -> Any:
-        """The section as any device computes it."""
-        ...
-
+    @abstractmethod
     def merged(self, module: CTRModule, model: Any) -> tuple[dict[str, Any], int]:
         """Merge in place what is trained beside the weights; the section of the model that is left, and layers merged.
 
         Raises:
             InputError: it cannot be exported.
         """
-        ...
+
+    @abstractmethod
+    def described(self, module: CTRModule, model: Any, layout: Layout) -> list[str]:
+        """Sentences for the model card."""
+
+    def portable(self, model: Any) -> Any:
+        """The section as any device computes it."""
+        return model
 
     def looked(
         self, module: Any, untrained: Callable[[], CTRModule], batches: list[Batch], objective: Objective
     ) -> dict[str, Any]:
         """What the family has to show of a trained model, beside the one that it began as; plain values by name."""
-        ...
-
-    def described(self, module: CTRModule, model: Any, layout: Layout) -> list[str]:
-        """Sentences for the model card."""
-        ...
+        return {}
 
     def narrowed(self, name: str) -> bool:
         """Whether the weights `name` may be stored in bfloat16."""
-        ...
+        return False

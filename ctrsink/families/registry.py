@@ -3,7 +3,6 @@
 import importlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
 
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
@@ -20,7 +19,7 @@ FAMILIES = ("decoder", "din", "hstu", "sparse", "srp")
 def family_of(name: str) -> Family:
     """The family of that name, as `model.family` has it."""
     assert name in FAMILIES
-    return cast(Family, importlib.import_module(f"ctrsink.families.{name}.family"))
+    return importlib.import_module(f"ctrsink.families.{name}.family").FAMILY
 
 
 def source_of(dataset: Dataset, split: str, layout: Layout, newest: bool = False) -> SequenceSource:

@@ -51,7 +51,7 @@ def _worth(run: TrainedRun, batches: list[Batch]) -> dict[str, dict[str, float]]
 
 def _without(run: TrainedRun, batch: Batch, place: int) -> Batch:
     inputs = dict(batch.inputs)
-    for name in family_of(run.layout.family).TARGET_NUMBERS:
+    for name in family_of(run.layout.family).target_numbers:
         inputs[name] = inputs[name].clone()
         inputs[name][:, place] = 0.0
     return replace(batch, inputs=inputs)

@@ -34,13 +34,9 @@ def check(spec: RunSpec) -> Facts:
             "a part of %s was appended with prepare.past_events %d: there histories are shorter than data.history %d",
             spec.data.uri, least, spec.data.history,
         )  # fmt: skip
-    from ctrsink.families.foresee import foreseen  # torch is imported by these: what is refused above is refused at once
-    from ctrsink.families.registry import family_of
+    from ctrsink.families.registry import family_of  # imports torch: what is refused above is refused at once
 
-    family = family_of(spec.model.family)
-    facts = family.check(spec, manifest, lambda: vocabulary_of(spec.data.uri))
-    foreseen(spec, family.layout(spec.data, spec.model, manifest), manifest, None)
-    return facts
+    return family_of(spec.model.family).check(spec, manifest, lambda: vocabulary_of(spec.data.uri))
 
 
 def vocabulary_of(uri: str) -> int:

@@ -32,6 +32,7 @@ from ctrsink.serve.load import Loaded, load_model
 from ctrsink.serve.requests import Request, item_table, parse_request
 from ctrsink.serve.told import check, histories_of
 
+_NO_TOKENS = np.empty(0, np.int64)
 CANDIDATES = 128  # behind one computation of the history
 log = logging.getLogger("ctrsink.serve")
 
@@ -48,13 +49,16 @@ class Scorer:
         self.knowledge = loaded.knowledge
         config = self.model.config
         self.text = TextSpec.model_validate(config.text)
-        names = list(template_fields(self.text.item))
+        self.layout = Layout.load(config.layout).serving()
+        self.family = family_of(self.layout.family)
+        # Vectors of items are those of their texts.
+        self._needs_text = self.family.reads_text or self.encoder is not None
+        names = list(template_fields(self.text.item)) if self._needs_text else []
         if self.knowledge is not None:
             names += [*(field.column for field in self.knowledge.fields), "id"]
             names += [column.name for column in self.knowledge.columns if column.of == "item"]
         self.fields = list(dict.fromkeys(names))
         self.prefix = np.array(config.prefix_tokens, np.int64)
-        self.layout = Layout.load(config.layout).serving()
 
     @classmethod
     def load(cls, folder: str, device: str = "cpu") -> "Scorer":
@@ -122,8 +126,8 @@ class Scorer:
         count = len(request.history)
         items = [*(b.item for b in request.history), *request.candidates]
         fields = item_table(items, self.fields)
-        item_text = item_texts(self.text.item, fields)
-        texts = self._item_tokens(fields, item_text)
+        item_text = item_texts(self.text.item, fields) if self._needs_text else []
+        texts = self._item_tokens(fields, item_text) if self.family.reads_text else Ragged.of([_NO_TOKENS] * len(items))
         vectors = self.encoder and self.encoder.encode(item_text)
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
         rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
@@ -147,8 +151,8 @@ class Scorer:
         together = 1 if self.layout.depends_on_target else CANDIDATES
         chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
         cuts = (Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])) for rows in chosen)
-        family, wording = family_of(self.layout.family), Wording(feedbacks, self.prefix)
-        return [family.encode(cut, self.layout, wording) for cut in cuts]
+        wording = Wording(feedbacks, self.prefix)
+        return [self.family.encode(cut, self.layout, wording) for cut in cuts]
 
     def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
         """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""

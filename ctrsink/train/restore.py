@@ -8,7 +8,7 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError
-from ctrsink.families.facts import Facts, facts_of
+from ctrsink.families.facts import Facts
 from ctrsink.families.parameters import load_parameters
 from ctrsink.families.protocol import CTRModule
 from ctrsink.families.registry import family_of, source_of
@@ -48,7 +48,7 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     family = family_of(spec.model.family)
     layout = family.layout(spec.data, spec.model, dataset.manifest)
-    facts = facts_of(dataset.manifest, len(load_tokenizer(spec.data.uri)))
+    facts = Facts(len(load_tokenizer(spec.data.uri)))
     precision = checkpoint.precision or spec.train.precision  # frozen weights were rounded to it
     model = family.build(family.portable(spec.model), facts, spec.seed, precision).float()
     model.mixed_precision = False

@@ -9,7 +9,7 @@ from ctrsink.config.model import DecoderSpec
 from ctrsink.dataset.layout import Layout, require_signals, scales_of
 from ctrsink.dataset.manifest import Manifest
 from ctrsink.errors import InputError, first_line
-from ctrsink.families.facts import Facts, facts_of
+from ctrsink.families.facts import Facts
 
 log = logging.getLogger("ctrsink.train")
 
@@ -56,8 +56,8 @@ def check(run: RunSpec, manifest: Manifest, vocabulary: Callable[[], int]) -> Fa
                 "model.%s.rows %d: some of the %d items of %s share an embedding of item_id; from rows %d on none does",
                 key, told.rows, manifest.item_count, run.data.uri, manifest.item_count + 1,
             )  # fmt: skip
-    facts = facts_of(manifest, _vocabulary(run, model, manifest, vocabulary))
-    _check_length(run, model, manifest, facts)
+    facts = Facts(_vocabulary(run, model, manifest, vocabulary))
+    _check_sequences(run, model, manifest, facts)
     return facts
 
 
@@ -85,16 +85,13 @@ def _vocabulary(run: RunSpec, model: DecoderSpec, manifest: Manifest, vocabulary
     return len(tokenizer)
 
 
-def _check_length(run: RunSpec, model: DecoderSpec, manifest: Manifest, facts: Facts) -> None:
-    """Refuse sequences that are too long for the backbone: they would end the run at some later step."""
+def _check_sequences(run: RunSpec, model: DecoderSpec, manifest: Manifest, facts: Facts) -> None:
+    """Refuse what would end the run at some later step: a sequence too long for the backbone, or one that shows its answers."""
     from ctrsink.families.decoder.build import backbone_config
     from ctrsink.families.decoder.supported import length_limit, too_long
     from ctrsink.families.foresee import foreseen
 
-    found = length_limit(backbone_config(model, facts.vocabulary))
-    if found is None:
-        return
-    limit, reason = found
+    limit, reason = length_limit(backbone_config(model, facts.vocabulary)) or (None, "")
     length = foreseen(run, layout(run.data, model, manifest), manifest, limit)
     if length is not None:
         raise InputError(too_long(reason, length))

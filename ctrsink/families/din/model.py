@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from ctrsink.config.model.din import DinSpec
 from ctrsink.config.stages import Objective
-from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import EventEmbedding
 from ctrsink.families.ids.module import Head, IdsModule, linear_flops, mlp, seen_pairs
 from ctrsink.families.protocol import Flops
@@ -44,9 +43,9 @@ class Din(IdsModule):
     square root of the number of behaviours, by our own decision, or long histories would drown the rest.
     """
 
-    def __init__(self, spec: DinSpec, facts: Facts) -> None:
+    def __init__(self, spec: DinSpec) -> None:
         super().__init__()
-        self.embedding = EventEmbedding(spec, facts, spec.width)
+        self.embedding = EventEmbedding(spec, spec.width)
         self.weigh = Weights(spec.width, spec.attention_layers)
         self.head = Head(mlp(3 * spec.width + self.embedding.target_count, spec.layers, spec.dropout))
 

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from ctrsink.config.model.hstu import HstuSpec
 from ctrsink.config.stages import Objective
-from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import EventEmbedding
 from ctrsink.families.ids.module import Head, IdsModule, linear_flops, mlp
 from ctrsink.families.protocol import Flops
@@ -55,9 +54,9 @@ class Unit(nn.Module):
 class Hstu(IdsModule):
     """Logits of targets, each a position behind the behaviours that it sees."""
 
-    def __init__(self, spec: HstuSpec, facts: Facts) -> None:
+    def __init__(self, spec: HstuSpec) -> None:
         super().__init__()
-        self.embedding = EventEmbedding(spec, facts, spec.width)
+        self.embedding = EventEmbedding(spec, spec.width)
         self.units = nn.ModuleList(Unit(spec.width, spec.heads, spec.dropout) for _ in range(spec.blocks))
         self.norm = nn.LayerNorm(spec.width)
         self.head = Head(mlp(spec.width + self.embedding.target_count, spec.layers, spec.dropout))

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from ctrsink.config.model.ids import IdsSpec
-from ctrsink.families.facts import Facts
 from ctrsink.features.registry import of_kind, signal
 from ctrsink.tables.embedding import ShardedEmbedding
 
@@ -21,10 +20,9 @@ class SignalTables(nn.Module):
 
     Args:
         spec: which signals each side has.
-        facts: how many values feedback has.
     """
 
-    def __init__(self, spec: IdsSpec, facts: Facts) -> None:
+    def __init__(self, spec: IdsSpec) -> None:
         super().__init__()
         self.width, self.id_dropout = spec.embedding_size, spec.id_dropout
         self.rows = rows = {name: _rows(name, spec) for name in spec.categories}
@@ -90,12 +88,11 @@ class EventEmbedding(SignalTables):
 
     Args:
         spec: which signals each side has.
-        facts: how many values feedback has.
         width: D, of the vectors.
     """
 
-    def __init__(self, spec: IdsSpec, facts: Facts, width: int) -> None:
-        super().__init__(spec, facts)
+    def __init__(self, spec: IdsSpec, width: int) -> None:
+        super().__init__(spec)
         self.behaviour_names, self.target_names = (of_kind(side, numbers=False) for side in (spec.behaviours, spec.target))
         counts = [len(of_kind(side, numbers=True)) for side in (spec.behaviours, spec.target)]
         self.behaviour, self.target = (nn.Linear(spec.embedding_size + count, width) for count in counts)

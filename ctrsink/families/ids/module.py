@@ -1,5 +1,6 @@
 """What the modules of families without text share: the loss of clicks, groups, pairs of a target and what it sees."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,9 +17,9 @@ from ctrsink.sequences.behaviours import BEHAVIOURS
 class IdsModule(CTRModule):
     """A module that gives logits of targets; what it embeds events with is its `embedding`."""
 
+    @abstractmethod
     def logits(self, batch: Batch, objective: Objective) -> torch.Tensor:
         """[T], without the base score."""
-        raise NotImplementedError
 
     def forward(self, batch: Batch, objective: Objective) -> Out:
         # In here and not around the call: DeepSpeed switches off whatever autocast surrounds it.

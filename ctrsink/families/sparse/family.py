@@ -1,5 +1,6 @@
-"""The functions of the family `sparse`; see families.protocol.Family."""
+"""The family `sparse`; see families.protocol.Family."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,36 +8,29 @@ from ctrsink.config.data import DataSpec
 from ctrsink.config.model.sparse import SparseSpec
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import Manifest
-from ctrsink.families.facts import Facts
-from ctrsink.families.ids import family
-from ctrsink.families.ids.family import TARGET_NUMBERS, check, described, looked, merged, narrowed, portable
+from ctrsink.families.facts import Wording
+from ctrsink.families.ids.family import IdsFamily
 from ctrsink.families.protocol import CTRModule
-from ctrsink.families.sparse.rows import encode
-
-GROUPS = SparseSpec.GROUPS
-
-
-def layout(data: DataSpec, model: SparseSpec, manifest: Manifest) -> Layout:
-    """See Family.layout."""
-    return replace(family.layout(data, model, manifest), chunks=model.chunks, chunking=model.chunking)
+from ctrsink.families.sparse.rows import with_chunks
+from ctrsink.sequences.columns import Sequences
+from ctrsink.sequences.windows import Cuts
 
 
-def build(model: SparseSpec, facts: Facts, seed: int, precision: str = "fp32") -> CTRModule:
-    """See Family.build."""
-    from ctrsink.families.ids.module import seeded
-    from ctrsink.families.sparse.model import Sparse
+class SparseFamily(IdsFamily):
+    """SparseCTR (arXiv 2601.17836): its loader cuts histories into chunks, too."""
 
-    return seeded(lambda: Sparse(model, facts), seed, precision)
+    spec = SparseSpec
+
+    def layout(self, data: DataSpec, model: Any, manifest: Manifest) -> Layout:
+        return replace(super().layout(data, model, manifest), chunks=model.chunks, chunking=model.chunking)
+
+    def encode(self, cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
+        return with_chunks(super().encode(cuts, layout, wording), layout)
+
+    def module(self) -> Callable[[SparseSpec], CTRModule]:
+        from ctrsink.families.sparse.model import Sparse
+
+        return Sparse
 
 
-def rebuilt(plain: dict[str, Any], facts: Facts) -> CTRModule:
-    """See Family.rebuilt."""
-    from ctrsink.families.ids.module import settled
-
-    return settled(build(SparseSpec.model_validate(plain), facts, 0))
-
-
-__all__ = [
-    "GROUPS", "TARGET_NUMBERS", "build", "check", "described", "encode", "layout", "looked", "merged", "narrowed", "portable",
-    "rebuilt",
-]  # fmt: skip
+FAMILY = SparseFamily()

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from ctrsink.config.model.sparse import SparseSpec
 from ctrsink.config.stages import Objective
-from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import EventEmbedding
 from ctrsink.families.ids.module import Head, IdsModule, linear_flops, mlp
 from ctrsink.families.protocol import Flops
@@ -42,10 +41,10 @@ class SparseBlock(nn.Module):
 class Sparse(IdsModule):
     """Logits of targets from `[candidate's output, profile, numbers]`; that numbers stand there once more is our decision."""
 
-    def __init__(self, spec: SparseSpec, facts: Facts) -> None:
+    def __init__(self, spec: SparseSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = EventEmbedding(spec, facts, spec.width)
+        self.embedding = EventEmbedding(spec, spec.width)
         self.profile = Profile(spec)
         self.blocks = nn.ModuleList(SparseBlock(spec) for _ in range(spec.blocks))
         self.norm = nn.RMSNorm(spec.width)

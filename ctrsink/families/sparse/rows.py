@@ -7,22 +7,14 @@ target the first `seen`. Rows that follow one another see nearly the same, so th
 import numpy as np
 
 from ctrsink.dataset.layout import Layout
-from ctrsink.families.facts import Wording
 from ctrsink.features.ragged import ranges
-from ctrsink.sequences import behaviours
 from ctrsink.sequences.behaviours import BEHAVIOURS
 from ctrsink.sequences.chunks import Chunks, by_length, by_time
 from ctrsink.sequences.columns import TARGETS, Sequences
-from ctrsink.sequences.windows import Cuts
 
 ROWS, CHUNKS, BLOCKS = "rows", "chunks", "blocks"
 QUERIES = 16
 """Rows of a block at most, as measured: more would share keys that few of them see."""
-
-
-def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
-    """See Family.encode, and `with_chunks` for the columns that are added."""
-    return with_chunks(behaviours.encode(cuts, layout), layout)
 
 
 def with_chunks(given: Sequences, layout: Layout) -> Sequences:

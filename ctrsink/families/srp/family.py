@@ -1,42 +1,22 @@
-"""The functions of the family `srp`; see families.protocol.Family."""
+"""The family `srp`; see families.protocol.Family."""
 
-from typing import Any
+from collections.abc import Callable
 
 from ctrsink.config.model.srp import SrpSpec
-from ctrsink.families.facts import Facts
-from ctrsink.families.ids.family import (
-    TARGET_NUMBERS,
-    check,
-    described,
-    encode_padded,
-    layout,
-    looked,
-    merged,
-    narrowed,
-    portable,
-)
+from ctrsink.families.ids.family import IdsFamily
 from ctrsink.families.protocol import CTRModule
 
-encode = encode_padded
-GROUPS = SrpSpec.GROUPS
+
+class SrpFamily(IdsFamily):
+    """SRP4CTR (arXiv 2407.19658)."""
+
+    spec = SrpSpec
+    padded = True
+
+    def module(self) -> Callable[[SrpSpec], CTRModule]:
+        from ctrsink.families.srp.model import Srp
+
+        return Srp
 
 
-def build(model: SrpSpec, facts: Facts, seed: int, precision: str = "fp32") -> CTRModule:
-    """See Family.build."""
-    from ctrsink.families.ids.module import seeded
-    from ctrsink.families.srp.model import Srp
-
-    return seeded(lambda: Srp(model, facts), seed, precision)
-
-
-def rebuilt(plain: dict[str, Any], facts: Facts) -> CTRModule:
-    """See Family.rebuilt."""
-    from ctrsink.families.ids.module import settled
-
-    return settled(build(SrpSpec.model_validate(plain), facts, 0))
-
-
-__all__ = [
-    "GROUPS", "TARGET_NUMBERS", "build", "check", "described", "encode", "layout", "looked", "merged", "narrowed", "portable",
-    "rebuilt",
-]  # fmt: skip
+FAMILY = SrpFamily()

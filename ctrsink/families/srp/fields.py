@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from ctrsink.config.model.srp import SrpSpec, mask_group
-from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import SignalTables
 from ctrsink.features.registry import of_kind
 
@@ -49,8 +48,8 @@ class FieldEmbedding(SignalTables):
     That, the numbers and a projection to each group are our decisions; the two groups are the paper's (arXiv 2407.19658).
     """
 
-    def __init__(self, spec: SrpSpec, facts: Facts) -> None:
-        super().__init__(spec, facts)
+    def __init__(self, spec: SrpSpec) -> None:
+        super().__init__(spec)
         of_item = _of_group(spec.behaviours, "item")
         self.told = {"item": Fields.of(of_item, spec.behaviours)}
         self.told["behaviour"] = Fields.of(_of_group(spec.behaviours, "behaviour"), spec.behaviours)

@@ -6,7 +6,6 @@ import torch
 
 from ctrsink.config.model.srp import SrpSpec
 from ctrsink.config.stages import Objective
-from ctrsink.families.facts import Facts
 from ctrsink.families.ids.embedding import module_key
 from ctrsink.families.ids.module import IdsModule
 from ctrsink.families.protocol import Flops, Out
@@ -27,10 +26,10 @@ from ctrsink.sequences.columns import TARGETS
 class Srp(IdsModule):
     """`cloze` uses embedding, encoder and cloze, `click` all but cloze. What the targets of a sequence share is computed once."""
 
-    def __init__(self, spec: SrpSpec, facts: Facts) -> None:
+    def __init__(self, spec: SrpSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = FieldEmbedding(spec, facts)
+        self.embedding = FieldEmbedding(spec)
         self.encoder = Encoder(spec)
         self.cross = Cross(spec, self.embedding.beside_width)
         self.queries = Queries(spec) if spec.queries else None
