@@ -95,6 +95,7 @@ def _worker(args: argparse.Namespace) -> dict[str, Any]:
         barrier(topology)
         seconds.append(timed(lambda own=of_step: engine.step(own, args.sequences, stage, 1.0))[0])
     peak = status("VmHWM") - before
+    barrier(topology)  # a worker that leaves while another is still in its last exchange ends it now and then
     dist.destroy_process_group()
     return {
         "step_s": statistics.median(seconds[WARM_UP:]),

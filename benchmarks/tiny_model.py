@@ -126,7 +126,7 @@ def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: flo
     prepare_process("cpu", 1, rank)
     import torch.distributed as dist
 
-    from ctrsink.dist import Topology, all_sum
+    from ctrsink.dist import Topology, all_sum, barrier
 
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=who.workers)
     topology = Topology(rank, who.workers)
@@ -137,6 +137,7 @@ def work_of(spec: RunSpec, who: Contestant, rank: int, warmup: int, seconds: flo
     trial = work_for(step, steps, 0.0, 3)
     slowest = all_sum([trial.seconds], topology)[0] / who.workers / trial.steps
     work = work_for(step, steps, 0.0, max(1, round(seconds / slowest)))
+    barrier(topology)  # see tables_training
     dist.destroy_process_group()
     return work
 

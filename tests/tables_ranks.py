@@ -26,18 +26,16 @@ class Run(NamedTuple):
     """A table, how many of its ids are in use, and how a global batch of 24 sequences is cut into micro-batches."""
 
     rows: int
-    hashes: int
     ids: int
     micro_batches: tuple[int, ...]
     """Sequences of each, of all ranks; dealt out to ranks in turn, with empty ones where they do not come out even."""
 
 
 RUNS = {
-    "one": Run(50, 1, 60, (24,)),
-    "even": Run(50, 1, 60, (4,) * 6),
-    "uneven": Run(50, 1, 60, (1, 2, 3, 7, 11)),
-    "two hashes": Run(50, 2, 60, (5,) * 4 + (4,)),
-    "few rows": Run(2, 1, 3, (8, 8, 8)),
+    "one": Run(50, 60, (24,)),
+    "even": Run(50, 60, (4,) * 6),
+    "uneven": Run(50, 60, (1, 2, 3, 7, 11)),
+    "few rows": Run(2, 3, (8, 8, 8)),
 }
 
 
@@ -48,9 +46,7 @@ class Model(torch.nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            self.ids = torch.nn.ModuleDict(
-                {name: ShardedEmbedding(run.rows, WIDTH, run.hashes, 0.5) for name in ("item", "user")}
-            )
+            self.ids = torch.nn.ModuleDict({name: ShardedEmbedding(run.rows, WIDTH, 0.5) for name in ("item", "user")})
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 [n, 3] -> the sum of losses of n sequences."""

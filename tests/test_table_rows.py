@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink.dist import Topology
-from ctrsink.features.mix64 import mix64
 from ctrsink.tables.embedding import ShardedEmbedding
-from ctrsink.tables.hashing import MOST_ROWS, rows_of, splitmix
+from ctrsink.tables.hashing import MOST_ROWS, rows_of
 from ctrsink.tables.initial import initial_values
 from ctrsink.tables.shares import bytes_needed, counts_by_owner, share
 from tests.test_tables import one, placed
@@ -18,48 +17,32 @@ from tests.test_tables import one, placed
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20),
     st.one_of(st.integers(2, 50), st.integers(2, MOST_ROWS)),
-    st.sampled_from([1, 2]),
 )
-def test_every_id_has_rows_of_the_table_and_the_unknown_have_the_first(ids: list[int], rows: int, hashes: int) -> None:
-    found = rows_of(torch.tensor(ids, dtype=torch.int64), rows, hashes)
-    assert found.shape == (len(ids), hashes)
+def test_every_id_has_rows_of_the_table_and_the_unknown_have_the_first(ids: list[int], rows: int) -> None:
+    found = rows_of(torch.tensor(ids, dtype=torch.int64), rows)
     for number, own in zip(ids, found.tolist(), strict=True):
-        assert own == [0] * hashes if number < 0 else all(1 <= row < rows for row in own)
+        assert own == 0 if number < 0 else 1 <= own < rows
 
 
 @given(st.integers(2, 3000))
 def test_ids_below_the_number_of_rows_share_none(rows: int) -> None:
-    found = rows_of(torch.arange(rows - 1), rows)[:, 0]
+    found = rows_of(torch.arange(rows - 1), rows)
     assert sorted(found.tolist()) == list(range(1, rows))
 
 
 @given(st.integers(1000, 100_000), st.integers(2, 8), st.integers(0, 10_000))
 @settings(max_examples=30)
 def test_neighbouring_ids_are_spread_evenly_over_ranks(rows: int, world: int, first: int) -> None:
-    named = rows_of(torch.arange(first, first + 900), rows)[:, 0].sort().values
+    named = rows_of(torch.arange(first, first + 900), rows).sort().values
     counts = counts_by_owner(named, rows, world)
     assert sum(counts) == 900
     assert max(counts) - min(counts) < 60
 
 
-def test_two_hashes_tell_apart_what_one_does_not() -> None:
-    ids = torch.arange(5000)
-    one_hash, both = (rows_of(ids, 1001, hashes) for hashes in (1, 2))
-    assert len(one_hash.unique(dim=0)) == 1000
-    assert len(both.unique(dim=0)) > 4980
-    assert torch.equal(both[:, :1], one_hash)
-
-
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20))
-def test_the_hash_is_that_of_the_data(values: list[int]) -> None:
-    found = splitmix(torch.tensor(values, dtype=torch.int64)).numpy().view(np.uint64)
-    assert np.array_equal(found, mix64(np.array(values, dtype=np.int64)))
-
-
-@pytest.mark.parametrize(("rows", "hashes"), [(1, 1), (MOST_ROWS + 1, 1), (10, 0), (10, 3)])
-def test_sizes_that_cannot_be_are_refused(rows: int, hashes: int) -> None:
-    with pytest.raises(ValueError, match=f"{rows} rows with {hashes} hashes"):
-        rows_of(torch.tensor([1]), rows, hashes)
+@pytest.mark.parametrize("rows", [1, MOST_ROWS + 1])
+def test_sizes_that_cannot_be_are_refused(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"a table of {rows} rows"):
+        rows_of(torch.tensor([1]), rows)
 
 
 # Ownership
@@ -100,10 +83,9 @@ def test_the_values_at_the_start_are_near_to_normal_and_independent() -> None:
     assert abs(np.corrcoef(values[:2048].ravel(), other.ravel())[0, 1]) < 0.03
 
 
-def test_the_sum_of_two_hashes_starts_at_the_scale_of_one() -> None:
-    for hashes in (1, 2):
-        found = ShardedEmbedding(20_000, 8, hashes, 0.3)(torch.arange(15_000)).detach()
-        assert abs(float(found.std()) - 0.3) < 0.01
+def test_the_vectors_of_ids_start_at_the_scale_asked_for() -> None:
+    found = ShardedEmbedding(20_000, 8, 0.3)(torch.arange(15_000)).detach()
+    assert abs(float(found.std()) - 0.3) < 0.01
 
 
 def test_the_seed_of_a_table_is_that_of_the_module_around_it() -> None:

@@ -94,7 +94,7 @@ def dense(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], l
     squares = {name: torch.zeros(run.rows) for name in tables}
 
     def of(name: str, ids: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.embedding(rows_of(ids, run.rows, run.hashes), weights[name]).sum(-2)
+        return torch.nn.functional.embedding(rows_of(ids, run.rows), weights[name])
 
     norms = []
     for step in range(STEPS):
