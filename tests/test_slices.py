@@ -11,7 +11,7 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.evaluator import names_of
-from ctrsink.evaluate.slices import DAY, by_day, facts, groupings
+from ctrsink.evaluate.slices import DAY, by_day, by_value, facts, groupings
 from ctrsink.prepare.build import append, prepare
 from tests.builders import make_dataset
 from tests.prepared_in_tasks import HALF, ROWS, spec_of, write_log
@@ -78,7 +78,7 @@ def test_the_item_mean_predicts_what_models_are_measured_on_and_learns_from_all_
 def test_every_grouping_gives_each_impression_one_group_that_says_what_it_is(tmp_path: Path) -> None:
     found = facts(Dataset(make_dataset(tmp_path)), "test")
     made = groupings(found)
-    assert list(made) == ["history", "popularity", "user", "item", "day"]
+    assert list(made) == ["history", "popularity", "popularity decile", "user", "item", "day"]
     for grouping in made.values():
         assert len(grouping.groups) == len(found.labels)
         assert 0 <= grouping.groups.min() <= grouping.groups.max() < len(grouping.names)
@@ -105,9 +105,16 @@ def test_days_are_grouped_whole_and_in_order(times: list[int]) -> None:
 
 def test_a_group_of_days_is_named_by_its_first_and_last() -> None:
     assert by_day(np.array([0, 10, DAY])).names == ("1970-01-01", "1970-01-02")
-    found = by_day(np.arange(40) * DAY, periods=4)
-    assert found.names[0] == "1970-01-01 to 1970-01-10"
-    assert np.bincount(found.groups).tolist() == [10, 10, 10, 10]
+    found = by_day(np.arange(40) * DAY)
+    assert found.names[0] == "1970-01-01 to 1970-01-04"
+    assert np.bincount(found.groups).tolist() == [4] * 10
+
+
+def test_items_are_grouped_by_tenths_of_the_impressions() -> None:
+    shown = np.repeat([0, 7, 20, 3000], [5, 5, 4, 6])
+    assert by_value(shown).names == ("0", "7", "20", "3,000")
+    found = by_value(np.arange(40), parts=4)
+    assert found.names == ("0 to 9", "10 to 19", "20 to 29", "30 to 39")
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -1,6 +1,6 @@
 """Where a model is good and where not: what is known of each impression, and the groups that this makes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -11,8 +11,8 @@ import pyarrow as pa
 from ctrsink.dataset.reader import Dataset
 
 DAY = 86_400
-PERIODS = 10
-"""Groups of days, at most: of a log of years several days are one group."""
+PARTS = 10
+"""Groups of neighbouring values, at most: of a log of years several days are one group."""
 HISTORY = (0, 10, 20, 50, 100, 200)
 POPULARITY = (0, 1, 10, 100, 1000)
 """Least values of the groups."""
@@ -72,10 +72,13 @@ class Grouping:
 
 
 def groupings(found: Facts) -> dict[str, Grouping]:
-    """By length of the history, popularity of the item, whether user and item are new, and time."""
+    """By length of the history, popularity of the item (by its size, and by tenths of the impressions), whether user and item are
+    new, and time.
+    """
     return {
         "history": _by_least(found.history, HISTORY),
         "popularity": _by_least(found.item_events, POPULARITY),
+        "popularity decile": by_value(found.item_events),
         "user": Grouping(("seen in training", "new"), (found.user_impressions == 0).astype(np.int64)),
         "item": Grouping(("seen in training", "new"), (found.item_events == 0).astype(np.int64)),
         "day": by_day(found.times),
@@ -87,21 +90,27 @@ def _by_least(values: np.ndarray, least: Sequence[int]) -> Grouping:
     return Grouping((*names, f"{least[-1]:,} and more"), np.searchsorted(least, values, side="right") - 1)
 
 
-def by_day(times: np.ndarray, periods: int = PERIODS) -> Grouping:
-    """Days (UTC), or at most `periods` groups of neighbouring days with about as many impressions each.
+def by_day(times: np.ndarray) -> Grouping:
+    """Days (UTC), or groups of neighbouring ones; see by_value.
 
     Args:
         times: seconds since 1970, [N] with N > 0.
     """
-    days, of, counts = np.unique(times // DAY, return_inverse=True, return_counts=True)
+    return by_value(times // DAY, lambda day: datetime.fromtimestamp(day * DAY, UTC).date().isoformat())
+
+
+def by_value(values: np.ndarray, name: Callable[[int], str] = "{:,}".format, parts: int = PARTS) -> Grouping:
+    """Each value, or at most `parts` groups of neighbouring values with about as many impressions each.
+
+    Args:
+        values: whole numbers, [N] with N > 0.
+        name: of a value.
+    """
+    found, of, counts = np.unique(values, return_inverse=True, return_counts=True)
     middles = np.cumsum(counts) - counts / 2
-    group = np.arange(len(days)) if len(days) <= periods else (middles * periods / len(times)).astype(np.int64)
-    _, group = np.unique(group, return_inverse=True)  # a day with very many leaves a group without any
-    firsts = days[np.searchsorted(group, np.arange(group[-1] + 1))]
-    lasts = days[np.searchsorted(group, np.arange(group[-1] + 1), side="right") - 1]
-    names = [_date(a) if a == b else f"{_date(a)} to {_date(b)}" for a, b in zip(firsts, lasts, strict=True)]
+    group = np.arange(len(found)) if len(found) <= parts else (middles * parts / len(values)).astype(np.int64)
+    _, group = np.unique(group, return_inverse=True)  # a value with very many leaves a group without any
+    firsts = found[np.searchsorted(group, np.arange(group[-1] + 1))].tolist()
+    lasts = found[np.searchsorted(group, np.arange(group[-1] + 1), side="right") - 1].tolist()
+    names = [name(a) if a == b else f"{name(a)} to {name(b)}" for a, b in zip(firsts, lasts, strict=True)]
     return Grouping(tuple(names), group[of])
-
-
-def _date(day: int) -> str:
-    return datetime.fromtimestamp(int(day) * DAY, UTC).date().isoformat()
