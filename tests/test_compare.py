@@ -96,7 +96,15 @@ def test_runs_without_a_seed_in_common_have_no_interval_by_seeds(runs: list[str]
 
 def test_slices_divide_the_impressions_and_measure_each_alone(runs: list[str]) -> None:
     found = compare(runs)
-    assert list(found["slices"]) == ["history", "popularity", "popularity decile", "user", "item", "day"]
+    assert list(found["slices"]) == [
+        "history",
+        "since the last behaviour",
+        "popularity",
+        "popularity decile",
+        "user",
+        "item",
+        "day",
+    ]
     for groups in found["slices"].values():
         assert sum(group["impressions"] for group in groups.values()) == found["impressions"]
     table = table_of(runs[3])

@@ -78,7 +78,7 @@ def test_the_item_mean_predicts_what_models_are_measured_on_and_learns_from_all_
 def test_every_grouping_gives_each_impression_one_group_that_says_what_it_is(tmp_path: Path) -> None:
     found = facts(Dataset(make_dataset(tmp_path)), "test")
     made = groupings(found)
-    assert list(made) == ["history", "popularity", "popularity decile", "user", "item", "day"]
+    assert list(made) == ["history", "since the last behaviour", "popularity", "popularity decile", "user", "item", "day"]
     for grouping in made.values():
         assert len(grouping.groups) == len(found.labels)
         assert 0 <= grouping.groups.min() <= grouping.groups.max() < len(grouping.names)
@@ -88,6 +88,25 @@ def test_every_grouping_gives_each_impression_one_group_that_says_what_it_is(tmp
     assert made["history"].names == ("0 to 9", "10 to 19", "20 to 49", "50 to 99", "100 to 199", "200 and more")
     assert np.array_equal(made["history"].groups == 1, (found.history >= 10) & (found.history < 20))
     assert made["popularity"].names[0] == "0"
+    since = made["since the last behaviour"]
+    assert since.names[:3] == ("none before", "the same second", "up to a minute")
+    assert np.array_equal(since.groups == 0, found.history == 0)
+    assert np.array_equal(since.groups <= 3, found.since <= 3600)
+
+
+def test_the_time_since_the_last_behaviour_is_that_to_the_latest_known_one(tmp_path: Path) -> None:
+    dataset = Dataset(make_dataset(tmp_path))
+    found = facts(dataset, "test")
+    seen: dict[tuple[str, int], int] = {}
+    for number in range(len(dataset.manifest.shards)):
+        shard = dataset.shard(number)
+        for row, user in enumerate(shard.users):
+            times = shard.timestamps[shard.offsets[row] : shard.offsets[row + 1]].tolist()
+            for event, known in enumerate(shard.known[shard.offsets[row] : shard.offsets[row + 1]].tolist()):
+                seen[str(user), event] = times[event] - times[known - 1] if known else -1
+    keys = zip(found.users.to_pylist(), found.events.tolist(), strict=True)
+    assert found.since.tolist() == [seen[key] for key in keys]
+    assert found.since.max() > 0
 
 
 @given(st.lists(st.integers(0, 60 * DAY), min_size=1, max_size=200))

@@ -16,6 +16,8 @@ PARTS = 10
 HISTORY = (0, 10, 20, 50, 100, 200)
 POPULARITY = (0, 1, 10, 100, 1000)
 """Least values of the groups."""
+SINCE = {"the same second": 0, "a minute": 60, "an hour": 3600, "a day": DAY}
+"""Greatest values of the groups, seconds."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Facts:
     """int8 [N]."""
     history: np.ndarray
     """Behaviours of the user that were known, [N]."""
+    since: np.ndarray
+    """Seconds since the latest of them, [N]; -1 where there is none."""
     item_events: np.ndarray
     """Events of the item in the training range, [N]."""
     user_impressions: np.ndarray
@@ -56,11 +60,13 @@ def facts(dataset: Dataset, split: str) -> Facts:
             rows = np.flatnonzero(dataset.within(number, split) & (shard.labels >= 0))
             names.append(shard.users[owners[rows]])
             events = rows - shard.offsets[owners[rows]]
-            columns.append((events, shard.labels[rows], shard.known[rows], shard.items[rows], shard.timestamps[rows]))
+            known, times = shard.known[rows], shard.timestamps[rows]
+            since = np.where(known > 0, times - shard.timestamps[shard.offsets[owners[rows]] + np.maximum(known, 1) - 1], -1)
+            columns.append((events, shard.labels[rows], known, since, shard.items[rows], times))
     users = np.concatenate(names)
-    events, labels, history, items, times = (np.concatenate(column) for column in zip(*columns, strict=True))
+    events, labels, history, since, items, times = (np.concatenate(column) for column in zip(*columns, strict=True))
     seen = np.array([trained.get(user, 0) for user in users.tolist()], np.int64)
-    return Facts(pa.array(users.tolist(), pa.string()), events, labels, history, item_events[items], seen, times)
+    return Facts(pa.array(users.tolist(), pa.string()), events, labels, history, since, item_events[items], seen, times)
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,10 @@ class Grouping:
 
 
 def groupings(found: Facts) -> dict[str, Grouping]:
-    """By length of the history, popularity of the item (by its size, and by tenths of the impressions), whether user and item are
-    new, and time.
-    """
+    """By what is known of the history, popularity of the item (its events; tenths of the impressions), user, item and time."""
     return {
         "history": _by_least(found.history, HISTORY),
+        "since the last behaviour": _since(found.since),
         "popularity": _by_least(found.item_events, POPULARITY),
         "popularity decile": by_value(found.item_events),
         "user": Grouping(("seen in training", "new"), (found.user_impressions == 0).astype(np.int64)),
@@ -88,6 +93,12 @@ def groupings(found: Facts) -> dict[str, Grouping]:
 def _by_least(values: np.ndarray, least: Sequence[int]) -> Grouping:
     names = [f"{a:,}" if a == b - 1 else f"{a:,} to {b - 1:,}" for a, b in pairwise(least)]
     return Grouping((*names, f"{least[-1]:,} and more"), np.searchsorted(least, values, side="right") - 1)
+
+
+def _since(seconds: np.ndarray) -> Grouping:
+    """Where people act on lists at once, what they did a moment before tells most."""
+    names = ("none before", *(name if name.startswith("the") else f"up to {name}" for name in SINCE), "more than a day")
+    return Grouping(names, np.where(seconds < 0, 0, 1 + np.searchsorted(list(SINCE.values()), seconds)))
 
 
 def by_day(times: np.ndarray) -> Grouping:
