@@ -18,6 +18,7 @@ from ctrsink.features.counted import Counted
 from ctrsink.prepare.neighbours import opinions
 from ctrsink.prepare.partition import Partition, read_ids
 from ctrsink.prepare.past import Past
+from ctrsink.prepare.pile import Pile
 from ctrsink.prepare.render import feedback_ids
 from ctrsink.prepare.results import numbers_of, path_of
 from ctrsink.prepare.statistics import Rule, read_received
@@ -32,8 +33,8 @@ class Assembly:
     """The data set."""
     folder: str
     """Where what is known of finished shards lies."""
-    slice_ends: tuple[np.ndarray, ...]
-    """Of each block, see Survey."""
+    pile: Pile
+    """All events."""
     ranges: tuple[tuple[int, int], ...]
     """Prefixes [first, end) of each shard."""
     split_times: SplitTimes
@@ -131,7 +132,7 @@ class Assembly:
     def _events(self, number: int) -> tuple[pa.Table, np.ndarray]:
         """Events of all blocks in the order of the log, items by number, and which of them are past ones."""
         first, end = self.ranges[number]
-        table = self.partition.users(self.slice_ends, first, end).drop_columns("prefix")
+        table = self.pile.users(first, end).drop_columns("prefix")
         item = pc.cast(pc.index_in(table.column("item"), read_ids(self.items)), pa.int32())
         table = table.set_column(table.column_names.index("item"), "item", item)
         items, times = item.combine_chunks().to_numpy(), column_numpy(table, "timestamp", 0)
