@@ -1,5 +1,6 @@
 """Files of events by user: the same bytes merged or not, and requests that grow with the bytes, counted and foretold."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
@@ -75,7 +76,7 @@ def test_the_requests_of_shards_are_those_foretold(tmp_path: Path, monkeypatch: 
         counted[uri.split("/")[-2].rpartition("-")[0]] += 1
         return read_range(uri, start, end)
 
-    def execute(task: object, numbers: list[int]):  # noqa: ANN202
+    def execute(task: object, numbers: list[int]):
         if isinstance(task, piles.Merge):
             width = splits.PREFIXES // task.shape.ranges
             name = task.source.folder.rpartition("/")[2].rpartition("-")[0]
@@ -106,7 +107,7 @@ def dense(shape: Shape, bytes_of_slice: int) -> Pile:
 def test_a_shard_asks_one_file_of_a_group_and_one_for_each_edge_in_it(groups: int, ranges: int, cut: int, cuts: set[int]) -> None:
     shape = Shape(groups, 2**ranges, 2**cut)
     edges = [0, *sorted(cuts), splits.PREFIXES]
-    shards = list(zip(edges, edges[1:], strict=False))
+    shards = list(itertools.pairwise(edges))
     inside = [edge for edge in range(0, splits.PREFIXES, splits.PREFIXES // shape.ranges) if edge not in edges]
     spans = [span for shard in shards for span in dense(shape, 10).spans(*shard)]
     assert len(spans) == groups * (len(shards) + len(inside)) <= shape.reads(len(shards))
@@ -123,8 +124,8 @@ def test_requests_grow_with_the_bytes(log_bytes: int, block_bytes: int, shard_by
     merging = sum(before.merging() for before in (shape, *steps)[: len(steps)])
     assert merging + last.reads(shards) <= shape.reads(shards)
     assert all(step.ranges * step.slices <= splits.PREFIXES for step in steps)
-    assert (
-        last.reads(shards) * SMALL_BYTES <= log_bytes or last.merging() + last.merged(shards).reads(shards) >= last.reads(shards)
+    assert last.reads(shards) * SMALL_BYTES <= log_bytes or last.merging() + last.merged(shards).reads(shards) >= last.reads(
+        shards
     )
 
 

@@ -1,8 +1,8 @@
 """Events in files by user, from which a task gathers those of its users; and merging, so that it need not ask every block.
 
-As many files as blocks, each asked by every shard, are requests that grow with the square of the log. Merging takes `fan` files of `fan`
-blocks and makes `fan` files of them, each of all these blocks and of a `fan`th of the users: the events are written once more, and a
-shard asks `fan` times fewer files. It is done as often as the shards' reads would be too small otherwise.
+As many files as blocks, each asked by every shard, are requests that grow with the square of the log. Merging takes the files
+of `fan` blocks and makes `fan` files of them, each of all these blocks and of a `fan`th of the users: the events are written
+once more, and a shard asks `fan` times fewer files. It is done as often as the shards' reads would be too small otherwise.
 """
 
 import itertools
@@ -38,14 +38,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Pile:
-    """The events of a log: `groups` of blocks in the order of the log, each with a file for each of `ranges` equal ranges of prefixes."""
+    """The events of a log: `groups` of blocks in the order of the log, each with a file for each of `ranges` of prefixes."""
 
     folder: str
     schema: pa.Schema
     """Of the events; `prefix` is one of the columns."""
     groups: int
     ranges: int
-    """A power of two, like `slices`."""
+    """Of equal width; a power of two, like `slices`."""
     slices: int
     """Of a file, which are Arrow streams one after another, of equal ranges of prefixes; an empty one has no bytes."""
     ends: tuple[np.ndarray, ...]
@@ -94,7 +94,7 @@ class Shape:
 
     @property
     def fan(self) -> int:
-        """How many files a merging task reads, and how many it takes to hold what one of them held: a task holds a file's worth."""
+        """How many files a merging task reads, and in how many parts each is read: a task holds as much as is in a file."""
         return min(FAN, self.slices)
 
     def reads(self, shards: int) -> int:
@@ -107,7 +107,7 @@ class Shape:
         return Shape(-(-self.groups // self.fan), ranges, slices(shards / ranges, splits.PREFIXES // ranges))
 
     def merging(self) -> int:
-        """Requests of a merging: each file is read once by each of `fan` tasks; its results and their ends are written, the latter read."""
+        """Requests of a merging: each file is read by `fan` tasks; a task writes a file and its ends, and these are read."""
         return self.groups * self.ranges * self.fan + 3 * -(-self.groups // self.fan) * self.ranges * self.fan
 
 
@@ -117,9 +117,9 @@ def slices(shards: float, most: int = MAX_SLICES) -> int:
 
 
 def plan(shape: Shape, total_bytes: int, shards: int) -> tuple[Shape, ...]:
-    """The shapes that a pile takes on by merging, none where its shards' reads are large enough, or merging would cost more of them.
+    """The shapes that a pile takes on by merging; none where its shards' reads are large enough, or would not become fewer.
 
-    So there are at most about `total_bytes / SMALL_BYTES` requests by shards, and `fan + 3` per file and merging.
+    So there are about `total_bytes / SMALL_BYTES` requests by shards at most, and `fan + 3` per file and merging.
     """
     found: list[Shape] = []
     while total_bytes < SMALL_BYTES * shape.reads(shards):
