@@ -1,7 +1,7 @@
 """What the processes of a host hold of the users of a large data set, with and without the mapped index.
 
-A small log is prepared, and its manifest made to speak of many shards of so many users, whose index is written; there is no model, and
-no shard is read. Each process opens the data set as training does, and asks for the lengths of sequences all over it.
+A small log is prepared, and its manifest made to speak of many shards of so many users, whose index is written; there is no
+model, and no shard is read. Each process opens the data set as training does, and asks for lengths of sequences all over it.
 """
 
 import argparse

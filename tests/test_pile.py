@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -19,7 +20,7 @@ from ctrsink.prepare.execute import in_process
 from ctrsink.prepare.pile import SMALL_BYTES, Pile, Shape, plan, slices
 from tests.prepared_in_tasks import ROWS, Counting, Interrupted, contents, spec_of, write_log
 
-MANY = {"block_bytes": 400, "shard_events": 10}
+MANY: dict[str, Any] = {"block_bytes": 400, "shard_events": 10}
 """Some ten blocks, and twenty shards."""
 LOG, MORE = ROWS[:150], ROWS[150:220]
 
