@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from ctrsink import storage
-from ctrsink.dataset import index as indices
+from ctrsink.dataset import cache as caches
 from ctrsink.dataset.arrow import to_parquet
 from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.index import read_index
@@ -33,7 +33,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def every_index_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indices, "MAPPED_BYTES", 1)
+    monkeypatch.setattr(caches, "MAPPED_BYTES", 1)
 
 
 def is_mapped(column: Any) -> bool:

@@ -16,6 +16,8 @@ from ctrsink.config.data import CacheSpec
 from ctrsink.dataset.manifest import FileEntry, read_file
 
 log = logging.getLogger(__name__)
+MAPPED_BYTES = 2**20
+"""Of fewer bytes each process may as well have a copy."""
 _DIGEST = 32  # bytes of a sha256, behind what is mapped
 
 
@@ -63,9 +65,9 @@ class Cache:
             make: gives them in pieces, where the cache does not have them; called by one process at a time.
 
         Returns:
-            None where the cache is off, too small, or cannot be used: whoever asks holds the bytes himself.
+            None where they are few, or the cache is off, too small, or cannot be used: whoever asks holds the bytes himself.
         """
-        if size + _DIGEST > self._limit or not self._usable:
+        if size < MAPPED_BYTES or size + _DIGEST > self._limit or not self._usable:
             return None
         with self._locked(f"mapped-{key[:3]}"):
             found = self._map(key, size)

@@ -9,8 +9,6 @@ from ctrsink.dataset.arrow import from_parquet
 from ctrsink.dataset.cache import Cache
 from ctrsink.dataset.manifest import INDEX_SCHEMA, Manifest
 
-MAPPED_BYTES = 2**20
-"""An index of fewer bytes may as well lie in each process."""
 _FORM = "index of users, columns of int32, 1"
 
 
@@ -25,7 +23,7 @@ def read_index(manifest: Manifest, read: Callable[[], bytes], cache: Cache | Non
     """
     names, users = INDEX_SCHEMA.names, sum(shard.users for shard in manifest.shards)
     size = 4 * len(names) * users
-    if cache is not None and size >= MAPPED_BYTES:
+    if cache is not None:
         key = storage.sha256(f"{_FORM} {manifest.index.sha256}".encode())
         found = cache.mapped(key, size, lambda: _columns(read(), names))
         if found is not None:

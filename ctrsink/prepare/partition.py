@@ -1,7 +1,6 @@
 """First task: a block of the log becomes a file of its events by user, see Pile, and a survey."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -9,13 +8,14 @@ import pyarrow as pa
 from ctrsink import storage
 from ctrsink.config.data import PrepareSpec
 from ctrsink.dataset import splits
-from ctrsink.dataset.arrow import column_numpy, from_ipc
+from ctrsink.dataset.arrow import column_numpy
 from ctrsink.dataset.manifest import column_field
 from ctrsink.features.columns import Column, columns_of
 from ctrsink.prepare.check_rows import EVENTS_SCHEMA, check_events
+from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.pile import Pile, sliced
 from ctrsink.prepare.render import feedback_minima
-from ctrsink.prepare.results import path_of
+from ctrsink.prepare.results import path_of, read_named
 from ctrsink.prepare.sources.raw_log import Block, RawLog
 from ctrsink.prepare.statistics import Rule, outcomes, write_received
 from ctrsink.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
@@ -32,12 +32,12 @@ class Partition:
     slices: int
     """A block's file is cut into this many, a power of two, by the first bits of the prefix."""
     items: str | None
-    """File of the ids of the item table."""
+    """File of the ids of the item table, see Lookup."""
 
     def __call__(self, number: int) -> int:
         """Read block `number`; returns that number, once its survey is written, last."""
         raw = self.source.read(self.blocks[number])
-        checked = check_events(raw, self.source.columns, read_ids(self.items) if self.items else None, self.told)
+        checked = check_events(raw, self.source.columns, read_lookup(self.items) if self.items else None, self.told)
         events = checked.events
         prefix = splits.prefixes(events.column("user").combine_chunks())
         order = np.argsort(prefix, kind="stable")
@@ -104,7 +104,6 @@ class Partition:
         )
 
 
-@lru_cache(maxsize=2)
-def read_ids(path: str) -> pa.Array:
-    """Ids of all items, in the order of the item table; a file of that name never changes."""
-    return from_ipc(storage.read_bytes(path)).column("item").combine_chunks()
+def read_lookup(path: str) -> Lookup:
+    """Of all items, in the order of the item table."""
+    return Lookup.from_table(read_named(path))

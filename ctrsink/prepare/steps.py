@@ -93,7 +93,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     tokens = items.write_tokens(job.work, tokenizer, spec.text)
     fields = items.write_fields(job.work, spec.statistics.fields)
     received = received_of(job, partition, repeats, items)
-    received_path = write_named(job.work, "received", received.to_bytes())
+    received_path = write_named(job.work, "received", received.to_table())
     values = items.write_values(job.work, tuple(column for column in told if not column.by_event))
     groups = write_groups(job, items, received)
     vectors = encoding and encoding.write_vectors(job, items)
