@@ -8,6 +8,8 @@ import pyarrow as pa
 
 from ctrsink.dataset.arrow import column_numpy, pc
 
+_AT_ONCE = 2**16  # ids are Python strings while they are hashed
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -57,5 +59,8 @@ class Lookup:
 
 
 def _hashes(ids: pa.Array) -> np.ndarray:
-    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in ids.to_pylist())
-    return np.frombuffer(digests, "<u8")
+    out = np.empty(len(ids), np.uint64)
+    for start in range(0, len(ids), _AT_ONCE):
+        some = ids.slice(start, _AT_ONCE).to_pylist()
+        out[start : start + len(some)] = np.frombuffer(b"".join(hashlib.sha256(i.encode()).digest()[:8] for i in some), "<u8")
+    return out
