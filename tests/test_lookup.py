@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.local.seaweed import SeaweedServer
+from ctrsink import storage
+from ctrsink.dataset import cache as caches
 from ctrsink.prepare import lookup as lookups
 from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.results import read_named, write_named
@@ -41,6 +45,24 @@ def test_ids_that_share_a_hash_are_told_apart(ids: list[str], others: list[str],
         patched.setattr(lookups, "_hashes", few)
         lookup = Lookup.of(pa.array(ids, pa.string()))
         assert lookup.find(pa.array([*ids, *others], pa.string())).tolist() == expected(ids, [*ids, *others])
+
+
+def test_a_table_on_s3_is_mapped_from_the_cache_and_fetched_once(
+    s3_server: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(caches, "MAPPED_BYTES", 1)
+    table = Lookup.of(pa.array(["tea", "mug", "pot"])).table()
+    path = write_named(f"s3://ctrsink-test/tables-{uuid.uuid4().hex}", "ids", table)
+    fetched: list[str] = []
+    read_bytes = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: fetched.append(uri) or read_bytes(uri))
+    for _ in range(2):
+        read_named.cache_clear()  # as another process would
+        assert read_named(path).equals(table)
+    assert fetched == [path]
+    (file,) = (tmp_path / "ctrsink" / "files").iterdir()
+    assert file.stat().st_size > table.nbytes
 
 
 ITEMS = 400_000

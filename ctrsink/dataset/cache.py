@@ -62,7 +62,8 @@ class Cache:
 
         Args:
             key: 64 hexadecimal digits that say what the bytes are.
-            make: gives them in pieces, where the cache does not have them; called by one process at a time.
+            make: gives them in pieces, where the cache does not have them; called by one process at a time. It may read from
+                the cache, but not any more while it gives the pieces.
 
         Returns:
             None where they are few, or the cache is off, too small, or cannot be used: whoever asks holds the bytes himself.
