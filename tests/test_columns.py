@@ -22,6 +22,7 @@ from ctrsink.dataset.values import column_texts
 from ctrsink.errors import InputError
 from ctrsink.features.columns import UNKNOWN, Column, in_table
 from ctrsink.prepare.build import append, prepare
+from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.partition import Partition
 from ctrsink.prepare.statistics import Received, Rule
 from tests.builders import form_batch, tiny_model, tiny_spec
@@ -260,10 +261,10 @@ def test_statistics_of_groups_are_those_of_their_items_together(events: list[tup
     items, days, outcomes = (np.array(of) for of in zip(*events, strict=True))
     groups = np.array([1, 0, -1, 1, 0])
     rule, ids = Rule(86400, 5.0), pa.array([str(n) for n in range(5)])
-    by_item = Received.of([rule.count(ids.take(pa.array(items)), days * 86400, outcomes.astype(float))], ids, None)
+    by_item = Received.of([rule.count(ids.take(pa.array(items)), days * 86400, outcomes.astype(float))], Lookup.of(ids), None)
     has = groups[items] >= 0
     names = ids.take(pa.array(groups[items][has]))
-    plain = Received.of([rule.count(names, days[has] * 86400, outcomes[has].astype(float))], ids, None)
+    plain = Received.of([rule.count(names, days[has] * 86400, outcomes[has].astype(float))], Lookup.of(ids), None)
     assert by_item.grouped(groups).to_bytes() == plain.to_bytes()
 
 

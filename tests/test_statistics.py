@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ctrsink.dataset.arrow import to_parquet
 from ctrsink.errors import InputError
+from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.statistics import Received, Rule, latest, totals_as_counts
 
 ITEMS = 4
@@ -31,7 +32,7 @@ def received(
 ) -> Received:
     bounds = [0, *sorted(cut % (len(items) + 1) for cut in cuts), len(items)]
     blocks = (RULE.count(IDS.take(pa.array(items[a:b])), times[a:b], outcome[a:b]) for a, b in itertools.pairwise(bounds))
-    return Received.of(blocks, IDS, before)
+    return Received.of(blocks, Lookup.of(IDS), before)
 
 
 def plain(items: np.ndarray, times: np.ndarray, outcome: np.ndarray, item: int, time: int) -> tuple[float, int]:
@@ -46,8 +47,8 @@ def plain(items: np.ndarray, times: np.ndarray, outcome: np.ndarray, item: int, 
 def test_an_event_knows_the_periods_before_its_own(log: tuple[np.ndarray, np.ndarray, np.ndarray], cuts: list[int]) -> None:
     items, times, outcome = log
     whole = received(items, times, outcome, cuts)
-    assert whole.to_bytes() == received(items, times, outcome, []).to_bytes()
-    mean, count = Received.from_bytes(whole.to_bytes()).before(RULE, items, times)
+    assert whole.to_table() == received(items, times, outcome, []).to_table()
+    mean, count = Received.from_table(whole.to_table()).before(RULE, items, times)
     expected = [plain(items, times, outcome, item, time) for item, time in zip(items, times, strict=True)]
     np.testing.assert_allclose(mean, [m for m, _ in expected], atol=1e-6)
     assert count.tolist() == [c for _, c in expected]

@@ -7,6 +7,7 @@ import pyarrow as pa
 from ctrsink.config.data import SourceSpec
 from ctrsink.errors import InputError
 from ctrsink.prepare.check_rows import OnBadRow, check_events
+from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.places import Places
 from ctrsink.prepare.sources import open_source
 
@@ -23,7 +24,7 @@ def read_source(spec: SourceSpec, on_bad_row: OnBadRow = "fail", block_bytes: in
     items = source.items()
     for block in source.blocks(block_bytes):
         raw = source.read(block)
-        checked = check_events(raw, source.columns, None if items is None else items.column("item").combine_chunks())
+        checked = check_events(raw, source.columns, None if items is None else Lookup.of(items.column("item").combine_chunks()))
         where = places.next(block.file, raw.file_rows, raw.header_lines, checked.problem)
         if where and on_bad_row == "fail":
             raise InputError(where)

@@ -238,7 +238,7 @@ class PrepareSpec(Section):
 
 
 class CacheSpec(Section):
-    """Files of a remote data set that are kept on local disk, shared by all processes of a node."""
+    """What is kept on local disk, shared by all processes of a node: files of a remote data set, and the users' index of any."""
 
     dir: str | None = None
     """Local folder; left out, `ctrsink` below $XDG_CACHE_HOME or ~/.cache."""

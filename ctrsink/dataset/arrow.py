@@ -34,10 +34,11 @@ def from_parquet(content: bytes, columns: list[str] | None = None, threads: bool
     return pq.read_table(pa.BufferReader(content), columns=columns, use_threads=threads)
 
 
-def to_ipc(table: pa.Table) -> bytes:
-    """An Arrow stream."""
+def to_ipc(table: pa.Table, packed: bool = True) -> bytes:
+    """An Arrow stream; one that is not `packed` can be mapped."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+    options = pa.ipc.IpcWriteOptions(compression="lz4" if packed else None)
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table.combine_chunks())
     return sink.getvalue().to_pybytes()
 

@@ -1,18 +1,24 @@
 """A cache of remote data-set files on local disk, shared by all processes of a node and safe when any of them is killed."""
 
 import fcntl
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from ctrsink import storage
 from ctrsink.config.data import CacheSpec
 from ctrsink.dataset.manifest import FileEntry, read_file
 
 log = logging.getLogger(__name__)
+MAPPED_BYTES = 2**20
+"""Of fewer bytes each process may as well have a copy."""
+_DIGEST = 32  # bytes of a sha256, behind what is mapped
 
 
 class Cache:
@@ -49,6 +55,43 @@ class Cache:
         content = self._find(entry)
         return self._bring(uri, entry) if content is None else content
 
+    def mapped(self, key: str, size: int, make: Callable[[], Iterable[bytes | memoryview]]) -> np.ndarray | None:
+        """Bytes that are mapped and not held, read-only uint8 [size]: the processes of a node share the pages.
+
+        They are checked now, against a hash that lies behind them. A file that is removed afterwards stays readable.
+
+        Args:
+            key: 64 hexadecimal digits that say what the bytes are.
+            make: gives them in pieces, where the cache does not have them; called by one process at a time. It may read from
+                the cache, but not any more while it gives the pieces.
+
+        Returns:
+            None where they are few, or the cache is off, too small, or cannot be used: whoever asks holds the bytes himself.
+        """
+        if size < MAPPED_BYTES or size + _DIGEST > self._limit or not self._usable:
+            return None
+        with self._locked(f"mapped-{key[:3]}"):
+            found = self._map(key, size)
+            if found is None:
+                if (self._files / key).exists():
+                    log.warning("a file in the cache %s is damaged: making it again", self._folder)
+                self._put(key, size + _DIGEST, _with_digest(make()))
+                found = self._map(key, size) if self._usable else None
+            return found
+
+    def _map(self, key: str, size: int) -> np.ndarray | None:
+        """The file as it lies on disk, undamaged; that makes it the one used last."""
+        path = self._files / key
+        try:
+            found = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError):  # there is none, or it is empty
+            return None
+        if len(found) != size + _DIGEST or hashlib.sha256(found[:size]).digest() != found[size:].tobytes():
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return found[:size].view(np.ndarray)
+
     def _serves(self, uri: str, entry: FileEntry) -> bool:
         return self._usable and storage.is_remote(uri) and entry.bytes <= self._limit
 
@@ -73,22 +116,25 @@ class Cache:
                 if (self._files / entry.sha256).exists():
                     log.warning("a file in the cache %s is damaged: downloading %s again", self._folder, entry.path)
                 content = read_file(uri, entry)
-                self._put(entry, content)
+                self._put(entry.sha256, len(content), [content])
             return content
 
-    def _put(self, entry: FileEntry, content: bytes) -> None:
+    def _put(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """Put a file of `size` bytes on disk."""
         with self._locked("folder"):
             if not self._usable:
                 return
-            half = self._partial / entry.sha256
+            half = self._partial / name
             try:
                 for folder in (self._partial, self._files):
                     folder.mkdir(exist_ok=True)
                 for left in _own(self._partial):  # of a process that was killed
                     Path(left).unlink()
-                self._make_room(len(content))
-                half.write_bytes(content)
-                half.replace(self._files / entry.sha256)
+                self._make_room(size)
+                with half.open("wb") as file:
+                    for piece in pieces:
+                        file.write(piece)
+                half.replace(self._files / name)
             except OSError as error:
                 with suppress(OSError):
                     half.unlink()
@@ -142,6 +188,15 @@ class Cache:
         if self._usable:
             self._usable = False
             log.warning("the cache %s cannot be used (%s): reading without it", self._folder, error.strerror or error)
+
+
+def _with_digest(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The pieces, and behind them their hash."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
 
 
 def _own(folder: Path) -> list[os.DirEntry[str]]:

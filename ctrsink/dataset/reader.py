@@ -15,6 +15,7 @@ from ctrsink.config.data import DataSpec
 from ctrsink.dataset.arrow import from_parquet
 from ctrsink.dataset.background import begin
 from ctrsink.dataset.cache import Cache
+from ctrsink.dataset.index import read_index
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import (
     SPLITS,
@@ -53,8 +54,9 @@ class Dataset:
         self._layout: Layout | None = None
         self._neighbours: Neighbours | None = None
         self._start()
-        table = from_parquet(self._read(self.manifest.index))
-        self.index: dict[str, np.ndarray] = {name: table[name].to_numpy() for name in table.column_names}
+        self.index = self._read_index()
+        self.first_users = np.append(0, np.cumsum([shard.users for shard in self.manifest.shards]))
+        """Rows of the index: where each shard's users begin, and where the last one's end, int64 [shards + 1]."""
         self.feedbacks = Ragged.of(self.manifest.feedback_tokens)
         self.prefix = np.array(self.manifest.prefix_tokens, np.int64)
 
@@ -69,12 +71,13 @@ class Dataset:
         self._readers = threading.Semaphore(READERS if storage.is_remote(self.uri) else 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: all but the shards, which it reads itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("_shards", "_lock", "_readers")}
+        """For another process: all but the shards and the index, which it reads or maps itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("_shards", "_lock", "_readers", "index")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._start()
+        self.index = self._read_index()
 
     def use(self, layout: Layout) -> None:
         """From now on shards are read with what sequences of this layout tell of their events.
@@ -108,7 +111,7 @@ class Dataset:
 
     def within(self, number: int, split: str) -> np.ndarray:
         """Which events of a shard lie in the split, bool [events]."""
-        own = self.index["shard"] == number
+        own = slice(*self.first_users[number : number + 2].tolist())
         counts = np.array([self.index[f"{s}_events"][own] for s in ("past", *SPLITS)])
         before, total = counts[: 1 + SPLITS.index(split)].sum(axis=0), counts.sum(axis=0)  # pyright: ignore[reportArgumentType]
         place = np.arange(total.sum()) - (np.cumsum(total) - total).repeat(total)
@@ -153,6 +156,9 @@ class Dataset:
 
     def _read(self, entry: FileEntry) -> bytes:
         return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)
+
+    def _read_index(self) -> dict[str, np.ndarray]:
+        return read_index(self.manifest, lambda: self._read(self.manifest.index), self._cache)
 
     def _load(self, number: int, layout: Layout | None) -> Shard:
         columns = () if layout is None else layout.columns

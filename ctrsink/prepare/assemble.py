@@ -1,7 +1,6 @@
 """Second task: the users of one range of prefixes become a shard, its token sidecar and its piece of the index."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +15,11 @@ from ctrsink.dataset.splits import NO_LABEL, PAST, Chronologies
 from ctrsink.features.columns import columns_of
 from ctrsink.features.counted import Counted
 from ctrsink.prepare.neighbours import opinions
-from ctrsink.prepare.partition import Partition, read_ids
+from ctrsink.prepare.partition import Partition, read_lookup
 from ctrsink.prepare.past import Past
+from ctrsink.prepare.pile import Pile
 from ctrsink.prepare.render import feedback_ids
-from ctrsink.prepare.results import numbers_of, path_of
+from ctrsink.prepare.results import column_of, numbers_of, path_of
 from ctrsink.prepare.statistics import Rule, read_received
 
 
@@ -32,14 +32,14 @@ class Assembly:
     """The data set."""
     folder: str
     """Where what is known of finished shards lies."""
-    slice_ends: tuple[np.ndarray, ...]
-    """Of each block, see Survey."""
+    pile: Pile
+    """All events."""
     ranges: tuple[tuple[int, int], ...]
     """Prefixes [first, end) of each shard."""
     split_times: SplitTimes
     feedback_texts: tuple[str, ...]
     items: str
-    """File of the ids of all items."""
+    """File of the ids of all items, see Lookup."""
     tokens: str
     """File of the tokens of all items."""
     fields: str
@@ -90,7 +90,7 @@ class Assembly:
         of_items = [(self.tokens, "tokens"), (self.fields, "fields")]
         of_items += [(self.values, column.signal) for column in told if not column.by_event]
         of_items += [(self.vectors, VECTOR)] if self.vectors else []
-        kept = [_column(path, name).take(mentioned) for path, name in of_items]
+        kept = [column_of(path, name).take(mentioned) for path, name in of_items]
         width = kept[-1].type.byte_width // 2 if self.vectors else None
         sidecar = pa.Table.from_arrays([mentioned, *kept], schema=tokens_schema(self.partition.spec.columns, width))
         place = np.searchsorted(mentioned.to_numpy(), columns["item"].to_numpy())
@@ -131,16 +131,16 @@ class Assembly:
     def _events(self, number: int) -> tuple[pa.Table, np.ndarray]:
         """Events of all blocks in the order of the log, items by number, and which of them are past ones."""
         first, end = self.ranges[number]
-        table = self.partition.users(self.slice_ends, first, end).drop_columns("prefix")
-        item = pc.cast(pc.index_in(table.column("item"), read_ids(self.items)), pa.int32())
-        table = table.set_column(table.column_names.index("item"), "item", item)
-        items, times = item.combine_chunks().to_numpy(), column_numpy(table, "timestamp", 0)
+        table = self.pile.users(first, end).drop_columns("prefix")
+        items = read_lookup(self.items).find(table.column("item"))
+        table = table.set_column(table.column_names.index("item"), "item", pa.array(items))
+        times = column_numpy(table, "timestamp", 0)
         rule = Rule.of(self.partition.spec.statistics)
         mean, count = read_received(self.received).before(rule, items, times)
         table = table.append_column("item_mean", pa.array(mean.astype(np.float32), mask=np.isnan(mean)))
         table = table.append_column("item_count", pa.array(count.astype(np.int32)))
         grouped = {
-            name: read_received(received).before(rule, _column(groups, "group").to_numpy()[items], times)
+            name: read_received(received).before(rule, column_of(groups, "group").to_numpy()[items], times)
             for name, (groups, received) in self.groups.items()
         }
         for column in columns_of(self.partition.spec.columns):
@@ -186,12 +186,3 @@ def _shard(columns: dict[str, pa.ChunkedArray | pa.Array], users: Chronologies, 
             pa.ListArray.from_arrays(offsets, values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
         )
     return pa.Table.from_arrays(arrays, schema=schema)
-
-
-@lru_cache(maxsize=16)
-def _column(path: str, name: str) -> pa.Array:
-    """A value of each item: its token ids, list<int32>, its fields' numbers, its vector, or that of a column that is a signal.
-
-    A file of that name never changes.
-    """
-    return from_ipc(storage.read_bytes(path)).column(name).combine_chunks()

@@ -19,6 +19,7 @@ from ctrsink.dataset.column_cells import stored
 from ctrsink.dataset.values import column_ids, column_texts
 from ctrsink.errors import InputError, did_you_mean, listed
 from ctrsink.features.columns import Column
+from ctrsink.prepare.lookup import Lookup
 
 log = logging.getLogger("ctrsink.data")
 
@@ -107,7 +108,7 @@ def place(file: str, number: int, header_lines: int | None) -> str:
     return f"{file}, row {number}{line}"
 
 
-def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None, told: tuple[Column, ...] = ()) -> Checked:
+def check_events(raw: RawRows, columns: ColumnSpec, items: Lookup | None, told: tuple[Column, ...] = ()) -> Checked:
     """Look at every cell of raw rows.
 
     Args:
@@ -122,8 +123,7 @@ def check_events(raw: RawRows, columns: ColumnSpec, items: pa.Array | None, told
     checks.present(columns.user, user)
     checks.present(columns.item, item)
     if items is not None:
-        known = pc.fill_null(pc.is_in(item, value_set=items), False)
-        checks.add(columns.item, ~_mask(known), item, "{value!r} is not in the item table")
+        checks.add(columns.item, items.find(item) < 0, item, "{value!r} is not in the item table")
     timestamp = checks.timestamp(raw, columns.timestamp)
     rows = len(user)
     feedback = checks.number(raw, columns.feedback) if columns.feedback else np.full(rows, np.nan)

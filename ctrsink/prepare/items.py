@@ -2,13 +2,14 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ctrsink.config.data import FieldSpec, PrepareSpec, TextSpec
-from ctrsink.dataset.arrow import pc, to_ipc
+from ctrsink.dataset.arrow import pc
 from ctrsink.dataset.column_cells import numbered, stored
 from ctrsink.dataset.manifest import TOKENS_SCHEMA
 from ctrsink.dataset.values import one_form
@@ -16,6 +17,7 @@ from ctrsink.errors import InputError, did_you_mean, listed
 from ctrsink.features.columns import Column, columns_of
 from ctrsink.features.fields import field_ids
 from ctrsink.prepare import tokenize
+from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.render import item_texts, template_fields
 from ctrsink.prepare.results import write_named
 
@@ -105,9 +107,13 @@ class Items:
         other = Items.of(new, text).table.select(self.table.column_names)
         return Items(pa.concat_tables([self.table, other]).combine_chunks())
 
+    @cached_property
+    def lookup(self) -> Lookup:
+        return Lookup.of(self.ids)
+
     def write_ids(self, folder: str) -> str:
-        """Write the ids below `folder`; returns the file, whose name depends on the content."""
-        return write_named(folder, "ids", to_ipc(pa.table({"item": self.ids})))
+        """Write the lookup below `folder`; returns the file, whose name depends on the content."""
+        return write_named(folder, "ids", self.lookup.table())
 
     def write_tokens(self, folder: str, tokenizer: PreTrainedTokenizerBase, text: TextSpec) -> str:
         """Write the token ids of all items, each cut to `text.max_item_tokens`; returns the file, named by its content.
@@ -128,7 +134,7 @@ class Items:
                         "or add text to text.item"
                     )
             chunks.append(pa.array(ids, kind))
-        return write_named(folder, "tokens", to_ipc(pa.table({"tokens": pa.chunked_array(chunks, kind)})))
+        return write_named(folder, "tokens", pa.table({"tokens": pa.chunked_array(chunks, kind)}))
 
     def write_values(self, folder: str, columns: tuple[Column, ...]) -> str:
         """Write the values of all items in `columns`, by signal; returns the file, whose name depends on the content.
@@ -137,7 +143,7 @@ class Items:
             InputError: there is no such column, or a cell is no number.
         """
         found = {column.signal: self._values(column) for column in columns}
-        return write_named(folder, "values", to_ipc(pa.table({"": pa.nulls(self.table.num_rows), **found})))
+        return write_named(folder, "values", pa.table({"": pa.nulls(self.table.num_rows), **found}))
 
     def groups(self, column: Column) -> np.ndarray:
         """Number of each item's value in a column, int64 [items]; -1 where it is blank.
@@ -180,4 +186,4 @@ class Items:
             [number for field, column in cells for number in field_ids(field.column, field.separator, column[row])]
             for row in range(self.table.num_rows)
         )
-        return write_named(folder, "fields", to_ipc(pa.table({"fields": pa.array(rows, TOKENS_SCHEMA.field("fields").type)})))
+        return write_named(folder, "fields", pa.table({"fields": pa.array(rows, TOKENS_SCHEMA.field("fields").type)}))

@@ -4,8 +4,7 @@ from itertools import chain
 
 import pyarrow as pa
 
-from ctrsink import storage
-from ctrsink.dataset.arrow import from_ipc, to_ipc, to_parquet, unpack
+from ctrsink.dataset.arrow import to_parquet, unpack
 from ctrsink.dataset.manifest import VECTOR, NeighboursEntry, Scale, ShardEntry, StatisticsEntry, read_file
 from ctrsink.dataset.shard import Knowing, read_neighbours
 from ctrsink.features.columns import columns_of
@@ -18,7 +17,7 @@ from ctrsink.prepare.moments import Moments
 from ctrsink.prepare.neighbours import Pairing, cut_items, mean_square
 from ctrsink.prepare.partition import Partition
 from ctrsink.prepare.repeats import Repeats
-from ctrsink.prepare.results import write_named
+from ctrsink.prepare.results import read_named, write_named
 from ctrsink.prepare.statistics import Received, Rule, counts_in, totals_as_counts
 
 
@@ -31,7 +30,7 @@ def received_of(job: Job, partition: Partition, repeats: Repeats | None, items: 
     counts = counts_in(partition.folder, len(partition.blocks))
     if repeats is not None:  # what is dropped was counted with the others
         counts = chain(counts, counts_in(repeats.folder, len(repeats.ranges)))
-    return Received.of(counts, items.ids, before)
+    return Received.of(counts, items.lookup, before)
 
 
 def write_groups(job: Job, items: Items, received: Received) -> dict[str, tuple[str, str]]:
@@ -40,8 +39,8 @@ def write_groups(job: Job, items: Items, received: Received) -> dict[str, tuple[
     for column in columns_of(job.spec.columns):
         if column.received and column.name not in found:
             groups = items.groups(column)
-            of_items = write_named(job.work, "groups", to_ipc(pa.table({"group": groups})))
-            found[column.name] = of_items, write_named(job.work, "received", received.grouped(groups).to_bytes())
+            of_items = write_named(job.work, "groups", pa.table({"group": groups}))
+            found[column.name] = of_items, write_named(job.work, "received", received.grouped(groups).to_table())
     return found
 
 
@@ -84,7 +83,7 @@ def text_line(job: Job, neighbours: NeighboursEntry | None, vectors: str | None)
     if neighbours is None or vectors is None or spec is None or not spec.by_text:
         return None
     table = read_neighbours(read_file(job.to, neighbours.file), neighbours.variance, neighbours.shrink)
-    line = table.text_line(unpack(from_ipc(storage.read_bytes(vectors)).column(VECTOR)))
+    line = table.text_line(unpack(read_named(vectors).column(VECTOR)))
     return line.intercept, line.slope
 
 

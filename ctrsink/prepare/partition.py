@@ -1,8 +1,6 @@
-"""First task: a block of the log becomes a file of its events by user, which any shard can read its slice of, and a survey."""
+"""First task: a block of the log becomes a file of its events by user, see Pile, and a survey."""
 
-import itertools
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -10,12 +8,14 @@ import pyarrow as pa
 from ctrsink import storage
 from ctrsink.config.data import PrepareSpec
 from ctrsink.dataset import splits
-from ctrsink.dataset.arrow import column_numpy, from_ipc, to_ipc
+from ctrsink.dataset.arrow import column_numpy
 from ctrsink.dataset.manifest import column_field
 from ctrsink.features.columns import Column, columns_of
 from ctrsink.prepare.check_rows import EVENTS_SCHEMA, check_events
+from ctrsink.prepare.lookup import Lookup
+from ctrsink.prepare.pile import Pile, sliced
 from ctrsink.prepare.render import feedback_minima
-from ctrsink.prepare.results import path_of
+from ctrsink.prepare.results import path_of, read_named
 from ctrsink.prepare.sources.raw_log import Block, RawLog
 from ctrsink.prepare.statistics import Rule, outcomes, write_received
 from ctrsink.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
@@ -32,16 +32,17 @@ class Partition:
     slices: int
     """A block's file is cut into this many, a power of two, by the first bits of the prefix."""
     items: str | None
-    """File of the ids of the item table."""
+    """File of the ids of the item table, see Lookup."""
 
     def __call__(self, number: int) -> int:
         """Read block `number`; returns that number, once its survey is written, last."""
         raw = self.source.read(self.blocks[number])
-        checked = check_events(raw, self.source.columns, read_ids(self.items) if self.items else None, self.told)
+        checked = check_events(raw, self.source.columns, read_lookup(self.items) if self.items else None, self.told)
         events = checked.events
         prefix = splits.prefixes(events.column("user").combine_chunks())
         order = np.argsort(prefix, kind="stable")
-        content, ends = _sliced(events.take(pa.array(order)), prefix[order], self.slices)
+        by_prefix = events.take(pa.array(order)).append_column("prefix", pa.array(prefix[order], pa.uint16()))
+        content, ends = sliced(by_prefix, 0, splits.PREFIXES, self.slices)
         seconds, counts = count_times(column_numpy(events, "timestamp", 0), self.labels(events))
         survey = Survey(
             rows=checked.rows,
@@ -88,9 +89,10 @@ class Partition:
             self.spec.positive_from,
         )
 
-    def users(self, slice_ends: tuple[np.ndarray, ...], first: int, end: int) -> pa.Table:
-        """Events of all blocks whose prefix is in [first, end), in the order of the log; see `events`."""
-        return pa.concat_tables([self.events(block, ends, first, end) for block, ends in enumerate(slice_ends)])
+    def pile(self) -> Pile:
+        """The events of all blocks, once these have been read."""
+        ends = tuple(self.survey(number).slice_ends for number in range(len(self.blocks)))
+        return Pile(self.folder, self.schema, len(self.blocks), 1, self.slices, ends)
 
     def received(self, events: pa.Table) -> pa.Table:
         """Counts of the outcomes of events, see Rule.count."""
@@ -101,31 +103,7 @@ class Partition:
             outcomes(feedback, self.labels(events), rated),
         )
 
-    def events(self, number: int, slice_ends: np.ndarray, first: int, end: int) -> pa.Table:
-        """Events of block `number` whose prefix is in [first, end), in `schema`; `slice_ends` as in its Survey."""
-        width = splits.PREFIXES // self.slices
-        a, b = first // width, (end - 1) // width
-        starts = np.concatenate([[0], slice_ends])
-        if starts[a] == starts[b + 1]:
-            return self.schema.empty_table()
-        content = storage.read_range(path_of(self.folder, number, "events"), int(starts[a]), int(starts[b + 1]))
-        cuts = [int(c - starts[a]) for c in starts[a : b + 2]]
-        pieces = [from_ipc(content[x:y]) for x, y in itertools.pairwise(cuts) if y > x]
-        table = pa.concat_tables(pieces)
-        prefix = column_numpy(table, "prefix", 0)
-        low = int(np.searchsorted(prefix, first))
-        return table.slice(low, int(np.searchsorted(prefix, end - 1, side="right")) - low)
 
-
-def _sliced(events: pa.Table, prefix: np.ndarray, slices: int) -> tuple[bytes, np.ndarray]:
-    """Arrow streams one after another, a slice each (none where it is empty), and where each ends."""
-    table = events.append_column("prefix", pa.array(prefix, pa.uint16()))
-    edges = np.searchsorted(prefix, np.arange(slices + 1) * (splits.PREFIXES // slices))
-    pieces = [to_ipc(table.slice(a, b - a)) if b > a else b"" for a, b in zip(edges.tolist(), edges[1:].tolist(), strict=False)]
-    return b"".join(pieces), np.cumsum([len(piece) for piece in pieces])
-
-
-@lru_cache(maxsize=2)
-def read_ids(path: str) -> pa.Array:
-    """Ids of all items, in the order of the item table; a file of that name never changes."""
-    return from_ipc(storage.read_bytes(path)).column("item").combine_chunks()
+def read_lookup(path: str) -> Lookup:
+    """Of all items, in the order of the item table."""
+    return Lookup.from_table(read_named(path))

@@ -10,6 +10,7 @@ from ctrsink.dataset import splits
 from ctrsink.dataset.arrow import column_numpy
 from ctrsink.prepare.execute import Execute, run_tasks
 from ctrsink.prepare.partition import Partition
+from ctrsink.prepare.pile import Pile
 from ctrsink.prepare.statistics import negated, write_received
 from ctrsink.prepare.survey import Survey, count_times, read_survey, surveyed, write_survey
 
@@ -20,14 +21,14 @@ class Repeats:
 
     partition: Partition
     folder: str
-    slice_ends: tuple[np.ndarray, ...]
-    """Of each block, see Survey."""
+    pile: Pile
+    """All events."""
     ranges: tuple[tuple[int, int], ...]
     """Prefixes [first, end) of each task."""
 
     def __call__(self, number: int) -> int:
         """Write the survey of range `number`, whose counts are below 0; returns that number."""
-        events = self.partition.users(self.slice_ends, *self.ranges[number])
+        events = self.pile.users(*self.ranges[number])
         again = events.filter(pa.array(splits.duplicates(events)))
         seconds, counts = count_times(column_numpy(again, "timestamp", 0), self.partition.labels(again))
         survey = Survey(

@@ -1,6 +1,13 @@
-"""Where the results of tasks lie: a file per task and kind of result, and files that are named by what they hold."""
+"""Where the results of tasks lie: a file per task and kind of result, and tables of all items, named by what they hold."""
+
+from functools import lru_cache
+
+import pyarrow as pa
 
 from ctrsink import storage
+from ctrsink.config.data import CacheSpec
+from ctrsink.dataset.arrow import to_ipc
+from ctrsink.dataset.cache import Cache
 
 
 def path_of(folder: str, number: int, kind: str) -> str:
@@ -13,8 +20,28 @@ def numbers_of(folder: str, kind: str) -> set[int]:
     return {int(name.removesuffix(f".{kind}")) for name in storage.list_files(folder) if name.endswith(f".{kind}")}
 
 
-def write_named(folder: str, name: str, content: bytes) -> str:
-    """Write an Arrow stream that all tasks read; returns the file, whose name depends on the content."""
+def write_named(folder: str, name: str, table: pa.Table) -> str:
+    """Write a table that all tasks read, not packed, so that it can be mapped; returns the file, named by its content."""
+    content = to_ipc(table, packed=False)
     path = storage.join(folder, f"{name}-{storage.sha256(content)[:16]}.arrow")
     storage.write_bytes(path, content)
     return path
+
+
+@lru_cache(maxsize=32)
+def read_named(path: str) -> pa.Table:
+    """What write_named wrote, each column in one chunk, mapped and not held: the processes of a host share its pages.
+
+    A file on S3 is mapped from the host's cache; where there is none that serves, the process holds the table.
+    """
+    if not storage.is_remote(path):
+        return pa.ipc.open_stream(pa.memory_map(str(storage.local_path(path)))).read_all()
+    key = storage.sha256(f"table of a preparation {path.rpartition('/')[2]}".encode())
+    found = Cache.of(CacheSpec()).mapped(key, storage.info(path).bytes, lambda: [storage.read_bytes(path)])
+    return pa.ipc.open_stream(pa.py_buffer(storage.read_bytes(path) if found is None else found)).read_all()
+
+
+def column_of(path: str, name: str) -> pa.Array:
+    """A column of such a table."""
+    column = read_named(path).column(name)
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)

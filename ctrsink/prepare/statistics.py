@@ -15,7 +15,8 @@ from ctrsink import storage
 from ctrsink.config.data import StatisticsSpec
 from ctrsink.dataset.arrow import from_ipc, from_parquet, pc, to_ipc
 from ctrsink.errors import InputError
-from ctrsink.prepare.results import path_of
+from ctrsink.prepare.lookup import Lookup
+from ctrsink.prepare.results import path_of, read_named
 
 PERIODS = {"hour": 3600, "day": 86400, "week": 7 * 86400}
 _PART = 2.0**32  # an outcome is a whole number and so many parts of one: sums of both are exact in any order
@@ -83,13 +84,13 @@ class Received:
     """Their sum is `whole + part / 2^32`."""
 
     @classmethod
-    def of(cls, blocks: Iterable[pa.Table], ids: pa.Array, before: pa.Table | None) -> "Received":
+    def of(cls, blocks: Iterable[pa.Table], ids: Lookup, before: pa.Table | None) -> "Received":
         """Merge the counts of blocks (see Rule.count); `before`: totals that a data set keeps, see `totals`."""
         waiting = [] if before is None else [before]
         rows = 0
         for block in blocks:
-            number = pc.cast(pc.index_in(block.column("item"), ids), pa.int64())
-            waiting.append(block.set_column(0, "item", number))
+            number = ids.find(block.column("item")).astype(np.int64)
+            waiting.append(block.set_column(0, "item", pa.array(number)))
             rows += block.num_rows
             if rows > _HELD:
                 waiting, rows = [_merged(pa.concat_tables(waiting))], 0
@@ -110,12 +111,11 @@ class Received:
         table = pa.table({"item": group, "period": self.period, **inside}).filter(pa.array(group >= 0))
         return Received._of(_merged(table))
 
-    def to_bytes(self) -> bytes:
-        return to_ipc(pa.table({name: getattr(self, name) for name in ("item", "period", *_SUMS)}))
+    def to_table(self) -> pa.Table:
+        return pa.table({name: getattr(self, name) for name in ("item", "period", *_SUMS)})
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> "Received":
-        table = from_ipc(content)
+    def from_table(cls, table: pa.Table) -> "Received":
         return cls(*(table.column(name).to_numpy() for name in ("item", "period", *_SUMS)))
 
     def before(self, rule: Rule, items: np.ndarray, timestamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +223,7 @@ def negated(counts: pa.Table) -> pa.Table:
 @lru_cache(maxsize=8)
 def read_received(path: str) -> Received:
     """A file of that name never changes."""
-    return Received.from_bytes(storage.read_bytes(path))
+    return Received.from_table(read_named(path))
 
 
 def _merged(table: pa.Table) -> pa.Table:

@@ -2,9 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import count
 
-import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +23,7 @@ from ctrsink.prepare.judge import check_totals, warn_of_duplicates, warn_of_form
 from ctrsink.prepare.known import received_of, scales_of_numbers, text_line, write_groups, write_neighbours, write_statistics
 from ctrsink.prepare.partition import Partition
 from ctrsink.prepare.past import Past
+from ctrsink.prepare.pile import Pile, merged, slices
 from ctrsink.prepare.places import Places
 from ctrsink.prepare.render import feedback_table
 from ctrsink.prepare.repeats import Repeats
@@ -35,7 +34,6 @@ from ctrsink.prepare.vectors import Encoding
 
 log = logging.getLogger("ctrsink.data")
 _ROW_BYTES = 32  # of a log, about: only to guess how finely blocks are sliced
-_MAX_SLICES = 1024
 
 
 def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
@@ -61,21 +59,21 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     (items or Items.of(pa.table({"item": pa.array([], pa.string())}), spec.text)).check(spec)
     welcome = items.write_ids(job.work) if items is not None and listed is not None else None
     versions = {block.file: storage.info(block.file) for block in blocks}
-    slices = _slices(sum(info.bytes for info in versions.values()), spec.shard_events)
+    cut = slices(sum(info.bytes for info in versions.values()) / _ROW_BYTES / spec.shard_events)
     label_rule = (spec.text, spec.positive_from, spec.statistics, logged)
     partition = Partition(
         spec=spec,
         source=source,
         blocks=blocks,
-        folder=job.folder("blocks", spec.source, *label_rule, blocks, versions, welcome, slices),
-        slices=slices,
+        folder=job.folder("blocks", spec.source, *label_rule, blocks, versions, welcome, cut),
+        slices=cut,
         items=welcome,
     )
     totals = _read(job, partition, on_bad_row)
     check_totals(job, totals)
     warn_of_forms(job, totals, items)
-    slice_ends = tuple(partition.survey(number).slice_ends for number in range(len(blocks)))
-    repeats = _repeats(job, partition, slice_ends, totals)
+    pile = merged(job, partition.pile(), len(splits.cut_shards(totals.prefix_events, spec.shard_events)), job.execute)
+    repeats = _repeats(job, partition, pile, totals)
 
     def surveys() -> Iterator[Survey]:
         yield from (partition.survey(number) for number in range(len(blocks)))
@@ -95,7 +93,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     tokens = items.write_tokens(job.work, tokenizer, spec.text)
     fields = items.write_fields(job.work, spec.statistics.fields)
     received = received_of(job, partition, repeats, items)
-    received_path = write_named(job.work, "received", received.to_bytes())
+    received_path = write_named(job.work, "received", received.to_table())
     values = items.write_values(job.work, tuple(column for column in told if not column.by_event))
     groups = write_groups(job, items, received)
     vectors = encoding and encoding.write_vectors(job, items)
@@ -109,7 +107,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         partition=partition,
         to=job.to,
         folder=job.folder("shards", *facts),
-        slice_ends=slice_ends,
+        pile=pile,
         ranges=ranges,
         split_times=times,
         feedback_texts=texts,
@@ -211,12 +209,12 @@ def _read(job: Job, partition: Partition, on_bad_row: OnBadRow) -> Totals:
     return totals
 
 
-def _repeats(job: Job, partition: Partition, slice_ends: tuple[np.ndarray, ...], totals: Totals) -> Repeats | None:
+def _repeats(job: Job, partition: Partition, pile: Pile, totals: Totals) -> Repeats | None:
     """Where events that were logged again are to be dropped: find them and take them off `totals`."""
     if job.spec.duplicates == "keep":
         return None
     ranges = tuple(splits.cut_shards(totals.prefix_events, job.spec.shard_events))
-    repeats = Repeats(partition, job.folder("repeats", partition.folder, ranges), slice_ends, ranges)
+    repeats = Repeats(partition, job.folder("repeats", partition.folder, ranges), pile, ranges)
     repeats.run(job.execute)
     for survey in repeats.surveys():
         totals.add(survey)
@@ -244,9 +242,3 @@ def _write(job: Job, assembly: Assembly, totals: Totals) -> tuple[tuple[ShardEnt
     shards = len(assembly.ranges)
     run_tasks(assembly, shards, job.execute, "wrote", take, totals.events, before="shards have been written")
     return tuple(entry for entry, _ in results), pa.concat_tables([index for _, index in results])
-
-
-def _slices(log_bytes: int, shard_events: int) -> int:
-    """Slices of a block's file: about twice as many as there will be shards, so that a shard reads little in vain."""
-    shards = log_bytes / _ROW_BYTES / shard_events
-    return next(2**power for power in count() if 2**power >= min(2 * shards, _MAX_SLICES))

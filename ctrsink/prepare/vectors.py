@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from ctrsink import storage
-from ctrsink.dataset.arrow import from_ipc, from_parquet, pack, to_ipc, to_parquet, unpack
+from ctrsink.dataset.arrow import from_parquet, pack, to_parquet, unpack
 from ctrsink.dataset.manifest import VECTOR, EncoderEntry, read_file
 from ctrsink.errors import InputError
 from ctrsink.prepare.assemble import put
@@ -14,7 +14,7 @@ from ctrsink.prepare.encoder import FOLDER, Encoder, encoder_files, fingerprint,
 from ctrsink.prepare.execute import run_tasks
 from ctrsink.prepare.items import Items
 from ctrsink.prepare.job import Job
-from ctrsink.prepare.results import numbers_of, path_of, write_named
+from ctrsink.prepare.results import column_of, numbers_of, path_of, read_named, write_named
 
 CHUNK = 2048
 
@@ -31,7 +31,7 @@ class Embedding:
 
     def __call__(self, number: int) -> int:
         """Encode chunk `number`; returns that number, once its vectors are written."""
-        texts = from_ipc(storage.read_bytes(self.texts)).column("text").slice(number * CHUNK, CHUNK).to_pylist()
+        texts = column_of(self.texts, "text").slice(number * CHUNK, CHUNK).to_pylist()
         vectors = self.encoding.encoder().encode(texts)
         storage.write_bytes(path_of(self.folder, number, "vectors"), vectors.tobytes())
         return number
@@ -92,11 +92,8 @@ class Encoding:
         known = np.empty((0, self.width), np.float16)
         if self.base is not None:
             known = unpack(from_parquet(read_file(job.to, self.base.vectors)).column(VECTOR))
-        texts = to_ipc(pa.table({"text": pa.array(items.texts[len(known) :], pa.string())}))
-        place = job.folder("vectors", self.fingerprint, storage.sha256(texts))
-        path = storage.join(place, "texts.arrow")
-        storage.write_bytes(path, texts)
-        task = Embedding(self, path, place)
+        path = write_named(job.work, "texts", items.table.select(["text"]).slice(len(known)))
+        task = Embedding(self, path, job.folder("vectors", self.fingerprint, path))
         new = items.table.num_rows - len(known)
         pieces = [known]
 
@@ -105,7 +102,7 @@ class Encoding:
             return len(pieces[-1]), len(pieces[-1])
 
         run_tasks(task, -(-new // CHUNK), job.execute, "encoded", take, new)
-        return write_named(job.work, "vectors", to_ipc(pa.table({VECTOR: pack(np.concatenate(pieces))})))
+        return write_named(job.work, "vectors", pa.table({VECTOR: pack(np.concatenate(pieces))}))
 
     def entry(self, to: str, vectors: str) -> EncoderEntry:
         """Put the encoder and the file `vectors` into the data set `to`, for its manifest."""
@@ -117,11 +114,11 @@ class Encoding:
                 for name in self.names
             )
         )
-        table = from_ipc(storage.read_bytes(vectors))
+        content = to_parquet(read_named(vectors))
         return EncoderEntry(
             files=files,
             max_tokens=self.max_tokens,
             fingerprint=self.fingerprint,
             width=self.width,
-            vectors=put(to, storage.join(FOLDER, "vectors"), ".parquet", to_parquet(table), appended=self.base is not None),
+            vectors=put(to, storage.join(FOLDER, "vectors"), ".parquet", content, appended=self.base is not None),
         )

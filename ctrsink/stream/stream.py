@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from ctrsink.stream.order import Order, deal
 
 BUILT_AT_ONCE = 512  # sequences of a rank, about
 Encode = Callable[[Cuts, Layout], Sequences]
+SHARDS_AT_HAND = 64  # of which it is known where each user's sequences begin: that is 8 bytes a user
 WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
 
 
@@ -41,19 +42,36 @@ class SequenceSource:
 
     def __init__(self, dataset: Dataset, split: str, layout: Layout, encode: Encode, newest: bool = False) -> None:
         self.dataset, self.split, self.layout, self._encode = dataset, split, layout, encode
-        self._impressions = dataset.index[f"{split}_impressions"]
         dataset.use(layout)
         newest = newest and len(dataset.manifest.parts) > 1
-        if newest:
-            self._impressions = np.where(dataset.index["shard"] < dataset.newest.start, 0, self._impressions)
-        pieces = -(-self._impressions // layout.targets)
-        self._starts = np.append(0, np.cumsum(pieces, dtype=np.int64))
-        shards = np.bincount(dataset.index["shard"], pieces, len(dataset.manifest.shards))
-        self.per_shard = tuple(int(n) for n in shards)
-        before = ("past", *SPLITS[: SPLITS.index(split)])  # pyright: ignore[reportArgumentType]
-        self._past: np.ndarray = np.add.reduce([dataset.index[f"{name}_events"] for name in before])
-        if not sum(self.per_shard):
+        left_out = dataset.newest.start if newest else 0
+        shards = range(len(dataset.manifest.shards))
+        self.per_shard = tuple(0 if shard < left_out else int(self._pieces(shard).sum()) for shard in shards)
+        self._ends = np.cumsum(self.per_shard)
+        self._before = ("past", *SPLITS[: SPLITS.index(split)])  # pyright: ignore[reportArgumentType]
+        self._start()
+        if not self._ends[-1]:
             raise InputError(f"{'the newest part of ' * newest}the data set {dataset.uri} has no impression in its {split} split")
+
+    def _start(self) -> None:
+        self._firsts = lru_cache(SHARDS_AT_HAND)(self._firsts_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process."""
+        return {name: value for name, value in vars(self).items() if name != "_firsts"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    def _pieces(self, shard: int) -> np.ndarray:
+        """Sequences of each user of a shard."""
+        a, b = self.dataset.first_users[shard : shard + 2].tolist()
+        return -(-self.dataset.index[f"{self.split}_impressions"][a:b] // self.layout.targets)
+
+    def _firsts_of(self, shard: int) -> np.ndarray:
+        """The first sequence of each user of a shard, and the one behind the last, int64 [users + 1]."""
+        return np.append(0, np.cumsum(self._pieces(shard), dtype=np.int64)) + self._ends[shard] - self.per_shard[shard]
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -63,8 +81,16 @@ class SequenceSource:
 
     def owners(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """User (row of the index) and number of the piece of each sequence."""
-        users = np.searchsorted(self._starts, ids, side="right") - 1
-        return users, ids - self._starts[users]
+        shards = np.searchsorted(self._ends, ids, side="right")
+        users, pieces = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        order = shards.argsort(kind="stable")
+        numbers, starts = np.unique(shards[order], return_index=True)
+        for shard, own in zip(numbers.tolist(), np.split(order, starts[1:]), strict=len(ids) > 0):
+            firsts = self._firsts(shard)
+            rows = np.searchsorted(firsts, ids[own], side="right") - 1
+            users[own] = rows + self.dataset.first_users[shard]
+            pieces[own] = ids[own] - firsts[rows]
+        return users, pieces
 
     def impressions(self, ids: np.ndarray) -> np.ndarray:
         """Targets of each sequence, known without opening a shard."""
@@ -82,7 +108,7 @@ class SequenceSource:
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """Events of each sequence, about: exact where every event is an impression."""
         users, pieces = self.owners(ids)
-        past = self._past[users] + pieces * self.layout.targets
+        past = self._past(users) + pieces * self.layout.targets
         return self._targets(users, pieces) + np.minimum(self.layout.retrieve or self.layout.history, past)
 
     def sequences(self, ids: np.ndarray) -> Sequences:
@@ -145,7 +171,7 @@ class SequenceSource:
 
     def _cuts(self, shards: list[Shard], sizes: np.ndarray, users: np.ndarray, pieces: np.ndarray) -> Cuts:
         """These pieces of users, `sizes[i]` of them in `shards[i]`."""
-        rows, past = self.dataset.index["row"][users], self._past[users]
+        rows, past = self.dataset.index["row"][users], self._past(users)
         bounds = np.append(0, sizes.cumsum())
         spans = [slice(a, b) for a, b in pairwise(bounds.tolist())]
         begins = np.concatenate([shard.offsets[rows[span]] for shard, span in zip(shards, spans, strict=True)])
@@ -159,7 +185,12 @@ class SequenceSource:
         return Cuts(list(shards), sizes, begins, Ragged(np.concatenate(found).astype(np.int64), offsets))
 
     def _targets(self, users: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-        return np.minimum(self.layout.targets, self._impressions[users] - pieces * self.layout.targets)
+        impressions = self.dataset.index[f"{self.split}_impressions"][users]
+        return np.minimum(self.layout.targets, impressions - pieces * self.layout.targets)
+
+    def _past(self, users: np.ndarray) -> np.ndarray:
+        """Events of each of the users before those of the split."""
+        return np.add.reduce([self.dataset.index[f"{name}_events"][users] for name in self._before])
 
 
 @dataclass(frozen=True)
