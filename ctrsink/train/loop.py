@@ -25,7 +25,9 @@ from ctrsink.families.registry import family_of, source_of
 from ctrsink.features.mix64 import mix64
 from ctrsink.run.folder import identities, write_result
 from ctrsink.sequences.batch import Batch
+from ctrsink.stream.price import PLAIN
 from ctrsink.stream.stream import Step, TrainStream
+from ctrsink.train.balance import price_of
 from ctrsink.train.capacity import fitting
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, require_data
 from ctrsink.train.checkpoint.native import Shards, load_native, restore
@@ -290,6 +292,8 @@ class Trainer:
             data.order,
             data.workers,
             fitting(engine, self.source, stage, spec.train.memory_gib) if tokens == "auto" else tokens,
+            price_of(engine.model, self.source, stage.learns) if self.topology.world > 1 else PLAIN,
+            spec.train.zero_stage > 1,  # gradients travel in each micro-step, and under 3 weights too
         )
         stream.load_state_dict({"position": self.progress.position})
         return stream
