@@ -142,7 +142,7 @@ class Trainer:
         require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
         self.controller.load_state_dict(checkpoint.controller)
-        self.progress = Progress.of(checkpoint)
+        self.progress = Progress.of(checkpoint.under_present_names(self.family.earlier_names))
 
     def _run_stages(self, stop_at: int | None) -> str | None:
         """Train to the end or to step `stop_at`, and see the last checkpoint saved; returns why the run was asked to stop."""
