@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 64])
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of a rank in a step")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     found = machine()

@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-TIMEOUT_S = 4
+TIMEOUT_S = 2
 
 
 def main(rank: int, store: str, place: str) -> None:

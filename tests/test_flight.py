@@ -1,17 +1,26 @@
 """A collective hangs: what each rank did last is left behind, and names the rank that did not come."""
 
+import contextlib
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from benchmarks.survival import WORKER
+from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import PeerLost, RunError
+from ctrsink.run.folder import FLIGHT_NAME
 from ctrsink.runtime import flight
 from ctrsink.runtime.ray_train import told_of
 from tests.flight_ranks import TIMEOUT_S
 from tests.rank_processes import run_ranks
+from tests.runs import prepared_data, train_process
+
+TWO = RuntimeSpec(kind="ray", workers=2)
 
 
 def record(*reached: tuple[str, int], name: str = "nccl:all_reduce") -> dict[str, Any]:
@@ -27,7 +36,7 @@ def record(*reached: tuple[str, int], name: str = "nccl:all_reduce") -> dict[str
 
 
 def test_the_rank_that_did_not_come_is_named_by_what_real_ranks_left(tmp_path: Path) -> None:
-    place = tmp_path / "run" / flight.FOLDER
+    place = tmp_path / "run" / FLIGHT_NAME
     (waited,), (away,) = run_ranks(
         ["-m", "tests.flight_ranks"], 2, [str(tmp_path / "meet"), str(place)], Path(__file__).parent.parent, 60 + TIMEOUT_S
     )
@@ -83,8 +92,8 @@ def test_the_recorder_is_on_and_what_the_user_has_set_stays(tmp_path: Path, monk
     }
     flight.leave(0)  # nothing is on in this process
     assert not (tmp_path / "flight").exists()
-    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/elsewhere/r")
-    assert flight.recording(tmp_path)["TORCH_FR_DUMP_TEMP_FILE"] == "/elsewhere/r"
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    assert flight.recording(tmp_path)["TORCH_FR_BUFFER_SIZE"] == "7"
     assert flight.place_of("s3://bucket/a") != flight.place_of("s3://bucket/b")
     assert flight.place_of("s3://bucket/a").parent.is_dir()
 
@@ -95,11 +104,41 @@ def test_an_aborted_worker_is_told_with_whom_it_waited_for_and_a_failure_of_its_
             (tmp_path / f"rank-{rank}").write_bytes(pickle.dumps(record(("a", count))))
 
     left()
-    aborted = told_of({0: ConnectionError("The worker died unexpectedly")}, tmp_path)
+    aborted = told_of({0: ConnectionError("The worker died unexpectedly")}, tmp_path, TWO)
     assert str(aborted).startswith("worker 0 failed: ConnectionError: The worker died unexpectedly; nccl:all_reduce number 2")
     left()
-    assert "waited for rank 1" in str(told_of({0: PeerLost("gone"), 1: PeerLost("gone")}, tmp_path))
+    assert "waited for rank 1" in str(told_of({0: PeerLost("gone"), 1: PeerLost("gone")}, tmp_path, TWO))
     left()
     assert (
-        str(told_of({0: PeerLost("gone"), 1: RunError("out of memory")}, tmp_path)) == "worker 1 failed: RunError: out of memory"
+        str(told_of({0: PeerLost("gone"), 1: RunError("out of memory")}, tmp_path, TWO))
+        == "worker 1 failed: RunError: out of memory"
     )
+
+
+def test_a_rank_that_left_nothing_is_named_where_another_did(tmp_path: Path) -> None:
+    assert flight.take(tmp_path, 2) is None
+    (tmp_path / "rank-0").write_bytes(pickle.dumps(record(("a", 2))))
+    assert flight.take(tmp_path, 3) == f"rank 1, 2 left no record (flight recorder, {tmp_path}/last-rank-*)"
+    (tmp_path / "rank-0").write_bytes(pickle.dumps(record(("a", 2))))
+    assert flight.take(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_named_when_the_run_ends(tmp_path: Path) -> None:
+    """One of two workers is frozen by a signal, as one whose device hangs: it leaves nothing, and the other one tells."""
+    place = {"kind": "ray", "workers": 2, "collective_timeout_s": 8}
+    process = train_process(tmp_path, prepared_data(str(tmp_path / "data")), runtime=place)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if WORKER in " ".join(p.cmdline())]
+    try:
+        assert len(workers) == 2
+        workers[0].suspend()
+        _, errors = process.communicate(timeout=150)
+    finally:
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+        process.kill()
+    assert process.returncode == 1
+    told = errors.splitlines()[-1]
+    assert re.search(r"worker (0|1) failed: PeerLost: .*; rank (?!\1)[01] left no record \(flight recorder, ", told), told
+    assert len(list((tmp_path / "run" / FLIGHT_NAME).iterdir())) == 1

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch._C._distributed_c10d as c10d
 
 from ctrsink import storage
 from ctrsink.errors import first_line
+from ctrsink.run.folder import FLIGHT_NAME
 
-FOLDER = "flight"
 PREFIX = "rank-"
 _PLACE = "TORCH_FR_DUMP_TEMP_FILE"  # torch appends the rank
 ENTRIES = 2000  # collectives that a rank remembers: some hundred bytes each
@@ -28,14 +29,14 @@ log = logging.getLogger("ctrsink.train")
 def place_of(run_dir: str) -> Path:
     """Folder of a run's files: in its own folder, or, where that is not on a disk, in the temporary folder of each host."""
     if storage.is_remote(run_dir):
-        return Path(tempfile.gettempdir()) / f"ctrsink-{FOLDER}-{storage.sha256(run_dir.encode())[:16]}"
-    return Path(storage.local_path(run_dir)) / FOLDER
+        return Path(tempfile.gettempdir()) / f"ctrsink-{FLIGHT_NAME}-{storage.sha256(run_dir.encode())[:16]}"
+    return Path(storage.local_path(run_dir)) / FLIGHT_NAME
 
 
 def recording(place: Path) -> dict[str, str]:
-    """What the environment of a worker must hold before its process group is made; what the user has set there stays."""
-    wanted = {"TORCH_FR_BUFFER_SIZE": str(ENTRIES), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", _PLACE: str(place / PREFIX)}
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    """What the environment of a worker must hold before its process group is made; what the user has set stays, but the place."""
+    wanted = {"TORCH_FR_BUFFER_SIZE": str(ENTRIES), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()} | {_PLACE: str(place / PREFIX)}
 
 
 def leave(rank: int) -> None:
@@ -46,13 +47,17 @@ def leave(rank: int) -> None:
     try:
         path = Path(f"{place}{rank}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(c10d._dump_fr_trace())
+        path.write_bytes(c10d._dump_fr_trace())  # pyright: ignore[reportAttributeAccessIssue]  not in its stub
     except (OSError, RuntimeError) as error:
         log.warning("the last collectives of rank %d cannot be told: %s", rank, first_line(error))
 
 
-def take(place: Path) -> str | None:
-    """What `waited_for` finds in the files at `place`, and that none stay there: the next failure must not be told by them."""
+def take(place: Path, world: int | None = None) -> str | None:
+    """Who was waited for, by the files at `place`, which make room for those of the next failure; None where they tell nothing.
+
+    Args:
+        world: number of ranks, where it is known: one that hangs itself, or was ended, leaves no file.
+    """
     found = {}
     for path in sorted(place.glob(f"{PREFIX}*")):
         number = path.name.removeprefix(PREFIX)
@@ -62,7 +67,9 @@ def take(place: Path) -> str | None:
             path.replace(path.with_name(f"last-{path.name}"))
         except (OSError, ValueError) as error:
             log.warning("%s: %s", path, first_line(error))
-    told = waited_for(found)
+    silent = [rank for rank in range(world or 0) if found and rank not in found]
+    missing = f"rank {_some(map(str, silent))} left no record" if silent else None
+    told = "; ".join(filter(None, (waited_for(found), missing)))
     return f"{told} (flight recorder, {place}/last-{PREFIX}*)" if told else None
 
 
@@ -107,8 +114,12 @@ def waited_for(records: dict[int, dict[str, Any]]) -> str | None:
         reached = {rank: entries[rank]["collective_seq_id"] if rank in entries else 0 for rank in records}
         behind = [rank for rank in sorted(reached) if reached[rank] < number]
         if behind:
-            ranks = ", ".join(f"{rank} (came to {reached[rank]})" for rank in behind[:8])
-            more = f" and {len(behind) - 8} more" if len(behind) > 8 else ""
+            ranks = _some(f"{rank} (came to {reached[rank]})" for rank in behind)
             name = group[-1] if group[-1] not in ("", "undefined") else group[0]
-            told.append(f"{furthest['profiling_name']} number {number} of group {name} waited for rank {ranks}{more}")
+            told.append(f"{furthest['profiling_name']} number {number} of group {name} waited for rank {ranks}")
     return "; ".join(told[:_TOLD]) or None
+
+
+def _some(ranks: Iterable[str]) -> str:
+    found = list(ranks)
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")

@@ -121,7 +121,7 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
         with asking, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
-        raise _translate(error, place) from error
+        raise _translate(error, place, runtime) from error
     result = read_result(spec.run_dir)
     if "given_up" in result:
         raise RunError(result["given_up"])
@@ -177,7 +177,7 @@ def _worker(config: dict[str, Any]) -> None:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
             raise Diverged(failure)
-        if topology.is_first and (told := flight.take(flight.place_of(spec.run_dir))) is not None:
+        if topology.is_first and (told := flight.take(flight.place_of(spec.run_dir), _fixed(spec.runtime))) is not None:
             log.warning("before the workers were started again, %s", told)
         Trainer(spec, topology, Facts(**config["facts"]), hooks).run(config["stop_after"])
     except Diverged as error:  # on every rank
@@ -218,15 +218,17 @@ def _without_working_folder(spec: RunSpec) -> RunSpec:
     )
 
 
-def _translate(error: TrainingFailedError, place: Path) -> InputError | RunError:
+def _translate(error: TrainingFailedError, place: Path, runtime: RuntimeSpec) -> InputError | RunError:
     """The first worker's own error, with its rank, as one line."""
     if not isinstance(error, WorkerGroupError):
         return RunError(f"Ray Train failed: {str(error).strip().splitlines()[-1]}")
     failures = error.worker_failures.items()
-    return told_of({rank: getattr(f, "cause", None) or getattr(f, "_base_exc", None) or f for rank, f in failures}, place)
+    return told_of(
+        {rank: getattr(f, "cause", None) or getattr(f, "_base_exc", None) or f for rank, f in failures}, place, runtime
+    )
 
 
-def told_of(causes: dict[int, BaseException], place: Path) -> InputError | RunError:
+def told_of(causes: dict[int, BaseException], place: Path, runtime: RuntimeSpec) -> InputError | RunError:
     """The failures of some workers as that of one; where none tells its own, also for whom collectives waited, by `place`."""
     # A rank that lost its neighbour says so too: what names the trouble comes first.
     rank, cause = min(
@@ -241,9 +243,14 @@ def told_of(causes: dict[int, BaseException], place: Path) -> InputError | RunEr
     if isinstance(cause, InputError):
         return InputError(str(cause))
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    waited_for = flight.take(place) if isinstance(cause, PeerLost) or not isinstance(cause, RunError) else None
+    waited_for = flight.take(place, _fixed(runtime)) if isinstance(cause, PeerLost) or not isinstance(cause, RunError) else None
     told = f"; {waited_for}" if waited_for else ""
     return RunError(f"worker {rank} failed: {type(cause).__name__}: {lines[-1] if lines else cause}{told}")
+
+
+def _fixed(runtime: RuntimeSpec) -> int | None:
+    """Number of workers; None where it is elastic."""
+    return runtime.workers if isinstance(runtime.workers, int) else None
 
 
 def _local_cpus(spec: RunSpec) -> int:
