@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,20 +98,25 @@ def repository() -> Path:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what this run was not asked for (`slow`) and what this machine cannot run (`gpu`, `root`)."""
     unwanted = set() if "slow" in config.option.markexpr else {"slow"}
-    if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
-        unwanted.add("gpu")
     if not (sys.platform == "linux" and os.geteuid() == 0):
         unwanted.add("root")
-    dropped = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
+    dropped = [item for item in items if any(item.get_closest_marker(name) for name in unwanted) or _lacks_gpus(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
 
 
-def _has_cuda() -> bool:
+def _lacks_gpus(item: pytest.Item) -> bool:
+    """Whether a test needs more GPUs than there are: `gpu` one, `gpu(n)` as many as it says."""
+    mark = item.get_closest_marker("gpu")
+    return mark is not None and _gpus() < (mark.args[0] if mark.args else 1)
+
+
+@cache
+def _gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 
 def _fail_instead_of_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

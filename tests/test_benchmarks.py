@@ -197,6 +197,19 @@ def test_gpu_utilisation_runs_on_a_cpu_and_tells_a_share_of_the_peak(repository:
     assert report["steps"][-1]["ratio_to_plain"] == 1
 
 
+def test_balance_tells_a_steps_time_before_and_after(repository: Path, tmp_path: Path) -> None:
+    forms = ["--forms", "per_target, history 50", "per_user, whole chronologies"]
+    sizes = ["--shape", "test", "--ranks", 2, 3, "--micro-batch", 2, "--accumulation", 2, "--steps", 2]
+    report = run_benchmark(repository, "balance", "--data", make_dataset(tmp_path, users=40), *forms, *sizes)
+    assert [(row["form"], row["ranks"]) for row in report["rows"]] == [
+        (form, ranks) for form in forms[1:] for ranks in (2, 2, 3, 3)
+    ]
+    for row in report["rows"]:
+        times = [row[f"{wait}/{how}"] for wait in ("once", "each") for how in ("striped", "dealt")]
+        assert min(times) >= 1
+        assert row["once/gain"] == row["once/striped"] / row["once/dealt"]
+
+
 def test_the_dense_form_computes_what_ours_does() -> None:
     spec = random_spec(shape_of("test") | {"initializer_range": 0.3}, True, 0.5)
     batch = random_batch(rows=3, history=6, event_tokens=3, sinks=True)

@@ -53,7 +53,7 @@ def test_ranks_and_processes_share_out_the_canonical_order(
         own = Order(per_shard, seed, block)  # each process computes it for itself
         for number in range(process, steps, max(1, workers)):
             ids = own.ids(start + number * batch, batch)
-            dealt = deal(ids % 50, world, accumulation)
+            dealt = deal(ids % 50, 1.0 + ids % 50, world, accumulation)
             assert dealt.shape[:2] == (world, accumulation)
             sizes = (dealt >= 0).sum(2)
             assert sizes.max() - sizes.min() <= 1

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ctrsink.features.mix64 import mix64
 from ctrsink.stream.budget import fill
-from ctrsink.stream.order import Order, deal, shuffled
+from ctrsink.stream.order import Order, deal, dealt_in_rows, shuffled
+from ctrsink.stream.price import Price
 
 PINNED = [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1, 0x1FDD7128F310C389]
 PINNED_KEYS = [0x050CA5B836845D32, 0xE7D99AD10F09A79B, 0xE8E009F71ABD7C08]
@@ -103,31 +104,72 @@ def dealings(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     return np.array(draw(st.lists(st.integers(1, 30), min_size=count, max_size=count))), world, accumulation
 
 
+def priced(lengths: np.ndarray, pairs: float = 0.05) -> np.ndarray:
+    return Price(pairs).of(lengths)
+
+
 @given(dealings())
 def test_deal_gives_each_sequence_once(dealing: tuple[np.ndarray, int, int]) -> None:
     lengths, world, accumulation = dealing
-    dealt = deal(lengths, world, accumulation)
+    dealt = deal(lengths, priced(lengths), world, accumulation)
     assert dealt.shape == (world, accumulation, len(lengths) // (world * accumulation))
     assert sorted(dealt.ravel().tolist()) == list(range(len(lengths)))
 
 
 @given(dealings())
 def test_deal_brings_like_lengths_together(dealing: tuple[np.ndarray, int, int]) -> None:
+    """Which sequences meet in a micro-step does not depend on what they cost, and alone a rank has them in their order."""
     lengths, world, accumulation = dealing
-    by_step = lengths[deal(lengths, world, accumulation)].transpose(1, 0, 2)
-    for step, following in pairwise(by_step):
-        assert step.min() >= following.max()
-    # Within a micro-step the ranks are level too: no rank has all the long ones.
-    for step in by_step:
-        longest = np.sort(step, axis=1)[:, ::-1]
-        for slot in range(longest.shape[1] - 1):
-            assert longest[:, slot].min() >= longest[:, slot + 1].max()
+    dealt = deal(lengths, priced(lengths), world, accumulation)
+    by_step = dealt.transpose(1, 0, 2).reshape(accumulation, -1)
+    order = np.argsort(-lengths, kind="stable").reshape(accumulation, -1)
+    assert np.sort(by_step).tolist() == np.sort(order).tolist()
+    assert deal(lengths, priced(lengths), 1, accumulation)[0].tolist() == order.tolist()
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 9), st.sampled_from([0.0, 0.01, 1.0]))
+def test_rows_are_as_even_as_their_unlike_sequences(lengths: list[int], world: int, pairs: float) -> None:
+    """Two ranks differ by no more than the largest difference within a row, of which the first may be short."""
+    costs = priced(np.array(lengths), pairs)
+    dealt = dealt_in_rows(np.array(lengths), costs, world)
+    taken = [rank[rank >= 0] for rank in dealt]
+    assert sorted(np.concatenate(taken).tolist()) == list(range(len(lengths)))
+    rows = np.pad(-np.sort(-costs), (-len(costs) % world, 0)).reshape(-1, world)
+    loads = np.array([costs[rank].sum() for rank in taken])
+    assert loads.max() - loads.min() <= (rows.max(1) - rows.min(1)).max() * (1 + 1e-9)
+    sizes = [len(rank) for rank in taken]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def striped(lengths: np.ndarray, world: int, accumulation: int) -> np.ndarray:
+    """As many to each rank, by length alone: the first always gets the longest."""
+    return np.argsort(-lengths, kind="stable").reshape(accumulation, -1, world).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("world", [2, 8, 64])
+@pytest.mark.parametrize(("accumulation", "micro"), [(1, 8), (4, 4), (8, 1)])
+def test_ranks_wait_less_for_one_another_on_zipf_lengths(world: int, accumulation: int, micro: int, lockstep: bool) -> None:
+    """The rank with most to compute in each micro-step, and that with most in the whole step, in units of an even share."""
+    chance = np.random.default_rng(world)
+    found = []
+    for _ in range(20):
+        lengths = np.minimum(chance.zipf(1.5, world * accumulation * micro), 1000)
+        costs = priced(lengths, 0.005)
+        for dealt in (striped(lengths, world, accumulation), deal(lengths, costs, world, accumulation, lockstep)):
+            loads = costs[dealt].sum(2)
+            found.append((loads.max(0).sum(), loads.sum(1).max(), costs.sum() / world))
+    by_step, whole, even = np.array(found).reshape(20, 2, 3).transpose(2, 1, 0)
+    assert (whole[1] <= whole[0]).all()
+    assert (by_step[1] <= by_step[0] * (1 + 1e-12)).all() or not lockstep
+    assert (whole[1] / even[1]).mean() < (whole[0] / even[0]).mean()
+    assert micro == 1 or (by_step[1] / even[1]).mean() < (by_step[0] / even[0]).mean()
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_deal_shares_out_what_cannot_be_divided(count: int, world: int, accumulation: int, chance: random.Random) -> None:
     lengths = np.array([chance.randint(1, 30) for _ in range(count)])
-    dealt = deal(lengths, world, accumulation)
+    dealt = deal(lengths, priced(lengths), world, accumulation)
     assert dealt.shape[:2] == (world, accumulation)
     taken = dealt >= 0
     assert sorted(dealt[taken].tolist()) == list(range(count))
@@ -182,7 +224,7 @@ def test_a_run_whose_workers_change_covers_every_sequence_once_per_epoch(
     order, batch, consumed = Order(per_shard, seed, 2), 12, []
     for number, (world, accumulation) in enumerate(worlds):
         ids = order.ids(number * batch, batch)
-        dealt = deal(ids % 5, world, accumulation)
+        dealt = deal(ids % 5, 1.0 + ids % 5, world, accumulation)
         union = np.concatenate([ids[dealt[rank]].ravel() for rank in range(world)])
         assert sorted(union.tolist()) == sorted(ids.tolist())
         consumed += ids.tolist()

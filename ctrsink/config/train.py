@@ -157,7 +157,11 @@ class RuntimeSpec(Section):
     start_timeout_s: float = Field(default=600, gt=0, le=10**8)
     """The workers must have been placed within this time, at the start and after a failure."""
     collective_timeout_s: float = Field(default=600, gt=0, le=10**8)
-    """A collective that hangs longer ends the run instead of blocking the machines."""
+    """A collective that hangs longer ends the workers instead of blocking the machines: under gloo (`cpu`) it raises, under NCCL
+    (`cuda`) a watchdog aborts the process. What each rank did last is left in the run's folder, and tells which was missing."""
+    deterministic: bool = False
+    """Torch takes only algorithms that give the same bits each time, slower ones, and an operation that has none ends the run. On
+    a `cpu` with the same threads results repeat without it."""
     max_failures: int = Field(default=0, ge=-1)
     """Worker failures after which the group is started again from the last checkpoint; -1: any number."""
     max_preemptions: int = Field(default=-1, ge=-1)

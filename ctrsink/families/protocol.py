@@ -1,7 +1,7 @@
 """What every family of models gives, so that no other room has to know which one it works with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -107,6 +107,9 @@ class Family(ABC):
 
     target_numbers: ClassVar[tuple[str, ...]]
     """Inputs of a batch that hold the numbers told of targets, a column each."""
+
+    earlier_names: ClassVar[Mapping[str, str]] = {}
+    """What names of parameters began with in checkpoints of earlier versions, and what they begin with now."""
 
     reads_text: ClassVar[bool]
     """Whether items are given to it as text."""

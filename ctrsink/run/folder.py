@@ -19,6 +19,7 @@ BOARD_NAME = "tensorboard"
 MLFLOW_NAME = "mlflow.run"  # id of the run in MLflow
 RAY_NAME = "ray"  # what Ray Train writes of its own
 FAILURES_NAME = "failures"  # the last failure of each rank, and how often it came back
+FLIGHT_NAME = "flight"  # the last collectives of each rank of a run that failed, see ctrsink.runtime.flight
 PRESENCE_NAME = "held-by.json"  # who trains the run at this moment, see ctrsink.run.presence
 STOP_NAME = "stop-requested"  # by `ctrsink stop` or a signal; holds the reason
 # What may change between a run and its continuation: where it runs and how often it reports, not what it computes.
@@ -98,7 +99,7 @@ def release(run_dir: str) -> None:
     """Take back the claim of a run that ended before its first step; one that has trained can be continued."""
     if storage.exists(storage.join(run_dir, METRICS_NAME)) or list_checkpoints(run_dir):
         return
-    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME, RESULT_NAME):
+    for name in (CONFIG_NAME, DATA_NAME, BOARD_NAME, MLFLOW_NAME, RAY_NAME, STOP_NAME, FAILURES_NAME, FLIGHT_NAME, RESULT_NAME):
         storage.delete(storage.join(run_dir, name))
     if set(storage.list_files(run_dir)) <= {PRESENCE_NAME} and not storage.list_dirs(run_dir):
         storage.delete(run_dir)

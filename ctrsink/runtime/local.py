@@ -15,7 +15,7 @@ def train_local(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> d
     """Train in this process; see Trainer.run."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     device = "cuda:0" if spec.runtime.device == "cuda" else "cpu"
-    prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker)
+    prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, deterministic=spec.runtime.deterministic)
     import torch.distributed as dist
 
     from ctrsink.train.host_hooks import HostHooks

@@ -7,8 +7,10 @@ import os
 from ctrsink import logs
 
 
-def prepare_process(device: str, threads: int, rank: int = 0) -> None:
+def prepare_process(device: str, threads: int, rank: int = 0, deterministic: bool = False) -> None:
     """Accelerator, threads, logging and garbage collection of this process; call it before DeepSpeed is imported.
+
+    `deterministic` is that of `runtime`; cuBLAS reads its workspace when it is first used.
 
     Threads are cores / workers of the host: with more, OpenMP's spinning makes training many times slower. Imports make millions
     of objects and free none, so looking every 700 new ones for garbage costs a tenth of the start, and of every restart.
@@ -17,9 +19,12 @@ def prepare_process(device: str, threads: int, rank: int = 0) -> None:
     os.environ["DS_ACCELERATOR"] = device
     os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the one of the two that torch allows and that is not slow
     import torch
 
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
     logs.configure(logging.INFO if rank == 0 else logging.WARNING, rank)
 
 

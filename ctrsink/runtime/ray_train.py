@@ -23,6 +23,7 @@ from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
 from ctrsink.families.facts import Facts
 from ctrsink.run import repeats
 from ctrsink.run.folder import RAY_NAME, read_result, request_stop, write_result
+from ctrsink.runtime import flight
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.places import told_of_waiting
 from ctrsink.runtime.reach import cluster_address
@@ -85,6 +86,7 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(place_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
     gpu = runtime.device == "cuda"
+    place = flight.place_of(spec.run_dir)
     filesystem, path = storage.arrow_filesystem(storage.join(spec.run_dir, RAY_NAME))
     trainer = TorchTrainer(
         _worker,
@@ -106,6 +108,7 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
             name=f"{spec.name}-{time.time_ns()}",
             storage_path=path,
             storage_filesystem=filesystem,
+            worker_runtime_env={"env_vars": flight.recording(place)},  # read when Ray makes the process group
             failure_config=FailureConfig(
                 max_failures=runtime.max_failures,
                 max_preemption_failures=runtime.max_preemptions,
@@ -118,7 +121,7 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
         with asking, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
-        raise _translate(error) from error
+        raise _translate(error, place, runtime) from error
     result = read_result(spec.run_dir)
     if "given_up" in result:
         raise RunError(result["given_up"])
@@ -157,7 +160,7 @@ def _worker(config: dict[str, Any]) -> None:
     os.environ[logs.FORMAT_VARIABLE] = config["log_format"]
     spec = parse_run(config["spec"], "the submitted configuration")
     context = get_context()
-    prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank())
+    prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker, context.get_world_rank(), spec.runtime.deterministic)
     from ctrsink.dist import Topology
     from ctrsink.runtime.stalls import BEFORE, Stalls
     from ctrsink.runtime.stopping import StopRequests
@@ -174,11 +177,14 @@ def _worker(config: dict[str, Any]) -> None:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
             raise Diverged(failure)
+        if topology.is_first and (told := flight.take(flight.place_of(spec.run_dir), _fixed(spec.runtime))) is not None:
+            log.warning("before the workers were started again, %s", told)
         Trainer(spec, topology, Facts(**config["facts"]), hooks).run(config["stop_after"])
     except Diverged as error:  # on every rank
         if topology.is_first:
             write_result(spec.run_dir, {"given_up": str(error)})
     except (InputError, RunError) as error:
+        flight.leave(topology.rank)
         repeats.record(spec.run_dir, topology.rank, error)
         raise
     finally:
@@ -212,11 +218,18 @@ def _without_working_folder(spec: RunSpec) -> RunSpec:
     )
 
 
-def _translate(error: TrainingFailedError) -> InputError | RunError:
+def _translate(error: TrainingFailedError, place: Path, runtime: RuntimeSpec) -> InputError | RunError:
     """The first worker's own error, with its rank, as one line."""
     if not isinstance(error, WorkerGroupError):
         return RunError(f"Ray Train failed: {str(error).strip().splitlines()[-1]}")
-    causes = {rank: getattr(f, "cause", None) or getattr(f, "_base_exc", None) or f for rank, f in error.worker_failures.items()}
+    failures = error.worker_failures.items()
+    return told_of(
+        {rank: getattr(f, "cause", None) or getattr(f, "_base_exc", None) or f for rank, f in failures}, place, runtime
+    )
+
+
+def told_of(causes: dict[int, BaseException], place: Path, runtime: RuntimeSpec) -> InputError | RunError:
+    """The failures of some workers as that of one; where none tells its own, also for whom collectives waited, by `place`."""
     # A rank that lost its neighbour says so too: what names the trouble comes first.
     rank, cause = min(
         causes.items(),
@@ -230,7 +243,14 @@ def _translate(error: TrainingFailedError) -> InputError | RunError:
     if isinstance(cause, InputError):
         return InputError(str(cause))
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return RunError(f"worker {rank} failed: {type(cause).__name__}: {lines[-1] if lines else cause}")
+    waited_for = flight.take(place, _fixed(runtime)) if isinstance(cause, PeerLost) or not isinstance(cause, RunError) else None
+    told = f"; {waited_for}" if waited_for else ""
+    return RunError(f"worker {rank} failed: {type(cause).__name__}: {lines[-1] if lines else cause}{told}")
+
+
+def _fixed(runtime: RuntimeSpec) -> int | None:
+    """Number of workers; None where it is elastic."""
+    return runtime.workers if isinstance(runtime.workers, int) else None
 
 
 def _local_cpus(spec: RunSpec) -> int:

@@ -5,6 +5,7 @@ Pure functions and no state: a position, one integer, says how far a run has com
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -106,16 +107,50 @@ def _block_ids(order: Order, number: int, shards: tuple[int, ...]) -> np.ndarray
     return ids if order.seed is None else shuffled(ids, order.seed, number)
 
 
-def deal(lengths: np.ndarray, world: int, accumulation: int) -> np.ndarray:
+def deal(lengths: np.ndarray, costs: np.ndarray, world: int, accumulation: int, lockstep: bool = True) -> np.ndarray:
     """Share a global batch out: indices int64 [world, accumulation, micro] into `lengths`, each index once.
 
-    Sequences of like length meet in the same micro-step on all ranks, so that little is padded and no rank waits for another.
-    Where they cannot be shared out evenly a place is -1, at most one in each micro-batch and first where sequences are long.
+    Sequences of like length meet in the same micro-step on all ranks, so that little is padded. Within a micro-step the longest
+    come first, each to the rank that has least to compute so far and a place left (list scheduling: Graham, Bounds on
+    multiprocessing timing anomalies, 1969), so that ranks wait for one another as little as may be. The same numbers give the
+    same shares anywhere. Where sequences cannot be shared out evenly a place is -1, at most one in each micro-batch, the last
+    one, and first where sequences are long.
+
+    Args:
+        lengths: of the sequences, [N].
+        costs: what computing each takes, in any unit, [N].
+        accumulation: micro-steps.
+        lockstep: ranks wait for one another in each micro-step, so its costs are what counts; else only those of the whole step.
     """
-    micro = -(-len(lengths) // (world * accumulation))
-    missing = world * accumulation * micro - len(lengths)
-    taken = np.ones((accumulation, micro, world), np.bool_)
-    taken[:, -1:].flat[:missing] = False
-    out = np.full(taken.shape, -1)
-    out[taken] = np.argsort(-lengths, kind="stable")
-    return out.transpose(2, 0, 1)
+    room = -(-len(lengths) // (world * accumulation))
+    missing = world * accumulation * room - len(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    out = np.full((world, accumulation, room), -1)
+    whole, begin = [0.0] * world, 0
+    for step in range(accumulation):
+        full = world - min(world, max(0, missing - step * world))  # so many ranks may fill all their places
+        part = order[begin : begin + world * (room - 1) + full]
+        begin += len(part)
+        # Ranks that have a place left: cost so far, that of the whole step, rank, places taken.
+        free = [(0.0 if lockstep else whole[rank], whole[rank], rank, 0) for rank in range(world)]
+        heapify(free)
+        for index, cost in zip(part.tolist(), costs[part].tolist(), strict=True):
+            load, of_step, rank, taken = heappop(free)
+            while taken == room - 1 and full == 0:
+                load, of_step, rank, taken = heappop(free)
+            out[rank, step, taken] = index
+            whole[rank] += cost
+            full -= taken == room - 1
+            if taken < room - 1:
+                heappush(free, (load + cost, of_step, rank, taken + 1))
+    return out
+
+
+def dealt_in_rows(lengths: np.ndarray, costs: np.ndarray, world: int) -> np.ndarray:
+    """As `deal` without micro-steps, int64 [world, micro]: of each `world` next longest sequences every rank gets one, of the
+    first some may get none.
+
+    So the n-th sequence of a rank is about as long as the n-th of any other, and what is filled from them one after another
+    (`budget.fill`) is alike. No two ranks differ by more than two sequences of one row.
+    """
+    return deal(lengths, costs, world, -(-len(lengths) // world), lockstep=False)[:, :, 0]

@@ -21,7 +21,8 @@ from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts, split_requests
 from ctrsink.stream.ahead import in_processes, read_ahead
 from ctrsink.stream.budget import fill
-from ctrsink.stream.order import Order, deal
+from ctrsink.stream.order import Order, deal, dealt_in_rows
+from ctrsink.stream.price import PLAIN, Price
 
 BUILT_AT_ONCE = 512  # sequences of a rank, about
 Encode = Callable[[Cuts, Layout], Sequences]
@@ -110,6 +111,15 @@ class SequenceSource:
         users, pieces = self.owners(ids)
         past = self._past(users) + pieces * self.layout.targets
         return self._targets(users, pieces) + np.minimum(self.layout.retrieve or self.layout.history, past)
+
+    def costs(self, ids: np.ndarray, price: Price) -> np.ndarray:
+        """What computing each sequence takes, in events of a matrix product, as far as counts of events tell; float64 [N]."""
+        users, pieces = self.owners(ids)
+        targets = self._targets(users, pieces)
+        known = self.lengths(ids) - targets
+        if self.layout.examples == "per_user":
+            return price.of(targets + known)
+        return targets / price.together * price.of(known + price.together)
 
     def sequences(self, ids: np.ndarray) -> Sequences:
         """These sequences, in any order.
@@ -209,11 +219,11 @@ class Step:
 class TrainStream:
     """Steps of a global batch each, striped over ranks; iterating goes on from the position, which is the whole state.
 
-    Every rank gets the same number of steps with the same number of micro-batches in each. A global batch that ranks and
-    micro-batches do not divide is dealt out so that micro-batches differ by one sequence at most, and one without any holds a
-    row that is not counted. The stream runs over epoch after epoch, and a batch may reach into the next, so nothing is left out
-    at an epoch's end; in `chronological` order it ends, and what does not fill a last batch stays for the time when a part
-    was appended.
+    Every rank gets the same number of steps with the same number of micro-batches in each, and sequences that cost about as much
+    as those of any other. A global batch that ranks and micro-batches do not divide is dealt out so that micro-batches differ by
+    one sequence at most, and one without any holds a row that is not counted. The stream runs over epoch after epoch, and a batch
+    may reach into the next, so nothing is left out at an epoch's end; in `chronological` order it ends, and what does not fill a
+    last batch stays for the time when a part was appended.
 
     Args:
         source: what it deals out.
@@ -224,6 +234,8 @@ class TrainStream:
         order: epochs over everything, or one pass over part after part.
         workers: processes that build batches; 0 for a thread. The steps are the same.
         tokens: of a micro-batch at most; their number in a step then follows from the sequences, not from `accumulation`.
+        price: by which sequences are dealt out to ranks; the same on all of them.
+        lockstep: ranks wait for one another in each micro-step, see `deal`.
     """
 
     def __init__(
@@ -238,11 +250,13 @@ class TrainStream:
         order: Literal["shuffled", "chronological"] = "shuffled",
         workers: int = 0,
         tokens: int | None = None,
+        price: Price = PLAIN,
+        lockstep: bool = True,
     ) -> None:
         self.source = source
         self.order = Order(source.per_shard, seed, shuffle_shards, source.parts if order == "chronological" else ())
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
-        self.workers, self.tokens = workers, tokens
+        self.workers, self.tokens, self.price, self.lockstep = workers, tokens, price, lockstep
         self.position = 0
         """Sequences consumed since the run began, over all epochs: of steps that were handed out, not of those built ahead."""
 
@@ -297,7 +311,8 @@ class TrainStream:
             ids = self.order.ids(position, self.batch_size)
             lengths = self.source.lengths(ids)
             shortest = ids[[lengths.argmin()]]  # costs least
-            for dealt in deal(lengths, self.world, self.accumulation if self.tokens is None else 1)[self.rank]:
+            costs = self.source.costs(ids, self.price)
+            for dealt in self._dealt(lengths, costs)[self.rank]:
                 some = bool((dealt >= 0).any())
                 chosen.append(ids[dealt[dealt >= 0]] if some else shortest)
                 counted.append(None if some else np.zeros(1, np.bool_))
@@ -310,6 +325,14 @@ class TrainStream:
         self.source.dataset.read_ahead(self.order.shards_after(positions[-1] + self.batch_size - 1))
         ends = [position + self.batch_size for position in positions]
         return [Step(made, count, end, filler) for (made, filler), count, end in zip(own, impressions, ends, strict=True)]
+
+    def _dealt(self, lengths: np.ndarray, costs: np.ndarray) -> np.ndarray:
+        """Places in the batch, -1 for none, [world, groups, micro]: a micro-batch a group, or what fills some of `tokens`."""
+        if self.tokens is None:
+            return deal(lengths, costs, self.world, self.accumulation, self.lockstep)
+        if self.lockstep:
+            return dealt_in_rows(lengths, costs, self.world)[:, None]
+        return deal(lengths, costs, self.world, 1)
 
 
 def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:

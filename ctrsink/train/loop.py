@@ -25,7 +25,9 @@ from ctrsink.families.registry import family_of, source_of
 from ctrsink.features.mix64 import mix64
 from ctrsink.run.folder import identities, write_result
 from ctrsink.sequences.batch import Batch
+from ctrsink.stream.price import PLAIN
 from ctrsink.stream.stream import Step, TrainStream
+from ctrsink.train.balance import price_of
 from ctrsink.train.capacity import fitting
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, require_data
 from ctrsink.train.checkpoint.native import Shards, load_native, restore
@@ -140,7 +142,7 @@ class Trainer:
         require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
         log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
         self.controller.load_state_dict(checkpoint.controller)
-        self.progress = Progress.of(checkpoint)
+        self.progress = Progress.of(checkpoint.under_present_names(self.family.earlier_names))
 
     def _run_stages(self, stop_at: int | None) -> str | None:
         """Train to the end or to step `stop_at`, and see the last checkpoint saved; returns why the run was asked to stop."""
@@ -290,6 +292,8 @@ class Trainer:
             data.order,
             data.workers,
             fitting(engine, self.source, stage, spec.train.memory_gib) if tokens == "auto" else tokens,
+            price_of(engine.model, self.source, stage.learns) if self.topology.world > 1 else PLAIN,
+            spec.train.zero_stage > 1,  # gradients travel in each micro-step, and under 3 weights too
         )
         stream.load_state_dict({"position": self.progress.position})
         return stream

@@ -47,6 +47,7 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     dataset = Dataset.of(spec.data)
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     family = family_of(spec.model.family)
+    checkpoint = checkpoint.under_present_names(family.earlier_names)
     layout = family.layout(spec.data, spec.model, dataset.manifest)
     facts = Facts(len(load_tokenizer(spec.data.uri)))
     precision = checkpoint.precision or spec.train.precision  # frozen weights were rounded to it

@@ -1,7 +1,7 @@
 """The family `decoder`; see families.protocol.Family."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from ctrsink.config import RunSpec
 from ctrsink.config.data import DataSpec
@@ -22,6 +22,7 @@ class DecoderFamily(Family):
 
     target_numbers = ("asked_numbers", "readout_numbers")
     reads_text = True
+    earlier_names: ClassVar = {name: name.replace(".", ".categories.", 1) for name in ("sinks.tables.", "sinks.projection.")}
 
     def layout(self, data: DataSpec, model: Any, manifest: Manifest) -> Layout:
         return layout(data, model, manifest)

@@ -8,8 +8,9 @@ DeepSpeed's shards, of which only presence and size are looked at here. Sharded 
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,23 @@ class Checkpoint:
     """What the run trains in, which `train.precision: auto` leaves open; empty in a checkpoint from before there was that."""
     tables: dict[str, Share] = field(default_factory=dict)
     """One rank's rows of sharded tables, where a checkpoint is read by that rank; see `read_tables`."""
+
+    def under_present_names(self, earlier: Mapping[str, str]) -> "Checkpoint":
+        """With parameters called what they are called now; `earlier` is `Family.earlier_names`.
+
+        Raises:
+            InputError: it is a native one that has earlier names, which DeepSpeed's shards hold inside.
+        """
+
+        def now(name: str) -> str:
+            before = next(filter(name.startswith, earlier), "")
+            return earlier.get(before, "") + name.removeprefix(before)
+
+        parameters = {now(name): value for name, value in self.parameters.items()}
+        if self.native and parameters.keys() != self.parameters.keys():
+            where = f"the native checkpoint of step {self.step}"
+            raise InputError(f"{where} was saved by an older ctrsink: finish the run with that one")
+        return replace(self, parameters=parameters, moments={now(name): value for name, value in self.moments.items()})
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
