@@ -21,7 +21,7 @@ STAGES: list[tuple[tuple[Group, ...], Objective]] = [
     (("sink", "bias", "lora", "head", "backbone"), ALL),
 ]
 # Events of the sequences: of less than a block, of one and more than one; as many sinks as targets, and none.
-SIZES: list[tuple[int, ...]] = [(8, 1, 4), (1,), (9,) * 20, (3, 3), (7,) * 9]
+SIZES: list[tuple[int, ...]] = [(8, 1, 4), (9,) * 12, (1,)]
 
 
 class Graphs:
@@ -52,11 +52,11 @@ def test_all_stages_and_validation_in_both_types_make_two_graphs_each(graphs: Gr
     expected = 0
     for precision in ("fp32", "bf16"):
         model = tiny_model(spec, precision=precision)
-        for trainable, objective in STAGES:
+        for stage, (trainable, objective) in enumerate(STAGES):
             set_trainable(model, trainable)
-            for batch in batches:
+            for batch in (batches[stage % 3], batches[(stage + 1) % 3]):
                 model.train()(batch, objective).loss.backward()
             with torch.no_grad():
-                model.eval()(batches[1], objective)
+                model.eval()(batches[(stage + 2) % 3], objective)
         expected += 2
         assert graphs.count == expected

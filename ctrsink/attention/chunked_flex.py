@@ -77,8 +77,8 @@ class ChunkedFlexInputs(ChunkedInputs):
     """int32, of the first kernel's keys; which sink of its sequence a key is, -1: none."""
     asked_row: torch.Tensor
     """int32 [L]; see flex.FlexInputs."""
-    no_row: torch.Tensor
-    """int32 [L]; -1."""
+    no_rows: tuple[torch.Tensor, torch.Tensor]
+    """int32 [L] each; -1."""
     no_slot: torch.Tensor
     """int32, of the second kernel's keys; -1."""
     asked: Pairs
@@ -110,7 +110,7 @@ def inputs(packed: Packed, chunked: Chunked) -> ChunkedFlexInputs:
         means=means.block_mask(length),
         slot=functional.pad(slots, (0, len(positions.since) - len(slots)), value=-1),
         asked_row=none.index_copy(0, asked.positions, begin),
-        no_row=none,
+        no_rows=(none, none.clone()),
         no_slot=torch.full_like(means.since, -1),
         asked=Pairs(asked.padded, sinks.padded, _seen(packed, chunked)),
     )
@@ -154,11 +154,11 @@ def _attend(
     scale = kwargs["scaling"]
     asks = None if at_asked is None else (given.asked_row, at_asked.transpose(0, 1).flatten(1))
     banks = (_keys(of, given.chunked.ends.rows, len(given.slot)) for of in (key, value))
-    out, lse = kernel(query, *banks, added(given.slot, given.no_row, heads, None, asks), given.positions, scale)
+    out, lse = kernel(query, *banks, added(given.slot, given.no_rows, heads, None, asks), given.positions, scale)
     if at_asked is not None:
         out, lse = with_table_gradient(out, lse, at_asked, query, key, value, given.asked, scale)
     banks = (_means(of, given.chunked, len(given.no_slot)) for of in (key, value))
-    more, lse_more = kernel(query, *banks, added(given.no_slot, given.no_row, heads, None, None), given.means, scale)
+    more, lse_more = kernel(query, *banks, added(given.no_slot, given.no_rows, heads, None, None), given.means, scale)
     if at_means is not None:
         lse_more = lse_more + at_means[:, None]
     # A softmax of two sums; that of means is 0, its logarithm minus infinity, where a row sees none.

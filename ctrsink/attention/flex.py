@@ -35,8 +35,8 @@ class FlexInputs(AttentionInputs):
     """int32 [L]; where the row of a sink begins in the flattened tables [B, K, K], counted from 1; -1: no sink."""
     asked_row: torch.Tensor
     """int32 [L]; where the row of one asked begins in one head's bias of those asked [B, M, K], counted from 1; -1: not asked."""
-    no_row: torch.Tensor
-    """int32 [L]; -1: what a layer without a bias reads in their place."""
+    no_rows: tuple[torch.Tensor, torch.Tensor]
+    """int32 [L] each; -1: what a layer without a bias reads in their place."""
     sinks: Pairs
     asked: Pairs
 
@@ -66,7 +66,7 @@ def inputs(packed: Packed, sinks_only: bool, window: int | None = None) -> FlexI
         slot=slot,
         sink_row=torch.where(slot >= 0, (sight.sequence * sinks.width + slot) * sinks.width + 1, -1),
         asked_row=torch.where(ask >= 0, (sight.sequence * asked.width + ask) * sinks.width + 1, -1),
-        no_row=none,
+        no_rows=(none, none.clone()),
         sinks=Pairs.of(sinks.padded, sinks.valid, sinks.padded, sinks.valid, sees),
         asked=Pairs.of(asked.padded, asked.valid, sinks.padded, sinks.valid, sees),
     )
@@ -87,7 +87,7 @@ def _attend(
         at_sinks = given.sink_row, table.flatten()
     if at_asked is not None:
         asks = given.asked_row, at_asked.transpose(0, 1).flatten(1)
-    out, lse = kernel(query, key, value, added(given.slot, given.no_row, query.shape[1], at_sinks, asks), given.blocks, scale)
+    out, lse = kernel(query, key, value, added(given.slot, given.no_rows, query.shape[1], at_sinks, asks), given.blocks, scale)
     if table is not None:
         out, lse = with_table_gradient(out, lse, table[:, None], query, key, value, given.sinks, scale)
     if at_asked is not None:
@@ -138,7 +138,9 @@ Entries = tuple[torch.Tensor, torch.Tensor]
 """Where the row of each query begins among entries, int32 [L], from 1, or -1: it has none; and the entries, [n] or [H, n]."""
 
 
-def added(slot: torch.Tensor, no_row: torch.Tensor, heads: int, at_sinks: Entries | None, at_asked: Entries | None) -> ScoreMod:
+def added(
+    slot: torch.Tensor, no_rows: tuple[torch.Tensor, torch.Tensor], heads: int, at_sinks: Entries | None, at_asked: Entries | None
+) -> ScoreMod:
     """Adds the entries of each query and key; the 0 that pairs without one read is put before the entries.
 
     One function for all layers: one without a bias finds that 0 for every pair. The kernel gets values without gradient: its own
@@ -146,15 +148,15 @@ def added(slot: torch.Tensor, no_row: torch.Tensor, heads: int, at_sinks: Entrie
 
     Args:
         slot: int32 [C]; which sink of its sequence a key is, -1: none.
-        no_row: int32 [L]; -1.
+        no_rows: int32 [L] each, -1; two, because one tensor in two places would be another graph.
         at_sinks: of all heads alike.
         at_asked: of each head.
     """
-    sink_row, of_sinks = no_row, slot.new_zeros(2, dtype=torch.float32)
+    sink_row, of_sinks = no_rows[0], slot.new_zeros(2, dtype=torch.float32)
     if at_sinks is not None:
         sink_row, of_sinks = at_sinks[0], functional.pad(at_sinks[1].detach(), (1, 0)).float()
     # A row per head: a number of heads in the closure would be one more thing to compile for.
-    asked_row, of_asked = no_row, slot.new_zeros(heads, 2, dtype=torch.float32)
+    asked_row, of_asked = no_rows[1], slot.new_zeros(heads, 2, dtype=torch.float32)
     if at_asked is not None:
         asked_row, of_asked = at_asked[0], functional.pad(at_asked[1].detach(), (1, 0)).float()
 
