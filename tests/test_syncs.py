@@ -28,7 +28,8 @@ OURS, DEEPSPEED, OPTIMIZER = str(Path(ctrsink.__file__).parent), "/deepspeed/", 
 class Waits(TorchDispatchMode):
     """Counts what the host reads of the device, by who asked: the nearest caller that is ours, DeepSpeed or Adam.
 
-    Adam's are no waits: its step counts are on the host, whatever the device is.
+    Adam's are no waits: its step counts are on the host, whatever the device is. Nor are those by which DeepSpeed looks whether a
+    norm is a number, where Engine has given it the norm on the host.
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,8 @@ class Waits(TorchDispatchMode):
         frame: Any = sys._getframe(2)
         while frame is not None and not _owner(frame.f_code.co_filename):
             frame = frame.f_back
-        self.by["nobody" if frame is None else _owner(frame.f_code.co_filename)] += 1
+        owner = "nobody" if frame is None else _owner(frame.f_code.co_filename)
+        self.by["the norm" if frame is not None and frame.f_code.co_name == "is_invalid_grad_norm" else owner] += 1
 
 
 def _indices(args: Any) -> list[torch.Tensor | None]:
@@ -88,9 +90,9 @@ def engine_of(zero_stage: int, **changes: Any) -> tuple[Engine, StageSpec]:
     return Engine(build_model(spec.model, VOCABULARY, 1).train(), spec, stage, Topology(), None), stage  # pyright: ignore[reportArgumentType]
 
 
-# What DeepSpeed reads: under ZeRO 0 to clip, in 1 and 2 whether a gradient overflowed and whether its norm is a number.
+# Under ZeRO 3 DeepSpeed asks of its own whether the norm is a number.
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize(("zero_stage", "deepspeed"), [(0, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("zero_stage", "deepspeed"), [(0, 0), (1, 0), (2, 0), (3, 1)])
 def test_the_host_waits_once_in_a_step(zero_stage: int, deepspeed: int) -> None:
     engine, stage = engine_of(zero_stage)
     batches = [form_batch("per_user", seed, (8, 1, 5)) for seed in range(3)]
@@ -102,7 +104,7 @@ def test_the_host_waits_once_in_a_step(zero_stage: int, deepspeed: int) -> None:
     assert 0 < result.grad_norm < float("inf")
     assert waits.by["nobody"] == 0
     assert waits.by[OURS] == 1
-    assert waits.by[DEEPSPEED] <= deepspeed
+    assert waits.by[DEEPSPEED] + (waits.by["the norm"] if zero_stage == 3 else 0) == deepspeed
 
 
 def test_what_is_counted() -> None:

@@ -97,6 +97,10 @@ class Engine:
         if self.zero_stage in (1, 2):
             self.optimizer.check_grad_overflow = True  # DeepSpeed switches it off without fp16: a NaN would reach the weights
         self.tables.join(self.optimizer, self.zero_stage)
+        self._total = self._votes = torch.empty(0)
+        self._found: tuple[float, ...] = ()
+        if self.zero_stage in (1, 2):
+            self._join_reads()
         self._create_moments()
         if state is not None:
             self.load(state)
@@ -120,19 +124,24 @@ class Engine:
         """
         for group, name in zip(self.optimizer.param_groups, self._group_names, strict=True):
             group["lr"] = stage.lr[name.split("/")[0]] * factor
-        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        self._total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        self._votes = sent(torch.tensor(votes, dtype=torch.float64), self.topology)
         # DeepSpeed divides by its accumulation and averages over ranks; both are undone here.
         weight = ACCUMULATION * self.topology.world / units
         for number, batch in enumerate(fed(batches, self.topology.device), start=1):
             self.deepspeed.set_gradient_accumulation_boundary(last := number == len(batches))
             loss = self.forward(batch, stage.learns).loss
             self.deepspeed.backward(loss * weight)
-            total += loss.detach()
+            self._total += loss.detach()
             if last:
                 self.tables.collect()
             if not last or self.zero_stage > 0:
                 self.deepspeed.step()
-        loss, norm, summed_votes = self._read(total, votes)
+        if self.zero_stage == 0:
+            self._read(nn.utils.get_total_norm(self._gradients()))
+        elif self.zero_stage == 3:
+            self._read(self.deepspeed.get_global_grad_norm())
+        loss, norm, *summed_votes = self._found
         if self.zero_stage == 0:
             norm = math.hypot(norm, self.tables.norm)
             self._step_dense(norm)
@@ -140,16 +149,28 @@ class Engine:
             self.tables.step(stage, factor, self._scale(norm))
         else:
             self.tables.discard()
-        return StepResult(loss / units, norm, summed_votes)
+        return StepResult(loss / units, norm, tuple(summed_votes))
 
-    def _read(self, total: torch.Tensor, votes: Sequence[float]) -> tuple[float, float, tuple[float, ...]]:
-        """Sum of all losses, norm of the dense gradient, sums of votes: the one time in a step that the host waits."""
-        own = sent(torch.tensor(votes, dtype=torch.float64), self.topology)
-        norm: Any = self.deepspeed.get_global_grad_norm() if self.zero_stage else nn.utils.get_total_norm(self._gradients())
+    def _read(self, norm: torch.Tensor | float) -> None:
+        """Sum of all losses, this norm of the dense gradient, sums of votes: the one time in a step that the host waits."""
         norm = sent(torch.as_tensor(norm, dtype=torch.float64), self.topology)
-        sums = summed(torch.cat([total[None], own]), self.topology)
-        loss, found, *rest = torch.cat([sums[:1], norm[None], sums[1:]]).tolist()
-        return loss, found, tuple(rest)
+        sums = summed(torch.cat([self._total[None], self._votes]), self.topology)
+        self._found = tuple(torch.cat([sums[:1], norm[None], sums[1:]]).tolist())
+
+    def _join_reads(self) -> None:
+        """Give DeepSpeed the norm on the host, by the one read of a step: it looks at it again for each group of parameters.
+
+        Whether a gradient overflowed it need not ask beside: the norm is no number then, and it looks for that, too.
+        """
+        of_all = self.optimizer.scaled_global_norm
+
+        def read() -> torch.Tensor:
+            norm = of_all()
+            self._read(norm)
+            return torch.tensor(self._found[1], dtype=norm.dtype)
+
+        self.optimizer.scaled_global_norm = read
+        self.optimizer.has_overflow = lambda partition_gradients=True: False
 
     def _step_dense(self, norm: float) -> None:
         """What ends a step under ZeRO 0, where DeepSpeed, of what it holds, clips by its own norm and steps whatever that is."""
