@@ -76,9 +76,9 @@ class Ranks:
 
         spec = parse_run(tree(self.data, "unused", self.topology.world, model), "test")
         whole = build_model(spec.model, 300, spec.seed, precision)
-        trained = {"backbone.norm.weight": torch.full((64,), 0.1), "backbone.layers.0.mlp.up_proj.weight": torch.randn(96, 64)}
-        if "lora" in model:
-            trained = {"backbone.norm.weight": trained["backbone.norm.weight"]}
+        trained = {"backbone.norm.weight": torch.full((64,), 0.1)}
+        if "lora" not in model:
+            trained["backbone.layers.0.mlp.up_proj.weight"] = torch.linspace(-1, 1, 96 * 64).view(96, 64)
         load_parameters(whole, trained)
         set_trainable(whole, spec.stages[1].trainable)
         sharded = built(spec, spec.stages[1], Facts(300), self.topology, precision, trained)
@@ -89,8 +89,9 @@ class Ranks:
                 same = name == other and found.dtype == expected.dtype and torch.equal(found.data, expected.data)
                 if not same or found.requires_grad != expected.requires_grad:
                     wrong.append(name)
+        given = all(value.untyped_storage().nbytes() == value.nbytes for value in trained.values())
         buffers = all(torch.equal(a, b) for a, b in zip(whole.buffers(), sharded.buffers(), strict=True))
-        return {"wrong": wrong, "buffers": buffers, "parts": all(parts.values()), "count": len(parts)}
+        return {"wrong": wrong, "buffers": buffers and given, "parts": all(parts.values()), "count": len(parts)}
 
     def large(self) -> dict[str, Any]:
         """What the kernel counts at most while 25 million numbers are built, in MiB, and what they take."""

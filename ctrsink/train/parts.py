@@ -35,7 +35,7 @@ class InParts(TorchDispatchMode):
     """Inside it the storage of a tensor is emptied when the next one is worked on, and filled when it is needed again.
 
     Collective: every rank makes the same tensors with the same values, on the CPU. The operations and their order are those of a
-    build without it, and so are the values, to the bit. What it leaves behind is to be filled.
+    build without it, and so are the values, to the bit. What is left at the end is to be filled. What was there before stays.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -43,6 +43,7 @@ class InParts(TorchDispatchMode):
         self._topology = topology
         self._emptied: dict[int, _Emptied] = {}
         self._whole: dict[int, StorageWeakRef] = {}
+        """What the last operation worked on, of what was made in here."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -54,8 +55,10 @@ class InParts(TorchDispatchMode):
             self._empty(self._whole.pop(key))
         for key in [key for key in used if key in self._emptied]:
             self._fill(key, used[key], name in OVERWRITES and _spans(args[0], self._emptied[key].bytes))
+            self._whole[key] = StorageWeakRef(used[key])
         found = func(*args, **kwargs)
-        self._whole = {key: StorageWeakRef(storage) for key, storage in (used | self._storages(found)).items()}
+        made = {key: storage for key, storage in self._storages(found).items() if key not in used and storage.nbytes() >= LEAST}
+        self._whole |= {key: StorageWeakRef(storage) for key, storage in made.items()}
         return found
 
     def fill(self, tensor: torch.Tensor) -> None:
@@ -64,16 +67,14 @@ class InParts(TorchDispatchMode):
         if storage._cdata in self._emptied:
             self._fill(storage._cdata, storage, False)
 
-    def _storages(self, values: Any) -> dict[int, torch.UntypedStorage]:
-        """Of the tensors in `values` that this mode may empty, or has emptied."""
+    @staticmethod
+    def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
         tensors = (one for one in tree_leaves(values) if isinstance(one, torch.Tensor) and one.device.type == "cpu")
-        found = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-        # A storage that is mapped from a file cannot be emptied, and takes no memory of this process.
-        return {key: one for key, one in found.items() if key in self._emptied or (one.nbytes() >= LEAST and one.resizable())}
+        return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
     def _empty(self, of: StorageWeakRef) -> None:
         storage = _alive(of)
-        if storage is None or not storage.resizable():  # it is gone, or numpy has seen it since
+        if storage is None or not storage.resizable():  # it is gone; or mapped from a file, or numpy has seen it
             return
         whole = torch.empty(0, dtype=torch.uint8).set_(storage)
         part = self._shares(whole)[self._topology.rank].clone()
