@@ -63,3 +63,17 @@ def gather_rows(rows: np.ndarray, topology: Topology) -> np.ndarray:
     parts = [torch.empty_like(padded) for _ in range(topology.world)]
     dist.all_gather(parts, padded)
     return np.concatenate([p[: int(n)].cpu().numpy() for p, n in zip(parts, counts, strict=True)])
+
+
+def gather_parts(part: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """The flat parts of all ranks, equally long, one behind another on the device; collective.
+
+    Each rank sends its own in turn: Gloo's gathering of all would make a second copy of the whole.
+    """
+    size = len(part)
+    whole = part.new_empty(size * topology.world, device=topology.device)
+    whole[size * topology.rank :][:size].copy_(part)
+    if topology.world > 1:
+        for rank in range(topology.world):
+            dist.broadcast(whole[size * rank :][:size], rank)
+    return whole

@@ -3,6 +3,8 @@
 import json
 import logging
 import pickle
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,8 @@ from ctrsink.train.checkpoint.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from ctrsink.train.checkpoint.tensor_file import to_safetensors
+from ctrsink.train.checkpoint.tensor_file import opened, pieces, to_safetensors
+from ctrsink.train.tensors import joined, shapes_of
 
 
 def make(step: int) -> Checkpoint:
@@ -100,6 +103,37 @@ def test_the_format_is_that_of_the_library(shapes: dict[str, list[int]]) -> None
     assert all(found[name].shape == tensors[name].shape and torch.equal(found[name], tensors[name]) for name in tensors)
     transposed = load(bytes(to_safetensors({"t": torch.arange(6.0).view(2, 3).T})))["t"]
     assert torch.equal(transposed, torch.arange(6.0).view(2, 3).T)
+
+
+@given(st.dictionaries(st.text(min_size=1).filter(lambda name: name != "__metadata__"), st.lists(st.integers(0, 4), max_size=3)))
+def test_a_file_is_read_tensor_by_tensor_and_written_so(shapes: dict[str, list[int]]) -> None:
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "some.safetensors"
+        path.write_bytes(to_safetensors(tensors))
+        found = opened(path)
+    assert shapes_of(found) == {name: tensor.shape for name, tensor in tensors.items()}
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)  # of a file that was deleted meanwhile
+    assert found.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert b"".join(map(bytes, pieces(found))) == bytes(to_safetensors(tensors))
+
+
+def test_later_tensors_take_the_place_of_earlier_ones(tmp_path: Path) -> None:
+    one, two = torch.zeros(2), torch.ones(2)
+    (tmp_path / "file").write_bytes(to_safetensors({"a": one, "b": one}))
+    for earlier in (opened(tmp_path / "file"), {"a": one, "b": one}):
+        found = joined(earlier, {"b": two, "c": two})
+        assert list(found) == ["a", "b", "c"]
+        assert torch.equal(torch.stack([*found.values()]), torch.stack([one, two, two]))
+
+
+def test_what_another_process_of_the_host_has_checked_is_opened_there(tmp_path: Path) -> None:
+    folder = save_checkpoint(str(tmp_path), make(7))
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    (Path(folder) / "parameters.safetensors").write_bytes(b"")  # it is not looked at again
+    assert same(load_checkpoint(folder, checked=elsewhere), make(7))
+    with pytest.raises(InputError, match="is not there: give every host its own name"):
+        load_checkpoint(folder, checked=tmp_path / "nowhere")
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

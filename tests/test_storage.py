@@ -52,6 +52,18 @@ def test_a_file_is_created_once(folder: str) -> None:
     assert storage.list_files(storage.join(folder, "in")) == ["x"]
 
 
+def test_a_file_is_written_in_pieces_whole_or_not_at_all(folder: str) -> None:
+    uri = f"{folder}/deep/in/pieces"
+    with storage.writing(uri) as write:
+        for piece in (b"one", memoryview(b"two"), b""):
+            write(piece)
+    assert storage.read_bytes(uri) == b"onetwo"
+    with pytest.raises(TypeError), storage.writing(uri) as write:
+        list(map(write, (b"half", None)))  # pyright: ignore[reportArgumentType]
+    assert storage.read_bytes(uri) == b"onetwo"
+    assert storage.list_files(f"{folder}/deep/in") == ["pieces"]
+
+
 def test_a_file_is_copied_here(folder: str, tmp_path: Path) -> None:
     storage.write_bytes(storage.join(folder, "x"), b"content")
     storage.download(storage.join(folder, "x"), tmp_path / "new" / "y")

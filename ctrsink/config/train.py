@@ -73,10 +73,14 @@ class TrainSpec(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what is split over the workers. 0: nothing, 1: optimiser state, 2: gradients too, 3: weights too."""
     offload: bool = False
-    """Optimiser state, and under ZeRO 3 the weights, lie in the host's memory; needs `zero_stage` 1 to 3."""
+    """Optimiser state, and under ZeRO 3 the weights, lie in the host's memory, where the host steps them by torch's fused AdamW;
+    needs `zero_stage` 1 to 3."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """`bf16`: frozen weights and matrix products in bfloat16, trainable parameters stay fp32. `auto`: bf16 where every worker's
     device has instructions for it, else fp32; a run keeps what it began in."""
+    tf32: bool = False
+    """On CUDA, fp32 matrix products read ten bits of the mantissa instead of 23 (TensorFloat-32): several times faster on cards
+    from Ampere on. What `precision: bf16` computes in bfloat16 does not change."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's decay of matrices; vectors and scalars never decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)

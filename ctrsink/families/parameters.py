@@ -1,5 +1,7 @@
 """Parameters of a model of any family: values put in, groups frozen."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from ctrsink.families.protocol import CTRModule
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+def load_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
     """Put checkpointed values into `model`, in fp32.
 
     Raises:

@@ -4,6 +4,9 @@ Failures of S3 that may pass are repeated until a deadline (see `retry`). Every 
 deadline is over or access is refused, another InputError where the address is wrong, and RunError where a disk fails or is full.
 """
 
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
@@ -18,6 +21,7 @@ __all__ = [
     "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
     "find", "info", "is_remote", "join", "leads_out", "list_dirs", "list_files", "local_path", "read_bytes", "read_range",
     "require_below", "sha256", "upload_dir", "write_bytes",
+    "writing",
 ]  # fmt: skip
 
 
@@ -124,6 +128,24 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
             s3.run(s3.write(s3.key, len(content), lambda start, end: bytes(content[start:end])))
         else:
             local.write(local_path(uri), content)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Put a file whole or not at all, of pieces that the function it gives is called with, one behind another.
+
+    What goes to S3 lies in the node's temporary folder until it is whole.
+    """
+    with explained(uri):
+        if is_remote(uri):
+            folder, _, name = uri.rpartition("/")
+            with tempfile.TemporaryDirectory(prefix="ctrsink-upload-") as temporary:
+                with local.appending(Path(temporary) / name) as write:
+                    yield write
+                upload_dir(temporary, folder)
+        else:
+            with local.appending(local_path(uri)) as write:
+                yield write
 
 
 def delete(uri: str) -> None:

@@ -17,9 +17,23 @@ def write(path: Path, content: bytes | memoryview, new: bool = False) -> None:
     Raises:
         FileExistsError: the file was to be `new`, and there is one.
     """
+    with appending(path, new) as write:
+        write(content)
+
+
+@contextmanager
+def appending(path: Path, new: bool = False) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """The same of a content in pieces, by a function that is called with each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with beside(path, new) as handle:
-        write_at(handle, content, 0)
+        end = 0
+
+        def append(piece: bytes | memoryview) -> None:
+            nonlocal end
+            write_at(handle, piece, end)
+            end += len(piece)
+
+        yield append
         os.fsync(handle)
         os.fchmod(handle, 0o644)  # mkstemp keeps others out; a data set may be shared
 

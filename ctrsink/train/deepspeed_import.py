@@ -13,6 +13,7 @@ try:
     from deepspeed.runtime.utils import combine_grad_norm_groups
     from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
     from deepspeed.utils.tensor_fragment import (
+        safe_get_local_fp32_param,
         safe_get_local_optimizer_state,
         safe_set_full_optimizer_state,
         safe_set_local_optimizer_state,
@@ -32,6 +33,7 @@ __all__ = [
     "groups",
     "safe_get_full_fp32_param",
     "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
     "safe_get_local_optimizer_state",
     "safe_set_full_optimizer_state",
     "safe_set_local_optimizer_state",

@@ -12,7 +12,7 @@ from torch import nn
 
 from ctrsink.config.run import RunSpec
 from ctrsink.config.stages import Group, Objective, StageSpec
-from ctrsink.dist import Topology, all_max, sent, summed
+from ctrsink.dist import Topology, all_max, gather_parts, sent, summed
 from ctrsink.families.parameters import set_trainable
 from ctrsink.families.protocol import CTRModule, Out
 from ctrsink.sequences.batch import Batch
@@ -22,12 +22,14 @@ from ctrsink.train.deepspeed_import import (
     groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
 from ctrsink.train.feed import fed, placed
 from ctrsink.train.stage_tables import StageTables
+from ctrsink.train.tensors import Source, Tensors, in_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed is told where each step ends, so this is a factor of the loss; above 1, or it would not accumulate where it offloads.
@@ -38,9 +40,9 @@ ACCUMULATION = 2
 class EngineState:
     """Everything of an engine that must survive: by name, independent of the number of ranks and the ZeRO stage."""
 
-    parameters: dict[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]
     """fp32 values of the trainable parameters."""
-    moments: dict[str, torch.Tensor]
+    moments: Mapping[str, torch.Tensor]
     """Adam's two moments, named `<parameter>/exp_avg` and `<parameter>/exp_avg_sq`."""
     steps: dict[str, int]
     """Optimiser steps that each parameter group has made."""
@@ -77,13 +79,14 @@ class Engine:
         held: Mapping[str, Share] | None = None,
     ) -> None:
         self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
-        self.trainable, self.clip_norm = stage.trainable, spec.train.clip_norm
+        self.trainable, self.clip_norm, self._offload = stage.trainable, spec.train.clip_norm, spec.train.offload
         self.tables = StageTables(model, stage, topology, held)
         set_trainable(model, stage.trainable)
         trained = parameter_groups(model, stage.trainable, spec.train.weight_decay)
         self._group_names = [g["name"] for g in trained]
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(trained, lr=1e-8, betas=spec.train.betas, eps=1e-8)
+        # Where the host steps it, its memory is passed over once for all of Adam, not once for each of its operations.
+        optimizer = torch.optim.AdamW(trained, lr=1e-8, betas=spec.train.betas, eps=1e-8, fused=spec.train.offload)
         # What DeepSpeed wraps Adam in depends on the ZeRO stage and has no common type.
         self.deepspeed: Any
         self.optimizer: Any
@@ -193,17 +196,41 @@ class Engine:
 
         Args:
             wanted: of interest on this rank.
-            kept: groups whose moments are (None: all); those of a whole backbone take twice its memory on every rank.
+            kept: groups whose moments are (None: all).
+        """
+        given = self.given_state(kept)
+        return EngineState(in_memory(given.parameters, wanted), in_memory(given.moments, wanted), given.steps)
+
+    def given_state(self, kept: tuple[Group, ...] | None = None) -> EngineState:
+        """The state as it is now, of which each tensor is gathered, by all ranks together, when it is asked for.
+
+        Under ZeRO-3 it holds this rank's parts, and so outlives the engine. Else it does not.
+
+        Args:
+            kept: groups whose moments are of interest (None: all).
         """
         parameters, moments = {}, {}
         for name, parameter in self.named.items():
-            value = self._full_value(parameter)
-            keys = MOMENTS if kept is None or self.model.trained_as(name, kept) else ()
-            pair = {f"{name}/{key}": self._full_moment(parameter, key) for key in keys}
-            if wanted:
-                parameters[name] = value.float().cpu().clone()
-                moments |= {key: moment.cpu().clone() for key, moment in pair.items()}
-        return EngineState(parameters, moments, self.steps())
+            parameters[name] = self._value(parameter)
+            for key in MOMENTS if kept is None or self.model.trained_as(name, kept) else ():
+                moments[f"{name}/{key}"] = self._moment(parameter, key)
+        return EngineState(Tensors(parameters), Tensors(moments), self.steps())
+
+    def handed_on(self, kept: tuple[Group, ...]) -> EngineState:
+        """Collective: the state for a next engine, of which this one may be destroyed; under ZeRO-3 each rank holds its part.
+
+        Args:
+            kept: groups whose moments the next engine goes on with.
+        """
+        return self.given_state(kept) if self.zero_stage == 3 else self.state(kept=kept)
+
+    def left_alone(self, parameters: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Those of `parameters` that this stage does not train; under ZeRO-3 as the shards of the model, which was given them."""
+        names = [name for name in parameters if name not in self.named]
+        if self.zero_stage < 3:
+            return {name: parameters[name] for name in names}
+        found: dict[str, Any] = dict(self.model.named_parameters())
+        return Tensors({name: _shared(found[name], found[name].ds_tensor, self.topology) for name in names})
 
     def is_finite(self) -> bool:
         """Collective: whether every trained weight, of which each rank looks at its own part, is a finite number."""
@@ -215,16 +242,26 @@ class Engine:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""
         self.deepspeed.destroy()
 
-    def _full_value(self, parameter: nn.Parameter) -> torch.Tensor:
-        value = safe_get_full_fp32_param(parameter)
-        return (parameter if value is None else value).detach()
+    def _value(self, parameter: Any) -> Source:
+        if self.zero_stage == 3:
+            return _shared(parameter, self._local(safe_get_local_fp32_param(parameter)), self.topology)
 
-    def _full_moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        def gathered() -> torch.Tensor:
+            value = safe_get_full_fp32_param(parameter)
+            return _copied(parameter if value is None else value)
+
+        return Source(parameter.shape, gathered)
+
+    def _moment(self, parameter: Any, key: str) -> Source:
+        if self.zero_stage == 3:
+            return _shared(parameter, self._local(safe_get_local_optimizer_state(parameter, key)), self.topology)
         if self.zero_stage == 0:
-            return self._base.state[parameter][key].detach()
-        value = safe_get_full_optimizer_state(parameter, key)
-        assert value is not None
-        return value.detach()
+            return Source(parameter.shape, lambda: _copied(self._base.state[parameter][key]))
+        return Source(parameter.shape, lambda: _copied(safe_get_full_optimizer_state(parameter, key)))
+
+    def _local(self, part: torch.Tensor) -> torch.Tensor:
+        # DeepSpeed hands out what is offloaded on the device, where there may be no room for all of it.
+        return part.cpu() if self._offload else part
 
     def _create_moments(self) -> None:
         """Adam makes its state at its first step; making it now lets a state be loaded before."""
@@ -275,6 +312,16 @@ class Engine:
             safe_set_local_optimizer_state(parameter, padded.narrow(0, local * self.topology.rank, local), key)
 
 
+def _shared(parameter: Any, part: torch.Tensor, topology: Topology) -> Source:
+    """A tensor of which each rank holds a part, as ZeRO-3 cuts it: equally long, the last ones reach beyond the end."""
+    shape: torch.Size = parameter.ds_shape
+    return Source(shape, lambda: gather_parts(part.detach(), topology)[: shape.numel()].view(shape).float().cpu())
+
+
+def _copied(value: Any) -> torch.Tensor:
+    return value.detach().float().cpu().clone()
+
+
 def parameter_groups(model: CTRModule, trainable: tuple[Group, ...], weight_decay: float) -> list[dict[str, Any]]:
     """Adam's parameter groups: one per trained group and whether its matrices decay; vectors and scalars never do."""
     found: dict[str, list[nn.Parameter]] = {}
@@ -298,7 +345,7 @@ def group_key(model: CTRModule, name: str, parameter: nn.Parameter, trainable: t
 
 def deepspeed_config(spec: RunSpec, named: dict[str, nn.Parameter]) -> dict[str, Any]:
     """DeepSpeed's configuration; buckets are no larger than what is trained, because DeepSpeed allocates them whole."""
-    bucket = min(sum(p.numel() for p in named.values()), 200_000_000)
+    bucket = min(sum(getattr(p, "ds_numel", p.numel()) for p in named.values()), 200_000_000)
     bucket += -bucket % 512  # DeepSpeed wants a multiple of its alignment
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -311,12 +358,15 @@ def deepspeed_config(spec: RunSpec, named: dict[str, nn.Parameter]) -> dict[str,
             "overlap_comm": spec.runtime.device == "cuda",
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            **(offloaded(spec.train.zero_stage) if spec.train.offload else {}),
+            **(offloaded(spec.train.zero_stage, spec.runtime.device) if spec.train.offload else {}),
         },
     }
 
 
-def offloaded(zero_stage: int) -> dict[str, Any]:
-    """What DeepSpeed keeps in the host's memory: Adam's state, and whole weights only where they are sharded too."""
-    host = {"device": "cpu"}
+def offloaded(zero_stage: int, device: str) -> dict[str, Any]:
+    """What DeepSpeed keeps in the host's memory: Adam's state, and whole weights only where they are sharded too.
+
+    On CUDA it is pinned, so that copies go on beside the computation.
+    """
+    host = {"device": "cpu", "pin_memory": device == "cuda"}
     return {"offload_optimizer": host} | ({"offload_param": host} if zero_stage == 3 else {})

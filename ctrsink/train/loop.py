@@ -19,7 +19,6 @@ from ctrsink.errors import Diverged, InputError
 from ctrsink.evaluate.evaluator import evaluate_splits, predict
 from ctrsink.evaluate.tallies import measured
 from ctrsink.families.facts import Facts
-from ctrsink.families.parameters import load_parameters
 from ctrsink.families.protocol import Out
 from ctrsink.families.registry import family_of, source_of
 from ctrsink.features.mix64 import mix64
@@ -28,6 +27,7 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.stream.price import PLAIN
 from ctrsink.stream.stream import Step, TrainStream
 from ctrsink.train.balance import price_of
+from ctrsink.train.built import built
 from ctrsink.train.capacity import fitting
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, require_data
 from ctrsink.train.checkpoint.native import Shards, load_native, restore
@@ -43,6 +43,7 @@ from ctrsink.train.observe.telemetry import Pace, Telemetry, progress_line
 from ctrsink.train.progress import Progress
 from ctrsink.train.same_data import require_same_data
 from ctrsink.train.stages import StageController
+from ctrsink.train.tensors import joined
 
 log = logging.getLogger("ctrsink.train")
 LOOK_EVERY_S = 5.0  # for the announced loss of a node
@@ -92,6 +93,7 @@ class Trainer:
         Raises:
             RunError: a step failed; the message names rank, step, stage and shards.
         """
+        torch.backends.cuda.matmul.allow_tf32 = self.spec.train.tf32
         self._restore()
         self.progress.precision = precision_of(self.spec.train.precision, self.progress.precision, self.topology)
         stop_at = None if stop_after is None else self.controller.step + stop_after
@@ -260,18 +262,18 @@ class Trainer:
         if self.engine is not None and self.engine.trainable == stage.trainable:
             return self.engine
         if self.engine is not None:
-            state = self.engine.state(kept=stage.trainable)
-            self.progress.parameters |= state.parameters
+            state = self.engine.handed_on(stage.trainable)
+            self.progress.parameters = joined(self.progress.parameters, state.parameters)
             self.progress.state = state
             self.progress.tables = self.engine.tables.held()
             self.engine.destroy()
             self.engine = None  # or two models would be held at a time
             gc.collect()
-        model = self.family.build(self.spec.model, self.facts, self.spec.seed, self.progress.precision)
-        load_parameters(model, self.progress.parameters)
-        model.to(self.topology.device).train()
-        self.engine = Engine(model, self.spec, stage, self.topology, self.progress.state, self.progress.tables)
-        self.progress.state = self.progress.tables = None
+        progress = self.progress
+        model = built(self.spec, stage, self.facts, self.topology, progress.precision, progress.parameters)
+        self.engine = Engine(model, self.spec, stage, self.topology, progress.state, progress.tables)
+        progress.parameters = self.engine.left_alone(progress.parameters)
+        progress.state = progress.tables = None
         if self.shards is not None:
             load_native(self.engine, self.shards)
             self.shards = None
@@ -340,7 +342,7 @@ class Trainer:
             return Checkpoint(
                 step=self.controller.step,
                 position=self.progress.position,
-                parameters=self.progress.parameters | state.parameters,
+                parameters=joined(self.progress.parameters, state.parameters),
                 moments=state.moments,
                 steps=state.steps,
                 dataset=self.dataset.manifest.identity,

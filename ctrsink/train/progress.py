@@ -1,5 +1,6 @@
 """How far a run is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,8 @@ class Progress:
 
     position: int = 0
     """Of the stream: sequences consumed."""
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Values of everything trained so far, as of the last rebuild of the engine."""
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Values of everything trained so far that the present engine leaves as it is."""
     state: EngineState | None = None
     tables: dict[str, Share] | None = None
     """This rank's rows of sharded tables, for the next engine; None before the first."""

@@ -6,15 +6,17 @@ DeepSpeed's shards, of which only presence and size are looked at here. Sharded 
 (`tables.files`), of which each rank reads those with rows of its own.
 """
 
+import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load
 
 from ctrsink import kept, storage, strict_json
 from ctrsink.dist import Topology
@@ -22,7 +24,8 @@ from ctrsink.errors import InputError, RunError
 from ctrsink.run.listing import FOLDER, folder_of, list_checkpoints, step_of
 from ctrsink.tables.files import DamagedTable, read_tables
 from ctrsink.tables.shares import Share
-from ctrsink.train.checkpoint.tensor_file import to_safetensors
+from ctrsink.train.checkpoint.tensor_file import opened, to_safetensors
+from ctrsink.train.tensors import renamed
 
 PARAMETERS, MOMENTS, STATE = FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
 MARKER = "complete.json"
@@ -41,6 +44,15 @@ class DamagedCheckpoint(InputError):
     """A checkpoint's file is missing or is not what was written; an outage of the storage is not this."""
 
 
+@dataclass(frozen=True)
+class Here:
+    """A folder of this host with parameters and moments of a checkpoint."""
+
+    path: Path
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+    """Goes with the checkpoint, although what has opened its files may read on; None where it is the checkpoint's own folder."""
+
+
 @dataclass
 class Checkpoint:
     """State of a run after `step` optimiser steps."""
@@ -48,9 +60,9 @@ class Checkpoint:
     step: int
     position: int
     """Of the stream: sequences consumed since the run began."""
-    parameters: dict[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]
     """fp32 values of every parameter that any stage so far has trained."""
-    moments: dict[str, torch.Tensor]
+    moments: Mapping[str, torch.Tensor]
     steps: dict[str, int]
     """See EngineState."""
     dataset: str
@@ -69,6 +81,8 @@ class Checkpoint:
     """What the run trains in, which `train.precision: auto` leaves open; empty in a checkpoint from before there was that."""
     tables: dict[str, Share] = field(default_factory=dict)
     """One rank's rows of sharded tables, where a checkpoint is read by that rank; see `read_tables`."""
+    here: Here | None = None
+    """Where it was opened, for other processes of the host."""
 
     def under_present_names(self, earlier: Mapping[str, str]) -> "Checkpoint":
         """With parameters called what they are called now; `earlier` is `Family.earlier_names`.
@@ -81,11 +95,10 @@ class Checkpoint:
             before = next(filter(name.startswith, earlier), "")
             return earlier.get(before, "") + name.removeprefix(before)
 
-        parameters = {now(name): value for name, value in self.parameters.items()}
-        if self.native and parameters.keys() != self.parameters.keys():
+        if self.native and any(now(name) != name for name in self.parameters):
             where = f"the native checkpoint of step {self.step}"
             raise InputError(f"{where} was saved by an older ctrsink: finish the run with that one")
-        return replace(self, parameters=parameters, moments={now(name): value for name, value in self.moments.items()})
+        return replace(self, parameters=renamed(self.parameters, now), moments=renamed(self.moments, now))
 
 
 def save_checkpoint(run_dir: str, checkpoint: Checkpoint) -> str:
@@ -122,7 +135,7 @@ def write_marker(folder: str, entries: dict[str, dict[str, Any]]) -> None:
 
 def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
     if name == STATE:
-        names = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments", "tables")]
+        names = [f.name for f in fields(checkpoint) if f.name not in ("parameters", "moments", "tables", "here")]
         return strict_json.dumps(kept.stamped({name: getattr(checkpoint, name) for name in names})).encode()
     return to_safetensors(checkpoint.parameters if name == PARAMETERS else checkpoint.moments)
 
@@ -198,11 +211,12 @@ def require_data(run_dir: str, checkpoint: Checkpoint, datasets: tuple[str, ...]
         )
 
 
-def load_checkpoint(folder: str, reader: Topology | None = None) -> Checkpoint:
-    """Read a checkpoint and check it against its marker.
+def load_checkpoint(folder: str, reader: Topology | None = None, checked: Path | None = None) -> Checkpoint:
+    """Open a checkpoint and check it against its marker; its tensors are read when they are asked for.
 
     Args:
         reader: the rank whose rows of sharded tables are read; None: no tables are, their presence and size is looked at.
+        checked: where another process of this host has the checkpoint's large files, and has checked them; see `Checkpoint.here`.
 
     Raises:
         InputError: it is incomplete or altered, or of a newer version.
@@ -215,23 +229,44 @@ def load_checkpoint(folder: str, reader: Topology | None = None) -> Checkpoint:
             if found.get(name) != size:
                 what = f"{name} has another size" if name in found else f"{name} is missing"
                 raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {what}")
-    contents: dict[str, bytes] = {}
-    for name in FILES:
-        if name not in entries:
-            continue
-        content = _read(folder, name)
-        if (len(content), storage.sha256(content)) != entries[name]:
-            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its hash")
-        contents[name] = content
-    moments = load(contents[MOMENTS]) if MOMENTS in contents else {}
+    content = _read(folder, STATE)
+    if (len(content), storage.sha256(content)) != entries[STATE]:
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE} does not match its hash")
+    here = _fetch(folder, entries) if checked is None else Here(checked)
     try:
-        state = kept.opened(json.loads(contents[STATE]), storage.join(folder, STATE))
-        checkpoint = Checkpoint(parameters=load(contents[PARAMETERS]), moments=moments, **state)
-    except (ValueError, TypeError):
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE} is not what was written") from None
+        state = kept.opened(json.loads(content), storage.join(folder, STATE))
+        moments = opened(here.path / MOMENTS) if MOMENTS in entries else {}
+        checkpoint = Checkpoint(parameters=opened(here.path / PARAMETERS), moments=moments, here=here, **state)
+    except FileNotFoundError:
+        hint = "give every host its own name, and all processes of it one temporary folder"
+        raise InputError(f"{here.path}, which another process of this host has read, is not there: {hint}") from None
+    except (ValueError, TypeError, KeyError):
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: its files are not what was written") from None
     if reader is not None:
         checkpoint.tables = _tables(folder, entries, reader)
     return checkpoint
+
+
+def _fetch(folder: str, entries: dict[str, tuple[int, str]]) -> "Here":
+    """The large files of a checkpoint as files of this host that match their hashes; nothing is held of them."""
+    here = Here(storage.local_path(folder)) if not storage.is_remote(folder) else None
+    if here is None:
+        temporary = tempfile.TemporaryDirectory(prefix="ctrsink-checkpoint-")
+        here = Here(Path(temporary.name), temporary)
+    for name in (PARAMETERS, MOMENTS):
+        if name not in entries:
+            continue
+        path = here.path / name
+        try:
+            if here.temporary is not None:
+                storage.download(storage.join(folder, name), path)
+            with path.open("rb") as file:
+                found = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"the checkpoint {folder} is incomplete: {name} is missing") from None
+        if found != entries[name]:
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its hash")
+    return here
 
 
 def _tables(folder: str, entries: dict[str, tuple[int, str]], reader: Topology) -> dict[str, Share]:

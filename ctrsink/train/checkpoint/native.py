@@ -35,11 +35,12 @@ from ctrsink.train.checkpoint.checkpoint import (
     find_checkpoint,
     folder_of,
     latest_checkpoint,
+    load_checkpoint,
     read_marker,
 )
 from ctrsink.train.checkpoint.shared import Entries, agree, gather, save_shared, write_tables
-from ctrsink.train.deepspeed_import import safe_get_full_fp32_param
 from ctrsink.train.engine import Engine, EngineState
+from ctrsink.train.tensors import in_memory, joined, shapes_of
 
 log = logging.getLogger("ctrsink.train")
 T = TypeVar("T")
@@ -72,7 +73,10 @@ def save_native(engine: Engine, run_dir: str, checkpoint: Checkpoint, before: Ca
     """
     topology = engine.topology
     native = {"world": topology.world, "zero_stage": engine.zero_stage}
-    whole = replace(checkpoint, parameters=checkpoint.parameters | _trained(engine), native=native)
+    trained = engine.given_state(()).parameters  # under ZeRO 1 and 2 each rank has room for them
+    if engine.zero_stage < 3:
+        trained = in_memory(trained, topology.is_first)
+    whole = replace(checkpoint, parameters=joined(checkpoint.parameters, trained), native=native)
 
     def write(folder: str) -> Entries:
         return _write_shards(engine, storage.join(folder, SHARDS)) | write_tables(engine.tables.all, folder)
@@ -96,7 +100,7 @@ def restore(run_dir: str, zero_stage: int, topology: Topology) -> tuple[Checkpoi
         step = int(all_sum([newest.step if newest else 0], topology)[0])
         if step == 0:
             return None
-        checkpoint, damage = _by_all(lambda: newest or find_checkpoint(run_dir, step, topology), topology)  # noqa: B023
+        checkpoint, damage = _opened(run_dir, step, newest, topology)
         if checkpoint is not None and damage is None and not checkpoint.native:
             return checkpoint, None
         if checkpoint is not None and damage is None:
@@ -107,6 +111,21 @@ def restore(run_dir: str, zero_stage: int, topology: Topology) -> tuple[Checkpoi
         if topology.is_first:
             log.warning("%s; looking for one before it", damage)
         before = step
+
+
+def _opened(run_dir: str, step: int, newest: Checkpoint | None, topology: Topology) -> tuple[Checkpoint | None, str | None]:
+    """Collective: the checkpoint, which one rank of each host fetches and checks, and the first damage that any rank found."""
+    hosts = gather(socket.gethostname(), topology)
+    leader = hosts.index(hosts[topology.rank])
+    leads = leader == topology.rank
+    own, damage = _by_all(lambda: (newest or find_checkpoint(run_dir, step, topology)) if leads else None, topology)
+    if damage is not None:
+        return None, damage
+    places = gather(own.here.path if own is not None and own.here is not None else None, topology)
+    found = _by_all(lambda: own or load_checkpoint(folder_of(run_dir, step), topology, places[leader]), topology)
+    if own is not None and own.here is not None and own.here.temporary is not None:
+        own.here.temporary.cleanup()  # all have opened it
+    return found
 
 
 def _by_all(read: Callable[[], T], topology: Topology) -> tuple[T | None, str | None]:
@@ -158,7 +177,7 @@ def load_native(engine: Engine, shards: Shards) -> None:
     # Without this, a rank that cannot see the files would take all moments for missing, and start with fresh ones.
     hidden = None if here.is_dir() else RunError(f"{here} is not there: give every host its own name and one temporary folder")
     agree(hidden, "does not see the converted shards", topology)
-    moments: Any = _Moments(here / "zero", {name: p.shape for name, p in checkpoint.parameters.items()})
+    moments: Any = _Moments(here / "zero", shapes_of(checkpoint.parameters))
     engine.load(EngineState({}, moments, checkpoint.steps))
     gather(None, topology)  # every rank of the host has read
     shards.temporary.cleanup()
@@ -183,16 +202,6 @@ class _Moments(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _trained(engine: Engine) -> dict[str, torch.Tensor]:
-    """Collective: fp32 values of what the engine trains, on the first rank; empty on the others."""
-    found = {}
-    for name, parameter in engine.named.items():
-        value = safe_get_full_fp32_param(parameter)
-        if engine.topology.is_first:
-            found[name] = (parameter if value is None else value).detach().float().cpu().clone()
-    return found
 
 
 def _write_shards(engine: Engine, uri: str) -> Entries:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
@@ -14,8 +15,13 @@ from ctrsink.train.checkpoint.retention import Keeper
 from ctrsink.train.checkpoint.shared import save_shared, write_tables
 from ctrsink.train.checkpoint.writer import TOLERATED, CheckpointWriter
 from ctrsink.train.engine import Engine, EngineState
+from ctrsink.train.tensors import Tensors, in_memory
 
 log = logging.getLogger("ctrsink.train")
+
+
+AT_ONCE = 2**30
+"""Bytes of a checkpoint under ZeRO-3 that the first rank gathers to its memory, to write them while training goes on."""
 
 
 class Saver:
@@ -37,7 +43,8 @@ class Saver:
     def save(self, engine: Engine, make: Callable[[EngineState], Checkpoint], metrics: "Future[None] | None") -> None:
         """Collective. Training is blocked while the state is gathered, and while the save before is still going on.
 
-        Shards of DeepSpeed and of tables are written meanwhile, too: a copy of them to write later may not fit into memory.
+        Shards of DeepSpeed and of tables are written meanwhile, too, and what is large under ZeRO-3, tensor by tensor: a copy of
+        it to write later may not fit into memory.
 
         Args:
             make: the checkpoint of an engine's state.
@@ -48,9 +55,11 @@ class Saver:
             RunError, InputError: the checkpoint, or too many before it, could not be written.
         """
         began = time.monotonic()
-        state = EngineState({}, {}, engine.steps()) if self._native(engine) else engine.state(self._topology.is_first)
-        checkpoint = make(state)
-        if self._native(engine) or engine.tables.all:
+        checkpoint = make(self._state(engine))
+        if isinstance(checkpoint.parameters, Tensors) and not self._native(engine) and checkpoint_bytes(checkpoint) <= AT_ONCE:
+            parameters, moments = (in_memory(of, self._topology.is_first) for of in (checkpoint.parameters, checkpoint.moments))
+            checkpoint = replace(checkpoint, parameters=parameters, moments=moments)
+        if self._native(engine) or engine.tables.all or isinstance(checkpoint.parameters, Tensors):
             self._save_by_all(engine, checkpoint, metrics)
         elif self._writer is not None:
             self._writer.save(checkpoint, metrics.result if metrics is not None else None)
@@ -84,6 +93,11 @@ class Saver:
         found = {"checkpoint_s": self._blocked, "save_s": self._writer.seconds if self._writer is not None else None}
         return {key: value for key, value in found.items() if value is not None}
 
+    def _state(self, engine: Engine) -> EngineState:
+        if self._native(engine):
+            return EngineState({}, {}, engine.steps())
+        return engine.given_state() if engine.zero_stage == 3 else engine.state(self._topology.is_first)
+
     def _native(self, engine: Engine) -> bool:
         return self._spec.train.checkpoint_format == "native" and bool(set(engine.trainable) & set(engine.model.large))
 
@@ -110,3 +124,8 @@ class Saver:
             return
         if topology.is_first:
             self._keeper.apply(checkpoint.step)
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> int:
+    """Of its parameters and moments; the same on all ranks."""
+    return sum(of.bytes for of in (checkpoint.parameters, checkpoint.moments) if isinstance(of, Tensors))
