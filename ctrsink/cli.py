@@ -252,6 +252,12 @@ def _study(args: argparse.Namespace) -> dict[str, Any]:
     return {key: found[key] for key in ("folder", "files")}
 
 
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.studies.report import write_report
+
+    return write_report(args.folder, args.to, args.split, args.sequences)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "ctrsink", description="Fine-tune decoder language models for CTR prediction with sink tokens."
@@ -320,6 +326,14 @@ def _parser() -> argparse.ArgumentParser:
     looked.add_argument("--split", choices=["train", "valid", "test"], default="valid")
     looked.add_argument("--sequences", type=_count, default=64, metavar="N", help="size of the sample (default: 64)")
 
+    report = _verb(verbs, "report", _report, "write one page of a run or a study: a file that shows all and loads nothing")
+    report.add_argument("folder", metavar="RUN|STUDY", help="folder of a run, or of a study")
+    report.add_argument("--to", required=True, metavar="FILE", help="of the page, HTML; local or s3://")
+    report.add_argument("--split", choices=["train", "valid", "test"], help="default: a study's own, else test")
+    report.add_argument(
+        "--sequences", type=_count_or_none, default=64, metavar="N", help="sample of the look into a run (default: 64); 0: no look"
+    )
+
     export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     export.add_argument("--to", required=True, metavar="URI")
@@ -370,6 +384,10 @@ def _configured(parser: argparse.ArgumentParser) -> None:
 
 def _step(text: str) -> int | str:
     return text if text == "best" else _count(text)
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _count(text: str) -> int:

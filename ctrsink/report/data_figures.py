@@ -15,13 +15,7 @@ POINTS = 120
 
 def draw_data(found: Inspection, to: str) -> list[str]:
     """Draw each figure as a PNG file into the local folder `to`; returns the files; see draw_figures for what is raised."""
-    drawings = {
-        "history_lengths": _history_lengths,
-        "over_time": _over_time,
-        "popularity": _popularity,
-        "item_tokens": _item_tokens,
-    }
-    return draw_figures({name: partial(draw, found=found) for name, draw in drawings.items()}, to)
+    return draw_figures({name: partial(draw, found=found) for name, draw in DRAWINGS.items()}, to)
 
 
 def _history_lengths(figure: Any, found: Inspection) -> None:
@@ -116,3 +110,7 @@ def _item_tokens(figure: Any, found: Inspection) -> None:
 
 def _percent(value: float, _: int) -> str:
     return f"{value:.0%}"
+
+
+DRAWINGS = {"history_lengths": _history_lengths, "over_time": _over_time, "popularity": _popularity, "item_tokens": _item_tokens}
+"""By name, what fills a figure with what was found."""
