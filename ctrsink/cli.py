@@ -331,7 +331,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--to", required=True, metavar="FILE", help="of the page, HTML; local or s3://")
     report.add_argument("--split", choices=["train", "valid", "test"], help="default: a study's own, else test")
     report.add_argument(
-        "--sequences", type=_count_or_none, default=64, metavar="N", help="sample of the look into a run (default: 64); 0: no look"
+        "--sequences",
+        type=_count_or_none,
+        default=64,
+        metavar="N",
+        help="sample of the look into a run (default: 64); 0: no look",
     )
 
     export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")

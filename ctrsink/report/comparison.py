@@ -107,6 +107,7 @@ def metric_panel(axes: Any, found: dict[str, Any], metric: str) -> None:
         axes.plot(own["runs"], np.full(len(own["runs"]), row + 0.22), "|", color=ORANGE, markersize=7)
     axes.axvline(found["variants"][found["baseline"]]["metrics"][metric]["mean"], color="grey", linewidth=0.8, linestyle="--")
     axes.set_yticks(np.arange(len(names)), names)
+    axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=TITLES[metric], ylim=(len(names) - 0.4, -0.6))
 
 
@@ -143,4 +144,5 @@ def slice_panel(axes: Any, found: dict[str, Any], title: str) -> None:
     if others:
         axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
     axes.set_yticks(np.arange(len(groups)), [f"{name} ({group['impressions']:,})" for name, group in groups.items()], fontsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=f"AUC less that of {found['baseline']}" if others else "AUC", ylim=(len(groups) - 0.5, -0.5))

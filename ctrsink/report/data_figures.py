@@ -61,12 +61,17 @@ def _over_time(figure: Any, found: Inspection) -> None:
     below.yaxis.set_major_formatter(_percent)
     below.xaxis.set_major_formatter(ConciseDateFormatter(below.xaxis.get_major_locator()))
     times, last = found.manifest.split_times, found.manifest.parts[-1].last_time
-    for name, time in (("valid", times.train_end), ("test", times.valid_end)):
+    for number, (name, time) in enumerate((("valid", times.train_end), ("test", times.valid_end))):
         if time > last:
             continue  # that split is empty
         for axes in (above, below):
             axes.axvline(datetime.fromtimestamp(time, UTC), color=ORANGE, linewidth=1.2, linestyle="--")
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (4, -2), "va": "top"}
+        place = {
+            "xycoords": ("data", "axes fraction"),
+            "textcoords": "offset points",
+            "xytext": (4, -2 - 11 * number),
+            "va": "top",
+        }
         below.annotate(f"{name} →", (datetime.fromtimestamp(time, UTC), 1), color=ORANGE, **place)
 
 

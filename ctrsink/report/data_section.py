@@ -36,11 +36,18 @@ def data_section(uri: str, trained_on: tuple[str, ...]) -> Section:
         for name, own in manifest.splits.items()
     ]
     parts.append(Table(("split", "impressions", "positive", "rate"), splits))
-    counts = {"chronologies": manifest.users, "events": manifest.events, "items": manifest.item_count, "shards": len(manifest.shards)}
+    counts = {
+        "chronologies": manifest.users,
+        "events": manifest.events,
+        "items": manifest.item_count,
+        "shards": len(manifest.shards),
+    }
     if manifest.events > MOST_EVENTS:
         parts.append(Table(("", ""), [(name, f"{count:,}") for name, count in counts.items()]))
         more = f"draw them with `ctrsink data inspect {uri} --figures DIR`"
-        parts.append(Note(f"Its figures are left out, because more than {MOST_EVENTS:,} events would be read: {more}.", missing=True))
+        parts.append(
+            Note(f"Its figures are left out, because more than {MOST_EVENTS:,} events would be read: {more}.", missing=True)
+        )
         return Section("Data", parts, uri)
     found = inspect(uri)
     summary = summarise(found)
@@ -52,10 +59,19 @@ def data_section(uri: str, trained_on: tuple[str, ...]) -> Section:
     ]
     parts.append(Table(("", ""), told))
     parts += [Figure(_CAPTIONS[name], partial(draw, found=found), (NARROW[0], _height(name))) for name, draw in DRAWINGS.items()]
-    names = {"behaviours_before_target": "behaviours before a target", "item_tokens": "tokens of an item", "events_of_item": "events of an item"}
+    names = {
+        "behaviours_before_target": "behaviours before a target",
+        "item_tokens": "tokens of an item",
+        "events_of_item": "events of an item",
+    }
     rows: list[dict[str, Any]] = [summary["distributions"][key] for key in names]
     columns = list(rows[0])
-    parts.append(Table(("", *columns), [(name, *[f"{row[c]:,}" for c in columns]) for name, row in zip(names.values(), rows, strict=True) if row]))
+    parts.append(
+        Table(
+            ("", *columns),
+            [(name, *[f"{row[c]:,}" for c in columns]) for name, row in zip(names.values(), rows, strict=True) if row],
+        )
+    )
     return Section("Data", parts, uri)
 
 

@@ -10,12 +10,13 @@ from ctrsink.errors import InputError
 
 BLUE, ORANGE = "#1f5fa8", "#c8641b"
 COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8a4fa3", "#8c8c8c", "#b03a48", "#2b9aa8", "#a68a2c")
-INK, GRID = "#000000", "#e4e6ea"  # INK is matplotlib's own
+INK, GRID, PAGE = "#000000", "#e4e6ea", "#ffffff"  # INK is matplotlib's own
 _ON_DARK = ("#6ea8ef", "#f0985a", "#6cc48d", "#c490dc", "#b4b4b4", "#ec7b88", "#5fc6d3", "#d3b95c")
 THEME = {
     **{f"c{number}": colours for number, colours in enumerate(zip(COLOURS, _ON_DARK, strict=True))},
     "ink": (INK, "#e6e8eb"),
     "grid": (GRID, "#353b43"),
+    "page": (PAGE, "#14171b"),
 }
 """Colours of figures in a page, by the name of its CSS variable: on white, on dark."""
 SIZE = (8.0, 4.8)
@@ -42,7 +43,7 @@ def draw_figures(drawings: Mapping[str, Callable[[Any], None]], to: str) -> list
 
 
 def as_svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, label: str) -> str:
-    """The figure that `draw` fills, as an `<svg>` element for a page that defines THEME as CSS variables; the same call, the same bytes.
+    """The figure that `draw` fills, as an `<svg>` element for a page that has THEME as CSS variables; the same call, the same bytes.
 
     Text stays text, in the page's font; nothing is loaded from elsewhere.
 
@@ -57,7 +58,7 @@ def as_svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, la
     _require_matplotlib()
     from matplotlib import rc_context
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "axes.titlesize": 10, "axes.labelsize": 9}):
         out = io.StringIO()
         _drawn(draw, size).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()

@@ -27,7 +27,8 @@ def environment_section() -> Section:
 
 def written() -> str:
     """When a page is written, and by what; for its foot."""
-    return f"Written {datetime.now(UTC):%d %B %Y, %H:%M} UTC by ctrsink {__version__}. Nothing in this page is loaded from elsewhere."
+    now = datetime.now(UTC)
+    return f"Written {now:%d %B %Y, %H:%M} UTC by ctrsink {__version__}. Nothing in this page is loaded from elsewhere."
 
 
 def _processor() -> str:

@@ -47,7 +47,13 @@ def losses(axes: Any, runs: dict[str, Rows], key: str = "loss") -> None:
         told = [row for row in rows if row.get(key) is not None]
         marker = "o" if len(told) < 30 else None
         axes.plot(
-            [r["position"] for r in told], [r[key] for r in told], label=label, color=colour, linewidth=1.6, marker=marker, markersize=3
+            [r["position"] for r in told],
+            [r[key] for r in told],
+            label=label,
+            color=colour,
+            linewidth=1.6,
+            marker=marker,
+            markersize=3,
         )
         for before, after in pairwise(rows):
             if before["stage"] != after["stage"]:

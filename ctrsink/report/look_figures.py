@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink.report.drawing import BLUE, ORANGE
+from ctrsink.report.drawing import BLUE, INK, ORANGE, PAGE
 
 
 def attention_map(figure: Any, layers: dict[str, list[float]], most: float) -> None:
@@ -23,7 +23,7 @@ def attention_map(figure: Any, layers: dict[str, list[float]], most: float) -> N
     axes.pcolormesh(shares, cmap=colours, vmin=0, vmax=most, edgecolor="none")
     if shares.size <= 64:
         for (layer, head), share in np.ndenumerate(shares):
-            colour = "white" if share > 0.55 * most else ORANGE
+            colour = PAGE if share > 0.65 * most else INK
             axes.text(head + 0.5, layer + 0.5, f"{share:.0%}", ha="center", va="center", fontsize=9, color=colour)
     step = 1 + (len(shares) - 1) // 16
     axes.set_yticks(np.arange(0, len(shares), step) + 0.5, [name.removeprefix("layer") for name in layers][::step])

@@ -7,6 +7,7 @@ from ctrsink.report.look_figures import attention_by_layer, attention_map, worth
 from ctrsink.report.page import NARROW, Figure, Note, Part, Section, Table
 
 ATTENTION, SIGNALS = "Attention to sinks", "Signals"
+_SHORT = {"untrained": "before", "trained": "after", "without_bias": "biases at 0"}
 _CALLED = {"untrained": "before training", "trained": "after training", "without_bias": "after training, biases set to 0"}
 
 
@@ -26,17 +27,21 @@ def _attention(found: dict[str, dict[str, list[float]]] | None, sample: str) -> 
         return Section(ATTENTION, [Note(f"{sample} No target has a history, so nobody looks back.", missing=True)])
     heads, layers = max(len(own) for own in found["trained"].values()), len(found["trained"])
     size = (NARROW[0], min(8.0, 1.1 + 0.32 * layers))
-    parts: list[Part] = [Figure("Mean over heads (line) and every head (points), by layer.", partial(attention_by_layer, found=found))]
+    parts: list[Part] = [
+        Figure("Mean over heads (line) and every head (points), by layer.", partial(attention_by_layer, found=found))
+    ]
     parts += [
         Figure(f"By layer and head, {_CALLED[name]}; the full colour is {max(shares):.0%}.",
                partial(attention_map, layers=own, most=max(shares)), size)
         for name, own in found.items()
     ]  # fmt: skip
     rows = [
-        (layer, *[f"{sum(found[name][layer]) / len(found[name][layer]):.1%}" for name in found]) for layer in found["trained"]
+        (layer.removeprefix("layer"), *[f"{sum(found[name][layer]) / len(found[name][layer]):.1%}" for name in found])
+        for layer in found["trained"]
     ]
-    parts.append(Table(("mean over heads", *[_CALLED[name] for name in found]), rows))
-    lead = f"Of the attention that a target pays to its history, the share that goes to sinks ({layers} layers, {heads} heads). {sample}"
+    parts.append(Table(("layer", *[_SHORT[name] for name in found]), rows, caption="Mean over heads"))
+    what = f"the share that goes to sinks ({layers} layers, {heads} heads)"
+    lead = f"Of the attention that a target pays to its history, {what}. {sample}"
     return Section(ATTENTION, parts, lead)
 
 
@@ -50,7 +55,8 @@ def _signals(found: dict[str, dict[str, float]], sample: str) -> Section:
         SIGNALS,
         [
             Figure("AUC lost where a signal is set to its mean.", partial(worth_of_signals, signals=found), size),
+            Note(sample),
             Table(("signal", "AUC lost", "log loss gained"), rows),
         ],
-        f"What each number that targets are told is worth to this model, without training anew; what is small may be chance. {sample}",
+        f"What each number that targets are told is worth to this model, without training anew; what is small may be chance.",
     )

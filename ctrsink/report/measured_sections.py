@@ -10,7 +10,7 @@ import numpy as np
 from ctrsink.report.comparison import HOW_METRICS_ARE_DRAWN, TITLES, metric_panel, slice_height, slice_panel
 from ctrsink.report.figures import calibration
 from ctrsink.report.page import NARROW, Figure, Note, Part, Section, Table
-from ctrsink.report.run_sections import METRICS_LEAD, number
+from ctrsink.report.run_sections import METRICS_LEAD, interval, number
 
 Predictions = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Labels and probabilities, each [N], by what they are called."""
@@ -45,7 +45,13 @@ def slices_section(found: dict[str, Any]) -> Section:
     parts: list[Part] = []
     for title in found["slices"]:
         size = (NARROW[0], slice_height(found, title))
-        parts.append(Figure(SLICES.get(title, title), partial(_slice, found=found, title=title, named=len(others) > 1), size))
+        parts.append(
+            Figure(
+                SLICES[title] if title in SLICES else title,
+                partial(_slice, found=found, title=title, named=len(others) > 1),
+                size,
+            )
+        )
     for title, groups in found["slices"].items():
         rows = []
         for name, group in groups.items():
@@ -55,8 +61,12 @@ def slices_section(found: dict[str, Any]) -> Section:
             cells = [_with_interval(base), *[_with_interval(each, "+") for each in apart]]
             rows.append((name, f"{group['impressions']:,}", f"{group['users']:,}", *cells))
         rest = [f"{other} less {found['baseline']}" for other in others]
-        parts.append(Table((title, "impressions", "users", f"AUC of {found['baseline']}", *rest), rows))
-    return Section("Slices", parts, f"On {found['split']}; bars are intervals of 95 % by users, in brackets the number of impressions.")
+        parts.append(
+            Table((title, "impressions", "users", f"AUC of {found['baseline']}", *rest), rows, folded=f"By {title}, in numbers")
+        )
+    return Section(
+        "Slices", parts, f"On {found['split']}; bars are intervals of 95 % by users, in brackets the number of impressions."
+    )
 
 
 def _slice(figure: Any, found: dict[str, Any], title: str, named: bool) -> None:
@@ -86,10 +96,10 @@ def comparison_section(found: dict[str, Any]) -> Section:
     parts.append(Table(("trained on", "seeds", "impressions", "steps", "seconds", "TFLOP"), trained))
     if found["equal_budget"] is not True:
         told = "differ" if found["equal_budget"] is False else "are not known of every run"
-        parts.append(Note(f"The budgets {told}: variants may have trained on unequally many impressions.", missing=True))
+        parts.append(Note(f"The budgets {told}: variants perhaps trained on unequally many impressions.", missing=True))
     lead = (
-        f"{found['split']}: {found['impressions']:,} impressions of {found['users']:,} users. A difference whose interval holds 0 is "
-        f"not shown to be one. {METRICS_LEAD} By seeds: Student's t."
+        f"{found['split']}: {found['impressions']:,} impressions of {found['users']:,} users. A difference whose interval "
+        f"holds 0 is not shown to be one. {METRICS_LEAD} By seeds: Student's t."
     )
     return Section("Comparison", parts, lead)
 
@@ -106,15 +116,11 @@ def _metric(figure: Any, found: dict[str, Any], metric: str) -> None:
 
 
 def _both(found: dict[str, Any], sign: str = "") -> tuple[str, str]:
-    return _range(found["by_users"], sign), _range(found["by_seeds"], sign)
-
-
-def _range(interval: tuple[float, float] | None, sign: str) -> str:
-    return "-" if interval is None else f"{interval[0]:{sign}.4f} to {interval[1]:{sign}.4f}"
+    return interval(found["by_users"], sign), interval(found["by_seeds"], sign)
 
 
 def _with_interval(found: dict[str, Any], sign: str = "") -> str:
     if math.isnan(found["mean"]):
         return "-"
     told = f"{found['mean']:{sign}.4f}"
-    return told if found["by_users"] is None else f"{told} ({_range(found['by_users'], sign)})"
+    return told if found["by_users"] is None else f"{told} ({interval(found['by_users'], sign)})"

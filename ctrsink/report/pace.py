@@ -75,7 +75,9 @@ def draw_rate(figure: Any, rows: Rows, key: str) -> None:
     """One of RATES over the steps."""
     axes = figure.subplots()
     told = [row for row in rows if row.get(key) is not None]
-    axes.plot([row["step"] for row in told], [row[key] for row in told], color=COLOURS[0], marker="o", markersize=3, linewidth=1.4)
+    axes.plot(
+        [row["step"] for row in told], [row[key] for row in told], color=COLOURS[0], marker="o", markersize=3, linewidth=1.4
+    )
     axes.set(xlabel="optimiser step", ylabel=RATES[key], ylim=(0, None))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")

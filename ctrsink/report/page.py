@@ -22,6 +22,8 @@ class Table:
     caption: str = ""
     left: int = 1
     """Columns that are text."""
+    folded: str = ""
+    """Folded away behind these words; empty: it is shown."""
 
 
 @dataclass(frozen=True)

@@ -33,31 +33,21 @@ def metrics_section(evaluations: Evaluations, comparisons: Mapping[str, dict[str
         comparisons: what `ctrsink.studies.compare` found of the run alone, by split: the intervals.
         missing: why a split, or its intervals, are not there, by split.
     """
-    rows = []
-    for key, name in METRICS.items():
-        cells = []
-        for split, found in evaluations.items():
-            cells.append(number(found.get(key)))
-            if split in comparisons:
-                (variant,) = comparisons[split]["variants"].values()
-                between = variant["metrics"].get(key, {}).get("by_users")
-                cells.append("" if between is None else f"{between[0]:.4f} to {between[1]:.4f}")
-        rows.append((name, *cells))
     parts: list[Part] = []
-    if evaluations:
-        rows.append(("impressions", *[c for s, f in evaluations.items() for c in _count(f, s in comparisons)]))
-        head = ["", *[cell for split in evaluations for cell in ((split, "by users") if split in comparisons else (split,))]]
-        parts.append(Table(head, rows))
+    for split, found in evaluations.items():
+        between: dict[str, Any] = {}
+        if split in comparisons:
+            (variant,) = comparisons[split]["variants"].values()
+            between = {key: own["by_users"] for key, own in variant["metrics"].items()}
+        rows = [(name, number(found.get(key)), interval(between.get(key), missing="")) for key, name in METRICS.items()]
+        counts = [("impressions", "impressions"), ("users", "users with both classes")]
+        rows += [(name, f"{found[key]:,.0f}", "") for key, name in counts if found.get(key) is not None]
+        parts.append(Table(("", split, "by users"), rows))
     for split, found in evaluations.items():
         if (told := no_better_than_the_mean({"normalised_entropy": found.get("normalised_entropy")})) is not None:
             parts.append(Note(f"On {split} the model is {told}.", missing=True))
     parts += [Note(why, missing=True) for why in missing.values()]
     return Section("Metrics", parts, METRICS_LEAD)
-
-
-def _count(found: Mapping[str, float | None], between: bool) -> tuple[str, ...]:
-    count = found.get("impressions")
-    return ("-" if count is None else f"{count:,.0f}", *([""] * between))
 
 
 def training_section(spec: RunSpec, rows: Rows) -> Section:
@@ -123,7 +113,9 @@ def pace_section(rows: Rows, result: dict[str, Any]) -> Section:
     told += [(names[key], f"{value:.2f}") for key, value in most_memory(rows).items()]
     parts.append(Table(("mean over time", ""), told))
     if "mfu" not in rates:
-        parts.append(Note("There is no share of the device's peak (MFU): it is not known of this device; runtime.peak_tflops names it."))
+        parts.append(
+            Note("There is no share of the device's peak (MFU): it is not known of this device; runtime.peak_tflops names it.")
+        )
     return Section("Throughput and time", parts, "Evaluation after training is not part of it.")
 
 
@@ -140,3 +132,8 @@ def without_secrets(text: str) -> str:
 def number(value: float | None) -> str:
     """Four decimals, or a dash where there is no number."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def interval(found: tuple[float, float] | None, sign: str = "", missing: str = "-") -> str:
+    """From where to where."""
+    return missing if found is None else f"{found[0]:{sign}.4f} to {found[1]:{sign}.4f}"

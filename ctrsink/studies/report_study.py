@@ -11,8 +11,8 @@ from ctrsink.report.data_section import data_section
 from ctrsink.report.environment import environment_section, written
 from ctrsink.report.figures import Rows, losses
 from ctrsink.report.measured_sections import comparison_section, reliability_section, slices_section
-from ctrsink.report.page import NARROW, WIDE, Figure, Listing, Note, Page, Part, Section, Table
 from ctrsink.report.pace import draw_time, mean_rates, most_memory, time_spent
+from ctrsink.report.page import WIDE, Figure, Listing, Note, Page, Part, Section, Table
 from ctrsink.report.run_sections import configuration_section, without_secrets
 from ctrsink.run.folder import claimed_data, flatten
 from ctrsink.studies.compare import compare
@@ -40,15 +40,15 @@ def runs_below(folder: str) -> list[str]:
 def study_page(folder: str, runs: list[str], split: str | None) -> Page:
     """The page of the runs in a study's folder; see `write_report`."""
     study = _study(folder)
-    split = split or study.get("split") or "test"
+    on: str = split or study.get("split") or "test"
     measured: list[Measured] = []
     missing: dict[str, str] = {}
     for run in runs:
         try:
-            measured.append(read_measured(run, split))
+            measured.append(read_measured(run, on))
         except InputError as error:
             missing[run] = str(error)
-    order = {name: place for place, name in enumerate(study.get("variants") or ())}
+    order: dict[str, int] = {name: place for place, name in enumerate(study.get("variants") or ())}
     measured.sort(key=lambda run: order.get(run.name, len(order)))
     left_out = [Note(why, missing=True) for why in missing.values()]
     if not measured:
@@ -56,7 +56,7 @@ def study_page(folder: str, runs: list[str], split: str | None) -> Page:
     else:
         baseline = next((run.folder for run in measured if run.name == study.get("baseline")), None)
         try:
-            found = compare([run.folder for run in measured], split, baseline)
+            found = compare([run.folder for run in measured], on, baseline)
             comparison, slices = comparison_section(found), slices_section(found)
             comparison = Section(comparison.title, [*left_out, *comparison.parts], comparison.lead)
             cards = _cards(found)
@@ -80,7 +80,7 @@ def study_page(folder: str, runs: list[str], split: str | None) -> Page:
                 {name: (run.impressions.labels, run.probabilities) for name, run in firsts.items()},
                 {} if firsts else missing,
             ),
-            _pace(runs, firsts),
+            _pace(folder, runs, firsts),
             *[section if len(data) == 1 else Section(f"Data {number + 1}", section.parts, section.lead)
               for number, section in enumerate(data)],
             _configurations(trained, study),
@@ -136,15 +136,19 @@ def _training(firsts: dict[str, Measured]) -> Section:
     told = {name: rows for name, rows in told.items() if rows}
     if not told:
         return Section("Loss by stage", [Note("No run that was measured has rows in its metrics.jsonl.", missing=True)])
-    figures: list[Part] = [Figure(f"{name}: log loss of the training batch.", partial(_loss, name=name, rows=rows)) for name, rows in told.items()]
-    return Section("Loss by stage", figures, "Of the first seed of each variant, in the stages that learn clicks; a point is one batch.")
+    figures: list[Part] = [
+        Figure(f"{name}: log loss of the training batch.", partial(_loss, name=name, rows=rows)) for name, rows in told.items()
+    ]
+    return Section(
+        "Loss by stage", figures, "Of the first seed of each variant, in the stages that learn clicks; a point is one batch."
+    )
 
 
 def _loss(figure: Any, name: str, rows: Rows) -> None:
     losses(figure.subplots(), {name: rows})
 
 
-def _pace(runs: list[str], firsts: dict[str, Measured]) -> Section:
+def _pace(folder: str, runs: list[str], firsts: dict[str, Measured]) -> Section:
     rows: list[tuple[str, ...]] = []
     for run in runs:
         result, own = result_of(run), read_metrics(run)
@@ -155,13 +159,15 @@ def _pace(runs: list[str], firsts: dict[str, Measured]) -> Section:
         speed = [f"{rates[key]:,.0f}" if key in rates else "-" for key in ("impressions_per_s", "tokens_per_s")]
         seconds = result.get("seconds")
         most = f"{memory['memory_gib']:.2f}" if "memory_gib" in memory else "-"
-        rows.append(("/".join(run.split("/")[-2:]), state, *speed, wait, "-" if seconds is None else f"{seconds:,.0f}", most))
+        rows.append((run.removeprefix(f"{folder}/"), state, *speed, wait, "-" if seconds is None else f"{seconds:,.0f}", most))
     spent = {name: time_spent(read_metrics(run.folder), run.result) for name, run in firsts.items()}
     spent = {name: own for name, own in spent.items() if own}
     parts: list[Part] = []
     if spent:
         size = (WIDE[0], 1.3 + 0.34 * len(spent))
-        parts.append(Figure("Where the time of training went, first seed of each.", partial(draw_time, runs=list(spent.items())), size))
+        parts.append(
+            Figure("Where the time of training went, first seed of each.", partial(draw_time, runs=list(spent.items())), size)
+        )
     parts.append(Table(("run", "state", "impressions/s", "tokens/s", "waiting for data", "seconds", "GiB"), rows, left=2))
     return Section("Throughput and time", parts, "GiB: of the process with most.")
 
@@ -170,7 +176,9 @@ def _configurations(runs: list[Measured], study: dict[str, Any]) -> Section:
     """The first run's configuration, and on which keys the variants differ."""
     if not runs:
         return Section("Configuration", [Note("No run was measured.", missing=True)])
-    trees = {name: flatten(own[0].spec.model_dump(mode="json")) for name, own in _variants(runs).items() if own[0].spec is not None}
+    trees = {
+        name: flatten(own[0].spec.model_dump(mode="json")) for name, own in _variants(runs).items() if own[0].spec is not None
+    }
     keys = dict.fromkeys(key for tree in trees.values() for key in tree if key not in ("name", "run_dir", "seed"))
     rows = []
     for key in keys:
