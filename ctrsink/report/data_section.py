@@ -30,7 +30,7 @@ def data_section(uri: str, trained_on: tuple[str, ...]) -> Section:
     manifest = read_manifest(uri)
     parts: list[Part] = []
     if any(identity not in manifest.identities for identity in trained_on):
-        parts.append(Note(f"The data set in {uri} is not the one that was trained on: it was prepared anew since.", missing=True))
+        parts.append(Note(f"The data set in {uri} is not the one that was trained on: it was prepared anew since.", warning=True))
     splits = [
         (name, f"{own.impressions:,}", f"{own.positives:,}", f"{own.positives / own.impressions:.4f}" if own.impressions else "-")
         for name, own in manifest.splits.items()

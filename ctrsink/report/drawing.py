@@ -43,7 +43,7 @@ def draw_figures(drawings: Mapping[str, Callable[[Any], None]], to: str) -> list
 
 
 def as_svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, label: str) -> str:
-    """The figure that `draw` fills, as an `<svg>` element for a page that has THEME as CSS variables; the same call, the same bytes.
+    """The figure that `draw` fills, as an `<svg>` element for a page with THEME as CSS variables; the same call, the same bytes.
 
     Text stays text, in the page's font; nothing is loaded from elsewhere.
 

@@ -58,5 +58,5 @@ def _signals(found: dict[str, dict[str, float]], sample: str) -> Section:
             Note(sample),
             Table(("signal", "AUC lost", "log loss gained"), rows),
         ],
-        f"What each number that targets are told is worth to this model, without training anew; what is small may be chance.",
+        "What each number that targets are told is worth to this model, without training anew; what is small may be chance.",
     )

@@ -14,7 +14,7 @@ from ctrsink.report.run_sections import METRICS_LEAD, interval, number
 
 Predictions = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Labels and probabilities, each [N], by what they are called."""
-SLICES = {
+SLICES: dict[str, str] = {
     "history": "Length of the history: behaviours before the impression.",
     "popularity": "Popularity of the item: its events in the train split.",
     "popularity decile": "Popularity of the item, by tenths of the impressions.",
@@ -47,7 +47,7 @@ def slices_section(found: dict[str, Any]) -> Section:
         size = (NARROW[0], slice_height(found, title))
         parts.append(
             Figure(
-                SLICES[title] if title in SLICES else title,
+                _called(title),
                 partial(_slice, found=found, title=title, named=len(others) > 1),
                 size,
             )
@@ -67,6 +67,10 @@ def slices_section(found: dict[str, Any]) -> Section:
     return Section(
         "Slices", parts, f"On {found['split']}; bars are intervals of 95 % by users, in brackets the number of impressions."
     )
+
+
+def _called(title: str) -> str:
+    return SLICES.get(title) or title
 
 
 def _slice(figure: Any, found: dict[str, Any], title: str, named: bool) -> None:
@@ -96,7 +100,7 @@ def comparison_section(found: dict[str, Any]) -> Section:
     parts.append(Table(("trained on", "seeds", "impressions", "steps", "seconds", "TFLOP"), trained))
     if found["equal_budget"] is not True:
         told = "differ" if found["equal_budget"] is False else "are not known of every run"
-        parts.append(Note(f"The budgets {told}: variants perhaps trained on unequally many impressions.", missing=True))
+        parts.append(Note(f"The budgets {told}: variants perhaps trained on unequally many impressions.", warning=True))
     lead = (
         f"{found['split']}: {found['impressions']:,} impressions of {found['users']:,} users. A difference whose interval "
         f"holds 0 is not shown to be one. {METRICS_LEAD} By seeds: Student's t."

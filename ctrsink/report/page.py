@@ -38,11 +38,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence: a remark, or what is missing here and why."""
+    """A sentence: a remark, a warning, or what is missing here and why."""
 
     kind: ClassVar[str] = "note"
     text: str
     missing: bool = False
+    warning: bool = False
 
 
 @dataclass(frozen=True)

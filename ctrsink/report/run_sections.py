@@ -45,7 +45,7 @@ def metrics_section(evaluations: Evaluations, comparisons: Mapping[str, dict[str
         parts.append(Table(("", split, "by users"), rows))
     for split, found in evaluations.items():
         if (told := no_better_than_the_mean({"normalised_entropy": found.get("normalised_entropy")})) is not None:
-            parts.append(Note(f"On {split} the model is {told}.", missing=True))
+            parts.append(Note(f"On {split} the model is {told}.", warning=True))
     parts += [Note(why, missing=True) for why in missing.values()]
     return Section("Metrics", parts, METRICS_LEAD)
 
