@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrsink import storage
@@ -184,6 +184,7 @@ def test_a_name_is_text_wherever_it_stands(text: str) -> None:
     assert text in hostile.text
 
 
+@settings(max_examples=30)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=12))
 def test_any_text_is_escaped_in_a_table(text: str) -> None:
     page = Page(text, "run", "folder", [Section("s", [Table((text,), [(text,)])])])

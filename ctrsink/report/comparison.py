@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink.report.drawing import BLUE, COLOURS, ORANGE, draw_figures
+from ctrsink.report.drawing import BLUE, COLOURS, ORANGE, draw_figures, wrapped
 from ctrsink.text_table import aligned
 
 TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
@@ -106,7 +106,7 @@ def metric_panel(axes: Any, found: dict[str, Any], metric: str) -> None:
         axes.plot(own["mean"], row, "o", color=BLUE, markersize=6)
         axes.plot(own["runs"], np.full(len(own["runs"]), row + 0.22), "|", color=ORANGE, markersize=7)
     axes.axvline(found["variants"][found["baseline"]]["metrics"][metric]["mean"], color="grey", linewidth=0.8, linestyle="--")
-    axes.set_yticks(np.arange(len(names)), names)
+    axes.set_yticks(np.arange(len(names)), list(map(wrapped, names)))
     axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=TITLES[metric], ylim=(len(names) - 0.4, -0.6))
 
@@ -137,7 +137,7 @@ def slice_panel(axes: Any, found: dict[str, Any], title: str) -> None:
         shown = [group["variants"][name]["difference" if others else "metrics"]["auc"] for group in groups.values()]
         at = np.arange(len(groups)) + (place + 0.5) / max(1, len(others)) * 0.6 - 0.3
         colour = COLOURS[place % len(COLOURS)]
-        axes.plot([each["mean"] for each in shown], at, "o", color=colour, markersize=4, label=name)
+        axes.plot([each["mean"] for each in shown], at, "o", color=colour, markersize=4, label=wrapped(name))
         for y, each in zip(at, shown, strict=True):
             if each["by_users"] is not None:
                 axes.plot(each["by_users"], [y, y], color=colour, linewidth=1.4)
@@ -145,4 +145,5 @@ def slice_panel(axes: Any, found: dict[str, Any], title: str) -> None:
         axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
     axes.set_yticks(np.arange(len(groups)), [f"{name} ({group['impressions']:,})" for name, group in groups.items()], fontsize=8)
     axes.locator_params(axis="x", nbins=5)
-    axes.set(xlabel=f"AUC less that of {found['baseline']}" if others else "AUC", ylim=(len(groups) - 0.5, -0.5))
+    label = wrapped(f"AUC less that of {found['baseline']}", 36) if others else "AUC"
+    axes.set(xlabel=label, ylim=(len(groups) - 0.5, -0.5))

@@ -6,7 +6,7 @@ from typing import Any
 from ctrsink.dataset.inspect import inspect, summarise
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.report.data_figures import DRAWINGS
-from ctrsink.report.page import NARROW, Figure, Note, Part, Section, Table
+from ctrsink.report.page import SIZE, Figure, Note, Part, Section, Table
 
 MOST_EVENTS = 20_000_000
 """Of a larger data set the manifest alone is read: its shards would take more than a minute or two."""
@@ -58,7 +58,7 @@ def data_section(uri: str, trained_on: tuple[str, ...]) -> Section:
         (f"events on the top {top['items']:,} items", f"{top['share_of_events']:.1%}") for top in summary["popularity"].values()
     ]
     parts.append(Table(("", ""), told))
-    parts += [Figure(_CAPTIONS[name], partial(draw, found=found), (NARROW[0], _height(name))) for name, draw in DRAWINGS.items()]
+    parts += [Figure(_CAPTIONS[name], partial(draw, found=found), (SIZE[0], _height(name))) for name, draw in DRAWINGS.items()]
     names = {
         "behaviours_before_target": "behaviours before a target",
         "item_tokens": "tokens of an item",
@@ -76,4 +76,4 @@ def data_section(uri: str, trained_on: tuple[str, ...]) -> Section:
 
 
 def _height(name: str) -> float:
-    return 4.2 if name == "over_time" else NARROW[1]
+    return 4.2 if name == "over_time" else SIZE[1]

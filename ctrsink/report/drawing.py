@@ -2,13 +2,14 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ctrsink.errors import InputError
 
-BLUE, ORANGE = "#1f5fa8", "#c8641b"
+BLUE, ORANGE = "#1f5fa8", "#b5550f"
 COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8a4fa3", "#8c8c8c", "#b03a48", "#2b9aa8", "#a68a2c")
 INK, GRID, PAGE = "#000000", "#e4e6ea", "#ffffff"  # INK is matplotlib's own
 _ON_DARK = ("#6ea8ef", "#f0985a", "#6cc48d", "#c490dc", "#b4b4b4", "#ec7b88", "#5fc6d3", "#d3b95c")
@@ -72,6 +73,11 @@ def as_svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, la
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
     return f'<svg {view[0]} role="img" aria-label="{_attribute(label)}">' + svg[svg.index(">") + 1 :].strip()
+
+
+def wrapped(text: str, width: int = 24) -> str:
+    """A name of the user's in lines that leave room for the figure beside it."""
+    return textwrap.fill(text, width)
 
 
 def _from_page(found: re.Match[str]) -> str:

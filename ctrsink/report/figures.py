@@ -10,7 +10,7 @@ import numpy as np
 from ctrsink import storage
 from ctrsink.dataset.arrow import from_parquet
 from ctrsink.evaluate.metrics import auc, no_better_than_the_mean, normalised_entropy
-from ctrsink.report.drawing import COLOURS, draw_figures
+from ctrsink.report.drawing import COLOURS, draw_figures, wrapped
 from ctrsink.train.observe.telemetry import read_metrics
 
 Rows = list[dict[str, Any]]
@@ -75,7 +75,7 @@ def calibration(axes: Any, predictions: dict[str, tuple[np.ndarray, np.ndarray]]
         predicted, observed = [probabilities[p].mean() for p in parts], [labels[p].mean() for p in parts]
         worth = no_better_than_the_mean({"normalised_entropy": normalised_entropy(labels, probabilities)})
         told = f"{label}, AUC {auc(labels, probabilities):.4f}{'' if worth is None else ', no better than the mean'}"
-        axes.plot(predicted, observed, marker="o", color=COLOURS[number % len(COLOURS)], label=told)
+        axes.plot(predicted, observed, marker="o", color=COLOURS[number % len(COLOURS)], label=wrapped(told, 36))
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="predicted probability", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink.report.drawing import BLUE, INK, ORANGE, PAGE
+from ctrsink.report.drawing import BLUE, INK, ORANGE, PAGE, wrapped
 
 
 def attention_map(figure: Any, layers: dict[str, list[float]], most: float) -> None:
@@ -57,5 +57,5 @@ def worth_of_signals(figure: Any, signals: dict[str, dict[str, float]]) -> None:
     at = np.arange(len(names))
     axes.barh(at, falls, height=0.7, color=np.where(falls < 0, ORANGE, BLUE).tolist())
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_yticks(at, names)
+    axes.set_yticks(at, [wrapped(name) for name in names])
     axes.set(xlabel="AUC lost without it", ylim=(len(names) - 0.4, -0.6))

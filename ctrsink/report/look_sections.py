@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from ctrsink.report.look_figures import attention_by_layer, attention_map, worth_of_signals
-from ctrsink.report.page import NARROW, Figure, Note, Part, Section, Table
+from ctrsink.report.page import SIZE, Figure, Note, Part, Section, Table
 
 ATTENTION, SIGNALS = "Attention to sinks", "Signals"
 _SHORT = {"untrained": "before", "trained": "after", "without_bias": "biases at 0"}
@@ -26,7 +26,7 @@ def _attention(found: dict[str, dict[str, list[float]]] | None, sample: str) -> 
     if not shares:
         return Section(ATTENTION, [Note(f"{sample} No target has a history, so nobody looks back.", missing=True)])
     heads, layers = max(len(own) for own in found["trained"].values()), len(found["trained"])
-    size = (NARROW[0], min(8.0, 1.1 + 0.32 * layers))
+    size = (SIZE[0], min(8.0, 1.1 + 0.32 * layers))
     parts: list[Part] = [
         Figure("Mean over heads (line) and every head (points), by layer.", partial(attention_by_layer, found=found))
     ]
@@ -50,7 +50,7 @@ def _signals(found: dict[str, dict[str, float]], sample: str) -> Section:
         return Section(SIGNALS, [Note("Targets are told no number: model.target.signals names none.", missing=True)])
     names = sorted(found, key=lambda name: -found[name]["auc"])
     rows = [(name, f"{found[name]['auc']:+.4f}", f"{found[name]['logloss']:+.4f}") for name in names]
-    size = (NARROW[0], 1.0 + 0.26 * len(names))
+    size = (SIZE[0], 1.0 + 0.26 * len(names))
     return Section(
         SIGNALS,
         [

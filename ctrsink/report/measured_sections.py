@@ -9,7 +9,7 @@ import numpy as np
 
 from ctrsink.report.comparison import HOW_METRICS_ARE_DRAWN, TITLES, metric_panel, slice_height, slice_panel
 from ctrsink.report.figures import calibration
-from ctrsink.report.page import NARROW, Figure, Note, Part, Section, Table
+from ctrsink.report.page import SIZE, Figure, Note, Part, Section, Table
 from ctrsink.report.run_sections import METRICS_LEAD, interval, number
 
 Predictions = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -44,7 +44,7 @@ def slices_section(found: dict[str, Any]) -> Section:
     others = [name for name in found["variants"] if name != found["baseline"]]
     parts: list[Part] = []
     for title in found["slices"]:
-        size = (NARROW[0], slice_height(found, title))
+        size = (SIZE[0], slice_height(found, title))
         parts.append(
             Figure(
                 _called(title),
@@ -82,7 +82,7 @@ def _slice(figure: Any, found: dict[str, Any], title: str, named: bool) -> None:
 
 def comparison_section(found: dict[str, Any]) -> Section:
     """Every variant's metrics and differences to the baseline, with both intervals, and what each was trained on."""
-    size = (NARROW[0], 1.0 + 0.34 * len(found["variants"]))
+    size = (SIZE[0], 1.0 + 0.34 * len(found["variants"]))
     parts: list[Part] = [Figure(f"{TITLES[metric]}: {HOW_METRICS_ARE_DRAWN}.", partial(_metric, found=found, metric=metric), size)
                          for metric in TITLES]  # fmt: skip
     head = ("", "mean", "by users", "by seeds", f"less {found['baseline']}", "by users", "by seeds")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink.report.drawing import COLOURS
+from ctrsink.report.drawing import COLOURS, wrapped
 from ctrsink.report.figures import Rows
 
 RATES = {"impressions_per_s": "impressions/s", "tokens_per_s": "tokens/s", "tflops": "TFLOP/s", "mfu": "MFU"}
@@ -92,7 +92,7 @@ def draw_time(figure: Any, runs: Sequence[tuple[str, dict[str, float]]]) -> None
         seconds = np.array([spent.get(part, 0.0) for _, spent in runs])
         axes.barh(at, seconds, left=starts, height=0.6, color=COLOURS[number], label=part)
         starts += seconds
-    axes.set_yticks(at, [name for name, _ in runs])
+    axes.set_yticks(at, [wrapped(name) for name, _ in runs])
     axes.set(xlabel="seconds", ylim=(len(runs) - 0.4, -0.6))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-    figure.legend(loc="outside upper left", frameon=False, fontsize=9, ncols=2)
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)

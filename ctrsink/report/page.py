@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from ctrsink.errors import InputError
 from ctrsink.report.drawing import THEME, as_svg
 
-NARROW, WIDE = (4.4, 3.1), (7.2, 3.4)
-"""Inches of a figure that has others beside it where there is room, and of one that has not: both read on a phone's width."""
+SIZE = (4.4, 3.1)
+"""Inches of a figure: its text reads on a phone's width, and where there is room others stand beside it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Figure:
     kind: ClassVar[str] = "figure"
     caption: str
     draw: Callable[[Any], None]
-    size: tuple[float, float] = NARROW
+    size: tuple[float, float] = SIZE
 
 
 @dataclass(frozen=True)
@@ -112,4 +112,4 @@ def render(page: Page) -> str:
         drawn += 1
         return Markup(as_svg(figure.draw, figure.size, f"figure-{drawn}", figure.caption))
 
-    return environment.get_template("page.html").render(page=page, svg=svg, theme=THEME, narrow=NARROW)
+    return environment.get_template("page.html").render(page=page, svg=svg, theme=THEME)

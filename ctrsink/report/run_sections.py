@@ -10,7 +10,7 @@ from ctrsink.config import RunSpec, dump_run
 from ctrsink.evaluate.metrics import no_better_than_the_mean
 from ctrsink.report.figures import Rows, losses
 from ctrsink.report.pace import RATES, draw_rate, draw_time, mean_rates, most_memory, time_spent
-from ctrsink.report.page import WIDE, Figure, Listing, Note, Part, Section, Table
+from ctrsink.report.page import SIZE, Figure, Listing, Note, Part, Section, Table
 
 METRICS = {
     "auc": "AUC", "gauc": "GAUC", "uauc": "UAUC", "logloss": "log loss", "normalised_entropy": "normalised entropy",
@@ -104,7 +104,7 @@ def pace_section(rows: Rows, result: dict[str, Any]) -> Section:
         for key in ("impressions_per_s", "tokens_per_s")
         if key in rates
     ]
-    parts.append(Figure("Where the time of training went.", partial(draw_time, runs=[("", spent)]), (WIDE[0], 1.7)))
+    parts.append(Figure("Where the time of training went.", partial(draw_time, runs=[("", spent)]), (SIZE[0], 2.0)))
     parts.append(Table(("time", "seconds", "share"), [(name, f"{s:,.1f}", f"{s / whole:.1%}") for name, s in spent.items()]))
     told = [(RATES[key], f"{value:,.4g}" if value < 1000 else f"{value:,.0f}") for key, value in rates.items()]
     if result.get("flops") is not None:

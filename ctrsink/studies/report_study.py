@@ -12,7 +12,7 @@ from ctrsink.report.environment import environment_section, written
 from ctrsink.report.figures import Rows, losses
 from ctrsink.report.measured_sections import comparison_section, reliability_section, slices_section
 from ctrsink.report.pace import draw_time, mean_rates, most_memory, time_spent
-from ctrsink.report.page import WIDE, Figure, Listing, Note, Page, Part, Section, Table
+from ctrsink.report.page import SIZE, Figure, Listing, Note, Page, Part, Section, Table
 from ctrsink.report.run_sections import configuration_section, without_secrets
 from ctrsink.run.folder import claimed_data, flatten
 from ctrsink.studies.compare import compare
@@ -164,7 +164,7 @@ def _pace(folder: str, runs: list[str], firsts: dict[str, Measured]) -> Section:
     spent = {name: own for name, own in spent.items() if own}
     parts: list[Part] = []
     if spent:
-        size = (WIDE[0], 1.3 + 0.34 * len(spent))
+        size = (SIZE[0], 1.7 + 0.34 * len(spent))
         parts.append(
             Figure("Where the time of training went, first seed of each.", partial(draw_time, runs=list(spent.items())), size)
         )

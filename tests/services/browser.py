@@ -26,3 +26,8 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+if __name__ == "__main__":
+    with chromium() as started:
+        print(started.version)
