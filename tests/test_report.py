@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from ctrsink.report.run_sections import without_secrets
 from ctrsink.studies.report import write_report
 from tests.command_line import call, content, good, refused
 from tests.measured_runs import write_run
-from tests.runs import prepared_data
+from tests.runs import prepared_data, run_tree
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>&\"'$\\frac{$"
 
@@ -227,3 +228,23 @@ def test_time_is_divided_by_what_the_rows_say() -> None:
     assert mean_rates(rows, result) == pytest.approx({"impressions_per_s": 40, "tokens_per_s": 300, "tflops": 0.1})
     assert most_memory(rows) == {"memory_gib": 1.5}
     assert time_spent([], {}) == mean_rates([], {}) == {}
+
+
+def test_a_run_that_was_stopped_tells_what_it_has(data: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_tree(data, str(tmp_path / "run"))))
+    assert call("train", "--config", tmp_path / "config.yaml", "--stop-after", 10).code in (0, 143)
+    found = good("report", tmp_path / "run", "--to", tmp_path / "page.html", "--sequences", 4)
+    text = Tags((tmp_path / "page.html").read_text()).text
+    assert "Stage align: log loss" in text
+    assert "Stage all: log loss" in text
+    assert "By layer and head, before training" in text
+    assert "10 steps so far" in text
+    assert set(found["missing"]) == {"Metrics", "Reliability", "Slices", "Signals"}
+    assert "Targets are told no number" in found["missing"]["Signals"][0]
+
+
+def test_of_a_large_data_set_the_counts_alone_are_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrsink.report.data_section.MOST_EVENTS", 10)
+    found = good("report", run, "--to", tmp_path / "page.html", "--sequences", 0)
+    assert "more than 10 events would be read" in found["missing"]["Data"][0]
+    assert "420" in Tags((tmp_path / "page.html").read_text()).text
