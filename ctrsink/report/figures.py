@@ -74,7 +74,7 @@ def calibration(axes: Any, predictions: dict[str, tuple[np.ndarray, np.ndarray]]
         parts = [part for part in np.array_split(np.argsort(probabilities), 10) if len(part)]
         predicted, observed = [probabilities[p].mean() for p in parts], [labels[p].mean() for p in parts]
         worth = no_better_than_the_mean({"normalised_entropy": normalised_entropy(labels, probabilities)})
-        told = f"{wrapped(label)}, AUC {auc(labels, probabilities):.4f}{'' if worth is None else ',\nno better than the mean'}"
+        told = f"{wrapped(label)}, AUC {auc(labels, probabilities):.4f}" + ("" if worth is None else ",\nno better than the mean")
         axes.plot(predicted, observed, marker="o", color=COLOURS[number % len(COLOURS)], label=told)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="predicted probability", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1))
