@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python 3.11+ and nothing else; both make .venv themselves and reuse it.
+# `make demo` and `make test` need Python 3.11+ and nothing else; both make .venv themselves and reuse it. The tests look at pages
+# in Chromium: `make test` takes the one that is there or installs one (see `browser`).
 #
 # PyPI's torch for Linux brings CUDA along (some GB). On a machine without a GPU the small CPU build does:
 #   make demo PIP_TORCH='--index-url https://download.pytorch.org/whl/cpu torch>=2.9,<2.14'
@@ -12,7 +13,7 @@ BIN := .venv/bin
 # --no-compile: most of these files are never imported; launchers/warm_up.py compiles the others.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: help demo test test-slow test-gpu lint format clean
+.PHONY: help demo test browser test-slow test-gpu lint format clean
 
 help:
 	@echo 'make demo [MODEL=tiny|smollm2]  prepare MovieLens-100K, train, evaluate, export, score'
@@ -23,8 +24,14 @@ help:
 demo: .venv/installed
 	$(BIN)/python launchers/demo.py --model $(MODEL)
 
-test: lint
+test: lint browser
 	$(BIN)/pytest -m "not slow and not gpu"
+
+# The one on PATH, or that CTRSINK_CHROMIUM names, or Playwright's; else root installs Debian's, and others Playwright's.
+browser: .venv/installed-dev
+	@$(BIN)/python -m tests.services.browser > /dev/null 2>&1 \
+		|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell; } \
+		|| $(BIN)/playwright install chromium-headless-shell
 
 test-slow: .venv/installed-dev
 	$(BIN)/pytest -m slow

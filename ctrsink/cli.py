@@ -4,18 +4,19 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from ctrsink import __version__, logs, strict_json
+from ctrsink.cli_arguments import add_verb as _verb
+from ctrsink.cli_arguments import configured as _configured
+from ctrsink.cli_arguments import count as _count
+from ctrsink.cli_arguments import count_or_none as _count_or_none
+from ctrsink.cli_arguments import step as _step
+from ctrsink.cli_data import add_data_verbs
 from ctrsink.errors import InputError, RunError, first_line
 
-if TYPE_CHECKING:
-    from ctrsink.config import RunSpec
-    from ctrsink.dataset.manifest import Manifest
-
 OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
-Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,102 +63,6 @@ def _text(value: Any, depth: int = 1) -> str:
 
 # The verbs import what they need when they run: scoring must not wait for Ray, nor need it. Torch takes a second and more to
 # import: what can be refused without it is refused before.
-
-
-def _data_get(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.prepare.download import download
-
-    return {"data": str(download(args.name, args.to))}
-
-
-def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.runtime.prepare import prepare_run
-
-    spec = _with_log(args)
-    return _prepared(args.to or spec.data.uri, prepare_run(spec, args.to, args.on_bad_row, args.overwrite))
-
-
-def _data_append(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.runtime.prepare import append_run
-
-    spec = _with_log(args)
-    return _prepared(args.to or spec.data.uri, append_run(spec, args.to, args.on_bad_row))
-
-
-def _with_log(args: argparse.Namespace) -> "RunSpec":
-    from ctrsink.config import load_run
-
-    spec = load_run(args.config, args.overrides)
-    if spec.prepare is None:
-        raise InputError(f"{args.config} has no section prepare: say there what the raw log is")
-    return spec
-
-
-def _prepared(to: str, manifest: "Manifest") -> dict[str, Any]:
-    """What the last preparation brought and, where it was appended, what the whole data set holds then."""
-    part = manifest.parts[-1]
-    whole: dict[str, Any] = {"items": manifest.item_count}
-    if len(manifest.parts) > 1:
-        counts = {"events": manifest.events, "chronologies": manifest.users, "shards": len(manifest.shards)}
-        whole = {"data_set": {"parts": len(manifest.parts), **whole, **counts}}
-    splits = {name: f"{counts.impressions} impressions, {counts.positives} positive" for name, counts in part.splits.items()}
-    return {
-        "data": to,
-        "part": len(manifest.parts) - 1,
-        "users": part.users,
-        "events": part.events,
-        "skipped_rows": part.skipped_rows,
-        "duplicates": {"dropped" if part.duplicates_dropped else "kept": part.duplicates},
-        "shards": sum(shard.part == len(manifest.parts) - 1 for shard in manifest.shards),
-        "splits": splits,
-        **whole,
-    }
-
-
-def _data_synth(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.prepare.synth import synth
-
-    more = {"favourite_days": args.favourite_days, "hidden": args.hidden}
-    truth = synth(args.to, args.events, args.users, args.items, args.seed, args.format, **more)
-    return (
-        {"log": args.to}
-        | {key: truth[key] for key in ("events", "users", "items")}
-        | {"test_auc": truth["splits"]["test"]["auc"]}
-    )
-
-
-def _data_inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.dataset.inspect import as_table, inspect, summarise
-
-    found = inspect(args.uri)
-    summary = summarise(found)
-    figures: dict[str, Any] = {}
-    if args.figures:
-        from ctrsink.report.data_figures import draw_data
-
-        figures = {"figures": draw_data(found, args.figures)}
-    if args.json:
-        return summary | figures
-    print(as_table(summary))
-    return figures
-
-
-def _data_signals(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.dataset.signal_tables import write_signals
-
-    return {"signals": args.to} | write_signals(args.uri, args.to)
-
-
-def _data_verify(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.dataset.verify import verify
-
-    return verify(args.uri, print)
-
-
-def _model_get(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.prepare.pretrained import get_pretrained
-
-    return {"model": str(get_pretrained(args.name, args.to))}
 
 
 def _config_show(args: argparse.Namespace) -> dict[str, Any]:
@@ -252,6 +157,12 @@ def _study(args: argparse.Namespace) -> dict[str, Any]:
     return {key: found[key] for key in ("folder", "files")}
 
 
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.studies.report import write_report
+
+    return write_report(args.folder, args.to, args.split, args.sequences)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "ctrsink", description="Fine-tune decoder language models for CTR prediction with sink tokens."
@@ -259,43 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
-    data = verbs.add_parser("data", help="get and prepare data").add_subparsers(required=True, metavar="VERB")
-    get = _verb(data, "get", _data_get, "download a public data set")
-    sizes = ("100k", "1m", "latest-small", "10m", "20m", "25m", "32m")
-    get.add_argument("name", choices=[f"movielens-{size}" for size in sizes])
-    get.add_argument("--to", required=True, metavar="DIR")
-    prepare = _verb(data, "prepare", _data_prepare, "turn the raw log of a configuration into tokenised shards")
-    append = _verb(data, "append", _data_append, "add a newer log to a data set, as shards of their own")
-    for verb in (prepare, append):
-        _configured(verb)
-        verb.add_argument("--to", metavar="URI", help="folder of the data set, local or s3:// (default: data.uri)")
-        verb.add_argument("--on-bad-row", choices=["fail", "skip"], default="fail")
-    prepare.add_argument("--overwrite", action="store_true", help="replace a data set that is there already")
-
-    synth = _verb(data, "synth", _data_synth, "write a made-up log whose best AUC is known")
-    synth.add_argument("--to", required=True, metavar="DIR")
-    synth.add_argument("--events", required=True, type=_count, metavar="N")
-    synth.add_argument("--users", type=_count, metavar="U", help="default: one for 50 events")
-    synth.add_argument("--items", type=_count, metavar="I", help="default: one for 500 events, at least 1000")
-    synth.add_argument("--seed", type=int, default=0, metavar="S")
-    synth.add_argument("--format", choices=["csv", "parquet"], default="csv", help="of the event files")
-    synth.add_argument(
-        "--favourite-days", type=float, default=3.0, metavar="D", help="that a taste lasts, in the mean (default: 3)"
-    )
-    synth.add_argument("--hidden", action="store_true", help="titles and genres say nothing: what is alike shows in clicks alone")
-    inspect = _verb(data, "inspect", _data_inspect, "say what is in a prepared data set")
-    inspect.add_argument("uri", metavar="URI")
-    inspect.add_argument("--figures", metavar="DIR", help="draw figures into this folder, as PNG")
-    signals = _verb(data, "signals", _data_signals, "write the signals of every impression as Parquet, for another model")
-    signals.add_argument("uri", metavar="URI", help="the prepared data set")
-    signals.add_argument("--to", required=True, metavar="DIR")
-    verify = _verb(data, "verify", _data_verify, "check every file of a prepared data set and name the bad ones")
-    verify.add_argument("uri", metavar="URI")
-
-    model = verbs.add_parser("model", help="get a pretrained model").add_subparsers(required=True, metavar="VERB")
-    get = _verb(model, "get", _model_get, "download a small pretrained decoder")
-    get.add_argument("name", choices=["smollm2-135m"])
-    get.add_argument("--to", required=True, metavar="DIR")
+    add_data_verbs(verbs)
 
     config = verbs.add_parser("config", help="look at a configuration").add_subparsers(required=True, metavar="VERB")
     show = _verb(config, "show", _config_show, "print the resolved configuration")
@@ -319,6 +194,18 @@ def _parser() -> argparse.ArgumentParser:
     looked.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     looked.add_argument("--split", choices=["train", "valid", "test"], default="valid")
     looked.add_argument("--sequences", type=_count, default=64, metavar="N", help="size of the sample (default: 64)")
+
+    report = _verb(verbs, "report", _report, "write one page of a run or a study: a file that shows all and loads nothing")
+    report.add_argument("folder", metavar="RUN|STUDY", help="folder of a run, or of a study")
+    report.add_argument("--to", required=True, metavar="FILE", help="of the page, HTML; local or s3://")
+    report.add_argument("--split", choices=["train", "valid", "test"], help="default: a study's own, else test")
+    report.add_argument(
+        "--sequences",
+        type=_count_or_none,
+        default=64,
+        metavar="N",
+        help="sample of the look into a run (default: 64); 0: no look",
+    )
 
     export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
@@ -354,25 +241,3 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--baseline", metavar="RUN", help="whose variant the others are compared with; default: the first")
     compare.add_argument("--to", metavar="DIR", help="write the comparison and its figures into this folder, local or s3://")
     return parser
-
-
-def _verb(verbs: Any, name: str, run: Verb, help_text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text, description=help_text)
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
-    return parser
-
-
-def _configured(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-
-
-def _step(text: str) -> int | str:
-    return text if text == "best" else _count(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)

@@ -28,6 +28,7 @@ from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
 from ctrsink.serve import Scorer
 from ctrsink.serve.requests import request_of
+from ctrsink.studies.report import write_report
 from ctrsink.text_table import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,7 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     floor = {split: floor_of(dataset, split, sink.run_dir) for split in ("valid", "test")}
     rows.insert(0, row_of("item mean", floor, None))
     export_run(sink.run_dir, export)
+    page = write_report(sink.run_dir, f"{folder}/report.html")["report"]
     figures = compare_runs({label: spec.run_dir for label, spec in specs.items()}, f"{folder}/figures/runs.png")
     example = score_one_user(dataset, export, folder)
     table = as_table(rows)
@@ -91,6 +93,7 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     print(f"\nseed {sink.seed}, {report['seconds']:.0f} s in all")
     for name, place in [("runs", folder), ("export", export), ("figures", figures), ("requests", f"{folder}/requests.jsonl")]:
         print(f"{name + ':':10}{place}")
+    print(f"\nAll that CTR-Sink's run left, on one page for a browser: {page}")
 
 
 def get_ready(model: str, spec: RunSpec) -> None:

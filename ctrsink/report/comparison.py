@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink.report.drawing import BLUE, ORANGE, draw_figures
+from ctrsink.report.drawing import BLUE, COLOURS, ORANGE, draw_figures, wrapped
 from ctrsink.text_table import aligned
 
 TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
-COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8a4fa3", "#8c8c8c", "#b03a48", "#2b9aa8", "#a68a2c")
 
 
 def as_table(found: dict[str, Any]) -> str:
@@ -88,40 +87,63 @@ def draw_comparison(found: dict[str, Any], to: str) -> list[str]:
 
 
 def _metrics(figure: Any, found: dict[str, Any]) -> None:
-    """The mean of every variant and its interval by users, below it each run."""
-    names = list(found["variants"])
-    figure.set_size_inches(12, 1.6 + 0.5 * len(names))
-    at = np.arange(len(names))
+    figure.set_size_inches(12, 1.6 + 0.5 * len(found["variants"]))
     for axes, metric in zip(figure.subplots(1, len(TITLES), sharey=True), TITLES, strict=True):
-        for row, name in enumerate(names):
-            own = found["variants"][name]["metrics"][metric]
-            if own["by_users"] is not None:
-                axes.plot(own["by_users"], [row, row], color=BLUE, linewidth=1.6)
-            axes.plot(own["mean"], row, "o", color=BLUE, markersize=6)
-            axes.plot(own["runs"], np.full(len(own["runs"]), row + 0.22), "|", color=ORANGE, markersize=7)
-        axes.axvline(found["variants"][found["baseline"]]["metrics"][metric]["mean"], color="grey", linewidth=0.8, linestyle="--")
-        axes.set_yticks(at, names)
-        axes.set(xlabel=TITLES[metric], ylim=(len(names) - 0.4, -0.6))
-    figure.suptitle(f"{found['split']}: mean over seeds with 95 % by users; every run (orange)")
+        metric_panel(axes, found, metric)
+    figure.suptitle(f"{found['split']}: {HOW_METRICS_ARE_DRAWN}")
+
+
+HOW_METRICS_ARE_DRAWN = "mean over seeds with 95 % by users; every run (orange)"
+
+
+def metric_panel(axes: Any, found: dict[str, Any], metric: str) -> None:
+    """The mean of every variant and its interval by users, below it each run; the baseline's mean as a line."""
+    names = list(found["variants"])
+    for row, name in enumerate(names):
+        own = found["variants"][name]["metrics"][metric]
+        if own["by_users"] is not None:
+            axes.plot(own["by_users"], [row, row], color=BLUE, linewidth=1.6)
+        axes.plot(own["mean"], row, "o", color=BLUE, markersize=6)
+        axes.plot(own["runs"], np.full(len(own["runs"]), row + 0.22), "|", color=ORANGE, markersize=7)
+    axes.axvline(found["variants"][found["baseline"]]["metrics"][metric]["mean"], color="grey", linewidth=0.8, linestyle="--")
+    axes.set_yticks(np.arange(len(names)), list(map(wrapped, names)))
+    axes.locator_params(axis="x", nbins=5)
+    axes.set(xlabel=TITLES[metric], ylim=(len(names) - 0.4, -0.6))
 
 
 def _slices(figure: Any, found: dict[str, Any]) -> None:
-    """The difference in AUC to the baseline by slices; without another variant, the AUC itself."""
+    titles = list(found["slices"])
+    rows = -(-len(titles) // 2)
+    figure.set_size_inches(12, rows * max(slice_height(found, title) for title in titles))
+    panels = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, title in zip(panels, titles, strict=False):
+        slice_panel(axes, found, title)
+        axes.set_title(title)
+    for axes in panels[len(titles) :]:
+        axes.set_axis_off()
+    panels[0].legend(frameon=False, fontsize=8)
+
+
+def slice_height(found: dict[str, Any], title: str) -> float:
+    """Inches that a panel of a slice takes to be legible."""
+    return 1.1 + len(found["slices"][title]) * max(0.3, 0.13 * len(found["variants"]))
+
+
+def slice_panel(axes: Any, found: dict[str, Any], title: str) -> None:
+    """The difference in AUC to the baseline by the groups of a slice; without another variant, the AUC itself."""
+    groups = found["slices"][title]
     others = [name for name in found["variants"] if name != found["baseline"]]
-    figure.set_size_inches(12, 3.2 * len(found["slices"]))
-    panels = figure.subplots(len(found["slices"]), 1, squeeze=False)[:, 0]
-    for axes, (title, groups) in zip(panels, found["slices"].items(), strict=True):
-        for place, name in enumerate(others or [found["baseline"]]):
-            shown = [group["variants"][name]["difference" if others else "metrics"]["auc"] for group in groups.values()]
-            at = np.arange(len(groups)) + (place + 0.5) / max(1, len(others)) * 0.6 - 0.3
-            colour = COLOURS[place % len(COLOURS)]
-            axes.plot(at, [each["mean"] for each in shown], "o", color=colour, markersize=5, label=name)
-            for x, each in zip(at, shown, strict=True):
-                if each["by_users"] is not None:
-                    axes.plot([x, x], each["by_users"], color=colour, linewidth=1.4)
-        if others:
-            axes.axhline(0, color="grey", linewidth=0.8, linestyle="--")
-        labels = [name.replace(" to ", " to\n") + f"\n{group['impressions']:,}" for name, group in groups.items()]
-        axes.set_xticks(np.arange(len(groups)), labels, fontsize=8)
-        axes.set(title=title, xlim=(-0.5, len(groups) - 0.5), ylabel=f"AUC less that of {found['baseline']}" if others else "AUC")
-    panels[0].legend(frameon=False, fontsize=8, ncols=4)
+    for place, name in enumerate(others or [found["baseline"]]):
+        shown = [group["variants"][name]["difference" if others else "metrics"]["auc"] for group in groups.values()]
+        at = np.arange(len(groups)) + (place + 0.5) / max(1, len(others)) * 0.6 - 0.3
+        colour = COLOURS[place % len(COLOURS)]
+        axes.plot([each["mean"] for each in shown], at, "o", color=colour, markersize=4, label=wrapped(name))
+        for y, each in zip(at, shown, strict=True):
+            if each["by_users"] is not None:
+                axes.plot(each["by_users"], [y, y], color=colour, linewidth=1.4)
+    if others:
+        axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_yticks(np.arange(len(groups)), [f"{name} ({group['impressions']:,})" for name, group in groups.items()], fontsize=8)
+    axes.locator_params(axis="x", nbins=5)
+    label = wrapped(f"AUC less that of {found['baseline']}", 36) if others else "AUC"
+    axes.set(xlabel=label, ylim=(len(groups) - 0.5, -0.5))

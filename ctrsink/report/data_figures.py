@@ -15,13 +15,7 @@ POINTS = 120
 
 def draw_data(found: Inspection, to: str) -> list[str]:
     """Draw each figure as a PNG file into the local folder `to`; returns the files; see draw_figures for what is raised."""
-    drawings = {
-        "history_lengths": _history_lengths,
-        "over_time": _over_time,
-        "popularity": _popularity,
-        "item_tokens": _item_tokens,
-    }
-    return draw_figures({name: partial(draw, found=found) for name, draw in drawings.items()}, to)
+    return draw_figures({name: partial(draw, found=found) for name, draw in DRAWINGS.items()}, to)
 
 
 def _history_lengths(figure: Any, found: Inspection) -> None:
@@ -67,12 +61,17 @@ def _over_time(figure: Any, found: Inspection) -> None:
     below.yaxis.set_major_formatter(_percent)
     below.xaxis.set_major_formatter(ConciseDateFormatter(below.xaxis.get_major_locator()))
     times, last = found.manifest.split_times, found.manifest.parts[-1].last_time
-    for name, time in (("valid", times.train_end), ("test", times.valid_end)):
+    for number, (name, time) in enumerate((("valid", times.train_end), ("test", times.valid_end))):
         if time > last:
             continue  # that split is empty
         for axes in (above, below):
             axes.axvline(datetime.fromtimestamp(time, UTC), color=ORANGE, linewidth=1.2, linestyle="--")
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (4, -2), "va": "top"}
+        place = {
+            "xycoords": ("data", "axes fraction"),
+            "textcoords": "offset points",
+            "xytext": (4, -2 - 11 * number),
+            "va": "top",
+        }
         below.annotate(f"{name} →", (datetime.fromtimestamp(time, UTC), 1), color=ORANGE, **place)
 
 
@@ -116,3 +115,7 @@ def _item_tokens(figure: Any, found: Inspection) -> None:
 
 def _percent(value: float, _: int) -> str:
     return f"{value:.0%}"
+
+
+DRAWINGS = {"history_lengths": _history_lengths, "over_time": _over_time, "popularity": _popularity, "item_tokens": _item_tokens}
+"""By name, what fills a figure with what was found."""

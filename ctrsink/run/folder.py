@@ -70,7 +70,7 @@ def require_same(spec: RunSpec, datasets: tuple[str, ...]) -> None:
     difference = first_difference(read_run(spec.run_dir), spec)
     if difference is not None:
         raise InputError(f"{spec.run_dir} belongs to another configuration: {difference}; choose another run_dir")
-    if _claimed_data(spec.run_dir) not in (None, *datasets):
+    if claimed_data(spec.run_dir) not in (None, *datasets):
         raise InputError(
             f"{spec.run_dir} was trained on another data set than the one now in {spec.data.uri}: "
             "give the old one back, or choose another run_dir"
@@ -87,7 +87,7 @@ def _taken(run_dir: str) -> str:
     return f"{run_dir} already holds a run: give --resume to continue it, or choose another run_dir"
 
 
-def _claimed_data(run_dir: str) -> str | None:
+def claimed_data(run_dir: str) -> str | None:
     """Identity of the data set that the run was claimed for; None where the claim was cut off before it said so."""
     try:
         return storage.read_bytes(storage.join(run_dir, DATA_NAME)).decode()
