@@ -109,11 +109,13 @@ def source_of(name: str, repository: Path) -> str:
 
 def test_what_a_share_is_filled_up_with_is_not_taken_for_weights() -> None:
     """DeepSpeed leaves there what the memory held before: a NaN of somebody else's would end the run as diverged."""
-    found = []
-    for rank, share in enumerate(([1.0, 2.0], [3.0, math.nan], [math.nan, math.nan])):
-        parameter = SimpleNamespace(ds_tensor=torch.tensor(share), ds_numel=3)
+
+    def own(rank: int, parameter: Any) -> torch.Tensor:
         engine: Any = SimpleNamespace(topology=Topology(rank, 3))
-        found += Engine._own_values(engine, parameter).tolist()
-    assert found == [1, 2, 3]
+        return Engine._own_values(engine, parameter)
+
+    shares = [1.0, 2.0], [3.0, math.nan], [math.nan, math.nan]
+    parameters = [SimpleNamespace(ds_tensor=torch.tensor(share), ds_numel=3) for share in shares]
+    assert [own(rank, parameter).tolist() for rank, parameter in enumerate(parameters)] == [[1, 2], [3], []]
     plain = torch.ones(2)
-    assert Engine._own_values(engine, plain) is plain
+    assert own(0, plain) is plain

@@ -182,7 +182,7 @@ class Engine:
         return not all_max(int(bad), self.topology)
 
     def _own_values(self, parameter: Any) -> torch.Tensor:
-        """What this rank holds of a parameter; under ZeRO-3 without what a last share is filled up with, which nobody ever set."""
+        """What this rank holds of a parameter; under ZeRO-3 without what fills a last share up, which nobody set."""
         share = getattr(parameter, "ds_tensor", None)
         if share is None:
             return parameter
