@@ -9,15 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrsink.config import parse_run
 from ctrsink.config.stages import Objective
 from ctrsink.dataset.reader import Dataset
 from ctrsink.families.parameters import set_trainable
-from ctrsink.families.registry import source_of
+from ctrsink.families.registry import FAMILIES, family_of, source_of
+from ctrsink.runtime.preflight import vocabulary_of
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.price import Price
 from ctrsink.stream.stream import SequenceSource, TrainStream
 from ctrsink.train.balance import price_of
 from tests.builders import layout_of, make_dataset, tiny_model, tiny_spec
+from tests.runs import prepared_data, run_tree
+from tests.test_families_runs import tree_of
 
 LAYOUTS = {
     "per_target": layout_of("per_target", 4),
@@ -109,3 +113,19 @@ def test_ranks_of_a_run_get_about_as_much(tmp_path: Path) -> None:
             loads.append(sum(count(batch).total for step in stream.steps(0, 2) for batch in step.micro_batches))
         most.append(max(loads) / np.mean(loads))
     assert max(most) < 1.15, most
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_price_in_each_of_its_stages(name: str, tmp_path: Path) -> None:
+    data = prepared_data(str(tmp_path / "data"), users=12)
+    tree = run_tree(data, "run") if name == "decoder" else tree_of(name, data, "run", "per_target")
+    spec = parse_run(tree, "test")
+    family, dataset = family_of(name), Dataset(data)
+    facts = family.check(spec, dataset.manifest, lambda: vocabulary_of(data))
+    model = family.build(spec.model, facts, 0)
+    source = source_of(dataset, "train", family.layout(spec.data, spec.model, dataset.manifest))
+    for stage in spec.stages:
+        set_trainable(model, stage.trainable)
+        price = price_of(model, source, stage.learns)
+        assert 0 <= price.pairs < 10
+        assert (source.costs(np.arange(20), price) >= 1).all()

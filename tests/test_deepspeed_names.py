@@ -2,16 +2,21 @@
 
 import importlib
 import inspect
+import math
 import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import ctrsink.train.deepspeed_import  # noqa: F401  (DeepSpeed as the engine imports it)
+from ctrsink.dist import Topology
+from ctrsink.train.engine import Engine
 
 ZERO_12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 ZERO_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
@@ -42,6 +47,7 @@ MADE = {
     ("deepspeed.runtime.engine:DeepSpeedEngine", "checkpoint_engine"): "native",
     ("deepspeed.runtime.zero.partition_parameters:Init", "ds_tensor"): "engine",
     ("deepspeed.runtime.zero.partition_parameters:Init", "ds_shape"): "engine",
+    ("deepspeed.runtime.zero.partition_parameters:Init", "ds_numel"): "engine",
 }
 # Keys of the configuration that its documentation does not have.
 KEYS = {"zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"}
@@ -99,3 +105,17 @@ def test_deepspeed_is_pinned_to_the_version_whose_names_these_are(repository: Pa
 def source_of(name: str, repository: Path) -> str:
     (path,) = (repository / "ctrsink/train").rglob(f"{name}.py")
     return path.read_text()
+
+
+def test_what_a_share_is_filled_up_with_is_not_taken_for_weights() -> None:
+    """DeepSpeed leaves there what the memory held before: a NaN of somebody else's would end the run as diverged."""
+
+    def own(rank: int, parameter: Any) -> torch.Tensor:
+        engine: Any = SimpleNamespace(topology=Topology(rank, 3))
+        return Engine._own_values(engine, parameter)
+
+    shares = [1.0, 2.0], [3.0, math.nan], [math.nan, math.nan]
+    parameters = [SimpleNamespace(ds_tensor=torch.tensor(share), ds_numel=3) for share in shares]
+    assert [own(rank, parameter).tolist() for rank, parameter in enumerate(parameters)] == [[1, 2], [3], []]
+    plain = torch.ones(2)
+    assert own(0, plain) is plain

@@ -234,9 +234,16 @@ class Engine:
 
     def is_finite(self) -> bool:
         """Collective: whether every trained weight, of which each rank looks at its own part, is a finite number."""
-        own = (getattr(parameter, "ds_tensor", parameter) for parameter in self.named.values())
+        own = (self._own_values(parameter) for parameter in self.named.values())
         bad = any(not value.isfinite().all() for value in own) or not self.tables.is_finite()
         return not all_max(int(bad), self.topology)
+
+    def _own_values(self, parameter: Any) -> torch.Tensor:
+        """What this rank holds of a parameter; under ZeRO-3 without what fills a last share up, which nobody set."""
+        share = getattr(parameter, "ds_tensor", None)
+        if share is None:
+            return parameter
+        return share.flatten()[: max(0, parameter.ds_numel - self.topology.rank * share.numel())]
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model stays usable by a next engine (ZeRO 0 to 2)."""
