@@ -39,7 +39,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         ({}, "bias is a table of all pairs of sinks, as large as what sparse saves: set bias to null with sparse"),
         ({"bias": None, "sinks": None}, "sparse reads a history through its sinks: set it to null where sinks is null"),
         ({"bias": None, "window": 9}, "window and sparse are two rules for one attention: set window to null"),
-        ({"bias": None, "attention": "flex"}, "attention flex does not compute sparse: take blocks on a CPU, or sdpa"),
         (
             {"bias": None, "sparse": {"transition": 9, "window": 8}},
             "transition 9 is more than window 8, whose sinks are all read",
@@ -54,11 +53,15 @@ def test_what_does_not_go_together_is_refused_in_one_line(model: dict[str, Any],
     assert "\n" not in str(caught.value)
 
 
-def test_blocks_are_for_cpus() -> None:
-    tree = merge(run_tree(runtime={"device": "cuda"}), {"model": {"sparse": {}, "bias": None, "attention": "blocks"}})
-    with pytest.raises(InputError, match=r"blocks computes model\.sparse on a CPU alone; use sdpa, or runtime\.device cpu"):
+@pytest.mark.parametrize("model", [{"sparse": {}, "bias": None}, {}], ids=["by chunks", "all"])
+def test_blocks_are_for_cpus(model: dict[str, Any]) -> None:
+    tree = merge(run_tree(runtime={"device": "cuda"}), {"model": model | {"attention": "blocks"}})
+    with pytest.raises(
+        InputError, match=r"model\.attention: blocks is for CPUs, and would ask a GPU about every block; use flex"
+    ):
         parse_run(tree, "x")
-    assert parse_run(merge(tree, {"model": {"attention": "sdpa"}}), "x").model.sparse is not None
+    for attention in ("sdpa", "flex"):
+        assert parse_run(merge(tree, {"model": {"attention": attention}}), "x").model.attention == attention
 
 
 def test_what_goes_together() -> None:

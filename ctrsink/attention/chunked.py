@@ -71,7 +71,11 @@ class Chunked:
 
     def with_means(self, of: torch.Tensor) -> torch.Tensor:
         """Keys or values of the positions [N, G, d] -> and of the means behind them [N + I + K, G, d]."""
-        return torch.cat([of, means(of.index_select(0, self.sinks), self.starts, self.stops)])
+        return torch.cat([of, self.means(of)])
+
+    def means(self, of: torch.Tensor) -> torch.Tensor:
+        """Keys or values of the positions [N, G, d] -> of the means [I + K, G, d]."""
+        return means(of.index_select(0, self.sinks), self.starts, self.stops)
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,11 @@ class AttentionInputs:
     """Layers whose attention has computed by these inputs."""
     watch: "Watch | None" = None
 
+    @property
+    def length(self) -> int:
+        """Rows that the backbone computes: the N positions, and behind them what a backend wants more, which no position sees."""
+        return self.packed.sequences.total
+
 
 Watch = Callable[[AttentionInputs, int, torch.Tensor, torch.Tensor, float], None]
 """Called in every layer with its number, packed query [1, H, N, d] and key [1, H_kv, N, d], and the factor of their product."""
@@ -47,7 +52,8 @@ def register(name: str, kind: type[I], attend: Callable[..., torch.Tensor]) -> N
 
     Args:
         kind: the inputs that it reads.
-        attend: (inputs, layer, module, query [1, H, N, d], key and value [1, H_kv, N, d], keywords) -> output [1, N, H, d].
+        attend: (inputs, layer, module, query [1, H, L, d], key and value [1, H_kv, L, d], keywords) -> output [1, L, H, d], of
+            the L rows that the backbone computes: `length` of the inputs.
     """
 
     def forward(
@@ -64,7 +70,8 @@ def register(name: str, kind: type[I], attend: Callable[..., torch.Tensor]) -> N
         layer = layer_index(module)
         attention_inputs.followed.add(layer)
         if attention_inputs.watch is not None:
-            attention_inputs.watch(attention_inputs, layer, query, key, kwargs["scaling"])
+            positions = slice(attention_inputs.packed.sequences.total)
+            attention_inputs.watch(attention_inputs, layer, query[:, :, positions], key[:, :, positions], kwargs["scaling"])
         return attend(attention_inputs, layer, module, query, key, value, **kwargs), None
 
     AttentionInterface.register(name, forward)

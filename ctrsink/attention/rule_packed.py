@@ -80,23 +80,26 @@ class Sight:
         whole.fill_diagonal_(False)
         partial = ~(hidden | whole)
         return BlockMask.from_kv_blocks(
-            *_ordered(partial),
-            *_ordered(whole),
+            *ordered(partial),
+            *ordered(whole),
             BLOCK_SIZE=size,
             mask_mod=sees,
             seq_lengths=(len(self.sequence), len(self.sequence)),
         )
 
+    def padded(self, length: int) -> "Sight":
+        """Behind the tokens so many more that there are `length`: a sequence of their own, which no token sees."""
+        missing = length - len(self.sequence)
+
+        def longer(values: torch.Tensor, more: int) -> torch.Tensor:
+            return torch.cat([values, (values[-1:] + more).expand(missing)])
+
+        return Sight(**{name: longer(values, int(name == "sequence")) for name, values in vars(self).items()})
+
     def _bounds(self, size: int) -> tuple["Sight", "Sight"]:
-        """The least and the largest of each number in each block."""
-        missing = -len(self.sequence) % size
-
-        def blocks(values: torch.Tensor, own_end: bool = False) -> torch.Tensor:
-            end = values[-1:].expand(missing)
-            # A sequence of their own after the last token: a block that is not full is never seen whole.
-            return torch.cat([values, end + 1 if own_end else end]).unflatten(0, (-1, size))
-
-        split = {name: blocks(values, name == "sequence") for name, values in vars(self).items()}
+        """The least and the largest of each number in each block; one that is not full is never seen whole."""
+        count = len(self.sequence)
+        split = {k: v.unflatten(0, (-1, size)) for k, v in vars(self.padded(count + -count % size)).items()}
         return Sight(**{k: v.amin(1) for k, v in split.items()}), Sight(**{k: v.amax(1) for k, v in split.items()})
 
 
@@ -108,7 +111,7 @@ def places(packed: Packed) -> torch.Tensor:
     return torch.where(packed.candidate, first[of.owner], packed.events)
 
 
-def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bool [Q, K] blocks -> how many in each row, int32 [1, 1, Q], and which, those first, int32 [1, 1, Q, K]."""
     order = chosen.int().argsort(dim=1, descending=True, stable=True).int()
     return chosen.sum(1, dtype=torch.int32)[None, None], order[None, None]

@@ -140,8 +140,8 @@ class DecoderSpec(FamilySpec):
     backbone: BackboneSpec
     attention: Literal["sdpa", "blocks", "flex"] = "sdpa"
     """Attention backend in training. `blocks` is the fastest on a CPU with long sequences or a window, above all in bf16 on a
-    processor that has instructions for it (`train.precision`); `flex` is one fused kernel and needs CUDA; restored and exported
-    models always run on `sdpa`. Other backends would drop the inter-sink bias without a word."""
+    processor that has instructions for it (`train.precision`), and for CPUs alone; `flex` is one fused kernel and needs CUDA;
+    restored and exported models always run on `sdpa`. Other backends would drop the inter-sink bias without a word."""
     sinks: SinkSpec | None = SinkSpec()
     """null is the plain language model (LM-CTR)."""
     bias: BiasSpec | None = BiasSpec()
@@ -200,8 +200,6 @@ class DecoderSpec(FamilySpec):
             )
         if self.bias is not None:
             raise ValueError("bias is a table of all pairs of sinks, as large as what sparse saves: set bias to null with sparse")
-        if self.attention == "flex":
-            raise ValueError("attention flex does not compute sparse: take blocks on a CPU, or sdpa")
         return self
 
     @property
@@ -221,8 +219,8 @@ class DecoderSpec(FamilySpec):
             raise ValueError("model.bias.causal: false shows a target later behaviours in per_user sequences; use per_target")
         if self.attention == "flex" and run.runtime.device == "cpu":
             raise ValueError("model.attention: flex has no backward pass on a CPU; use blocks, or runtime.device cuda")
-        if self.sparse is not None and self.attention == "blocks" and run.runtime.device == "cuda":
-            raise ValueError("model.attention: blocks computes model.sparse on a CPU alone; use sdpa, or runtime.device cpu")
+        if self.attention == "blocks" and run.runtime.device == "cuda":
+            raise ValueError("model.attention: blocks is for CPUs, and would ask a GPU about every block; use flex, or sdpa")
         for stage in run.stages:
             if stage.readout.over == "sinks" and self.sinks is None:
                 raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")

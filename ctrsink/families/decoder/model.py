@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ctrsink.attention import blocks, chunked_blocks, chunked_sdpa, flex, sdpa
+from ctrsink.attention import blocks, chunked_blocks, chunked_flex, chunked_sdpa, flex, sdpa
 from ctrsink.attention.chunked import Chunked, ChunkedInputs
 from ctrsink.attention.inputs import AttentionInputs, Watch
 from ctrsink.attention.packed import Packed
@@ -33,7 +33,7 @@ from ctrsink.sequences.columns import TARGETS
 LAYER = 24  # states of a token that a layer holds while it computes, about: projections, attention, the gated MLP
 BACKENDS = {"sdpa": sdpa.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
-BY_CHUNKS = {"sdpa": chunked_sdpa.BACKEND, "blocks": chunked_blocks.BACKEND}
+BY_CHUNKS = {"sdpa": chunked_sdpa.BACKEND, "blocks": chunked_blocks.BACKEND, "flex": chunked_flex.BACKEND}
 """The same with `model.sparse`."""
 
 
@@ -122,10 +122,13 @@ class CTRModel(CTRModule):
         given = self._inputs(batch, packed, objective.readout.through_sinks)
         given.watch = self.watch
         given.at_asked.update(enumerate(self._asked_biases(batch, packed)))
+        embedded, position_ids, count = self.embed(batch), batch.inputs["position_ids"], packed.sequences.total
+        if (missing := given.length - count) > 0:
+            embedded, position_ids = functional.pad(embedded, (0, 0, 0, missing)), functional.pad(position_ids, (0, missing))
         out = self.backbone(
-            inputs_embeds=self.embed(batch)[None],
+            inputs_embeds=embedded[None],
             attention_mask=None,
-            position_ids=batch.inputs["position_ids"][None],
+            position_ids=position_ids[None],
             use_cache=False,
             attention_inputs=given,
         )
@@ -134,7 +137,7 @@ class CTRModel(CTRModule):
                 f"the attention of {self.layers - len(given.followed)} of {self.layers} layers knew nothing of sinks and of "
                 f"where sequences end: {type(self.backbone).__name__} does not pass keywords on to it, or has another backend"
             )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state[0, :count]
 
     def _inputs(self, batch: Batch, packed: Packed, sinks_only: bool) -> AttentionInputs:
         if self.sparse is not None:
@@ -148,6 +151,8 @@ class CTRModel(CTRModule):
     def _chunked(self, chunked: Chunked, packed: Packed, sparse: SparseSinksSpec) -> ChunkedInputs:
         if self.attention == "blocks":
             given = chunked_blocks.inputs(packed, chunked, sparse)
+        elif self.attention == "flex":
+            given = chunked_flex.inputs(packed, chunked)
         else:
             given = chunked_sdpa.inputs(packed, chunked)
         given.at_means.update(enumerate(bias() for bias in self.summaries))
