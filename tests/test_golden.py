@@ -99,7 +99,7 @@ def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
             "similarity": none.float(),
         },
         axes={"positions": positions, "sinks": sinks}
-        | dict.fromkeys(("targets", "asked", "pairs", "aligned", "candidates", "asked_rows", "places"), nothing),
+        | dict.fromkeys(("targets", "asked", "pairs", "aligned", "candidates", "asked_rows", "places", "span"), nothing),
         tokens=n,
         impressions=0,
     )

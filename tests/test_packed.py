@@ -69,7 +69,8 @@ def test_slots_lie_at_their_tokens_and_unused_ones_in_padding(examples: str, see
 @given(st.integers(0, 2**32), st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_what_was_counted_with_the_sequences_is_what_lies_in_them(examples: str, seed: int, events: list[int]) -> None:
     """No one looks for these numbers on the device."""
-    packed = Packed.of(form_batch(examples, seed, tuple(events)))
+    batch = form_batch(examples, seed, tuple(events))
+    packed = Packed.of(batch)
     of = Padded.of(packed)
     several = torch.tensor([len(row[own].unique()) > 1 for row, own in zip(of.events, of.candidate, strict=True)])
     candidates = of.candidate & several[:, None]
@@ -82,5 +83,6 @@ def test_what_was_counted_with_the_sequences_is_what_lies_in_them(examples: str,
         "candidates": int(candidates.sum(1).max()),
         "asked_rows": int((candidates | asked).sum(1).max()),
         "places": int(places.max()),
+        "span": int(batch.inputs["position_ids"].max()) + 1,
     }
     assert (of.events[of.kinds == PREFIX] == 0).all()

@@ -53,7 +53,7 @@ class Packed:
     target on: each is a target first."""
     most: dict[str, int]
     """Of a sequence at most: `aligned` positions, `candidates` positions where a sequence has several, `asked_rows` positions
-    that are either asked or such candidates, and the last of `places`, see rule_dense.places."""
+    that are either asked or such candidates, the last of `places`, see rule_dense.places, and `span`, its distinct positions."""
 
     @classmethod
     def of(cls, batch: Batch) -> "Packed":
@@ -67,7 +67,7 @@ class Packed:
             sequences=axes["positions"],
             sinks=Slots(read["sink_positions"], axes["sinks"]),
             asked=Slots(read["asked_positions"], axes["asked"]),
-            most={name: axes[name].longest for name in ("aligned", "candidates", "asked_rows", "places")},
+            most={name: axes[name].longest for name in ("aligned", "candidates", "asked_rows", "places", "span")},
         )
 
 

@@ -123,7 +123,9 @@ def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
     found = Sequences(
         {name: column for columns in of.values() for name, column in columns.items()},
         {name: axis for axis, columns in of.items() for name in columns},
-        counted | {"pairs": pairs} | _most(positions, aligned, candidate, tails, np.diff(asked_rows.offsets), sizes),
+        counted
+        | {"pairs": pairs}
+        | _most(positions, position_ids, aligned, candidate, tails, np.diff(asked_rows.offsets), sizes),
         counts="positions",
         points={f"{name}_positions": "positions" for name in ("sink", "readout", "asked")},
         costs=visible_pairs(kinds, event_ids, aligned, candidate, positions, layout.window),
@@ -132,7 +134,13 @@ def encode(cuts: Cuts, layout: Layout, wording: Wording) -> Sequences:
 
 
 def _most(
-    positions: np.ndarray, aligned: np.ndarray, candidate: np.ndarray, tails: np.ndarray, asked: np.ndarray, sizes: np.ndarray
+    positions: np.ndarray,
+    position_ids: np.ndarray,
+    aligned: np.ndarray,
+    candidate: np.ndarray,
+    tails: np.ndarray,
+    asked: np.ndarray,
+    sizes: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Bounds of what has no columns, for its number in a sequence alone; see attention.Packed.most."""
     of_aligned, of_candidates = (np.add.reduceat(of, positions[:-1], dtype=np.int64) for of in (aligned, candidate))
@@ -140,7 +148,8 @@ def _most(
     candidates = np.where(several, of_candidates, 0)
     # Every candidate is asked at its last position.
     rows = {"aligned": of_aligned, "candidates": candidates, "asked_rows": asked + candidates - np.where(several, tails, 0)}
-    return {name: np.append(0, of.cumsum()) for name, of in (rows | {"places": sizes - tails + 1}).items()}
+    rows |= {"places": sizes - tails + 1, "span": np.maximum.reduceat(position_ids, positions[:-1]) + 1}
+    return {name: np.append(0, of.cumsum()) for name, of in rows.items()}
 
 
 def _asked_rows(w: Windows, asks: np.ndarray, firsts: np.ndarray) -> Ragged:

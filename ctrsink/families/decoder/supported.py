@@ -7,7 +7,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ctrsink.attention.inputs import AttentionInputs
 from ctrsink.errors import InputError
+
+_DEPEND_ON_LENGTH = ("longrope", "dynamic")
+"""Rotary frequencies that depend on the longest sequence of a batch."""
 
 
 def check_config(config: PretrainedConfig, own_fields: bool) -> None:
@@ -75,6 +79,10 @@ def guard_length(backbone: nn.Module) -> None:
     config: Any = backbone.config
     if (found := length_limit(config)) is not None:
         backbone.register_forward_pre_hook(partial(_check_length, *found), with_kwargs=True)
+        for module in backbone.modules():
+            if getattr(module, "rope_type", None) in _DEPEND_ON_LENGTH:
+                # Up to the limit the frequencies stay what they are; else the host would ask the device in every pass.
+                module.rope_type = "default"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def length_limit(config: PretrainedConfig) -> tuple[int, str] | None:
@@ -103,10 +111,9 @@ def length_limit(config: PretrainedConfig) -> tuple[int, str] | None:
 
 
 def _check_length(limit: int, reason: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Sequences of a pack have positions of their own; these are read only where the row as a whole is too long."""
-    length = kwargs["inputs_embeds"].shape[1]
-    if length > limit and kwargs.get("position_ids") is not None:
-        length = int(kwargs["position_ids"].max()) + 1
+    """Sequences of a pack have positions of their own, counted by the loader: on a GPU the host would wait for them."""
+    given: AttentionInputs | None = kwargs.get("attention_inputs")
+    length = kwargs["inputs_embeds"].shape[1] if given is None else given.packed.most["span"]
     if length > limit:
         raise InputError(too_long(reason, length))
 

@@ -34,37 +34,39 @@ class SignalTables(nn.Module):
         sharded = spec.id_tables == "sharded"
         self.ids = nn.ModuleDict({module_key(n): table(of, sharded) for n, of in rows.items() if signal(n).identity})
         self.tables = nn.ModuleDict({module_key(n): table(of, False) for n, of in rows.items() if not signal(n).identity})
-        self.initial: dict[str, torch.Tensor] = {}
-        """Tables of ids and hashed columns as they were at the start; none of sharded ones, and of a model that was settled."""
+        self.initial = nn.Module()
+        """Tables of ids and hashed columns as they were at the start; none of sharded ones, and of a model that was settled.
+        Buffers by `module_key`, that go where the model goes and are in no checkpoint."""
         for name in rows:
             part = self.table(name)
             if isinstance(part, nn.Embedding):
                 nn.init.normal_(part.weight, std=std)
                 if signal(name).hashed:
-                    self.initial[name] = part.weight.detach().clone()
+                    self.initial.register_buffer(module_key(name), part.weight.detach().clone(), persistent=False)
 
     def of(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Values of one category, int64 [n] -> [n, E] from its table; in training some ids are hidden."""
         if signal(name).identity and self.training and self.id_dropout:
             values = values * (torch.rand(values.shape, device=values.device) >= self.id_dropout)
-        table, initial = self.table(name), self.initial.get(name)
+        table, initial = self.table(name), getattr(self.initial, module_key(name), None)
         if isinstance(table, ShardedEmbedding):
             return table(values - 1)  # there -1 is unknown, not 0
         if self.training or initial is None:
             return table(values)
         unknown, own = table(torch.stack([torch.zeros_like(values), values]))
-        initial = self.initial[name] = initial.to(own.device)  # stays there
         never_met = (own == initial[values]).all(-1) & (unknown != initial[0]).any(-1)
         return torch.where(never_met[:, None], unknown, own)
 
     def settle(self) -> None:
         """Give rows that training never met the vector of the unknown, once for all: for a model that leaves its run."""
-        for name, initial in self.initial.items():
+        for name in self.rows:
+            if (initial := getattr(self.initial, module_key(name), None)) is None:
+                continue
             weight = self.table(name).weight
             assert isinstance(weight, torch.Tensor)
             if (weight[0] != initial[0]).any():
                 weight.data = torch.where((weight == initial).all(-1, keepdim=True), weight[0], weight).detach()
-        self.initial = {}
+        self.initial = nn.Module()
 
     def table(self, name: str) -> nn.Module:
         """The table of a category: int64 [...] -> [..., E]."""

@@ -43,7 +43,7 @@ def settled(model: CTRModule) -> CTRModule:
     """The model of an exported section: its tables come settled with the weights."""
     for part in model.modules():
         if isinstance(part, SignalTables):
-            part.initial = {}
+            part.initial = nn.Module()
     return model
 
 
