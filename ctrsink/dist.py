@@ -27,16 +27,25 @@ def barrier(topology: Topology) -> None:
 
 
 def all_sum(values: list[float] | torch.Tensor, topology: Topology) -> list[float]:
-    """Element-wise sums over ranks, in fp64; a tensor is on the device already."""
-    tensor = torch.as_tensor(values, dtype=torch.float64, device=topology.device)
+    """Element-wise sums over ranks, in fp64; the host waits for them."""
+    return summed(sent(torch.as_tensor(values, dtype=torch.float64), topology), topology).tolist()
+
+
+def sent(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """A few numbers on their way to the device; the host does not wait until they are there."""
+    return tensor.to(topology.device, non_blocking=True)
+
+
+def summed(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Element-wise sums over ranks, in place; the host does not wait for them."""
     if topology.world > 1:
         dist.all_reduce(tensor)
-    return tensor.tolist()
+    return tensor
 
 
 def all_max(value: int, topology: Topology) -> int:
     """The largest value of all ranks."""
-    tensor = torch.tensor([value], device=topology.device)
+    tensor = sent(torch.tensor([value]), topology)
     if topology.world > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 
 from ctrsink.config.model import BiasSpec
 from ctrsink.config.stages import Objective, ReadoutSpec
+from ctrsink.train.feed import fed
 from ctrsink.train.observe.telemetry import read_metrics
 from tests.builders import layout_of, random_batch, tiny_model, tiny_spec
+from tests.chunked_fixtures import a_batch, a_model, sparse
+from tests.chunked_fixtures import run as by_chunks
 from tests.runs import prepared_data, run_tree
 
 PLAIN: dict[str, Any] = {"model": {"backbone": {"config": {"attention_dropout": 0.0}}}}
@@ -62,3 +66,60 @@ def test_flex_is_sdpa_on_cuda_forward_and_backward(over: Any, window: int | None
             found.append((logits[batch.targets.counted].detach(), grads))
         torch.testing.assert_close(found[1][0], found[0][0], atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(found[1][1], found[0][1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("over", ["all", "sinks"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_the_host_waits_for_nothing_in_a_forward_and_a_backward_pass(attention: str, over: Any) -> None:
+    """What test_fake_cuda shows without a card; copies of batches are among it."""
+    options: dict[str, Any] = {"temporal": True, "window": 2, "bias": BiasSpec(layers=0.5)}
+    model = tiny_model(tiny_spec(attention=attention, fields={"hidden_size": 64}, **options)).cuda()
+    batches = [random_batch(seed, layout_of(), (8, 1, 4)) for seed in range(3)]
+    objective = Objective(readout=ReadoutSpec(over=over))
+    for batch in fed(batches, "cuda"):  # compiles, and makes what is kept
+        model(batch, objective).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in fed(batches, "cuda"):
+            model(batch, objective).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_batches_arrive_on_cuda_as_they_were() -> None:
+    """While the card is busy with something else."""
+    batches = [random_batch(seed, layout_of(), (8, 1, 4) * 20) for seed in range(8)]
+    busy = torch.randn(4096, 4096, device="cuda")
+    for given, batch in zip(batches, fed(batches, "cuda"), strict=True):
+        busy = busy @ busy / 4096
+        for name, value in given.inputs.items():
+            assert torch.equal(batch.inputs[name].cpu(), value)
+
+
+@pytest.mark.gpu
+def test_flex_compiles_two_graphs_for_each_type_on_cuda() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    for precision in ("fp32", "bf16"):
+        model = tiny_model(tiny_spec(attention="flex", temporal=True, fields={"hidden_size": 64}), precision=precision).cuda()
+        for events in ((8, 1, 4), (9,) * 30, (3,), (1,), (7,) * 41):
+            batch = random_batch(4, layout_of(), events).to("cuda")
+            for over in ("all", "sinks"):
+                model(batch, Objective(readout=ReadoutSpec(over=over))).loss.backward()
+            with torch.no_grad():
+                model(batch, Objective())
+    assert counters["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
+def test_flex_by_chunks_is_sdpa_on_cuda_forward_and_backward(precision: str, tolerance: float) -> None:
+    of = sparse(summary_bias=True)
+    models = [a_model(of, name, precision, temporal=True, fields={"hidden_size": 64}).cuda() for name in ("sdpa", "flex")]
+    for gaps in ([[60] * 300, [], [1, 86400, 3]], [[5]]):
+        batch = a_batch(of, "per_user", gaps).to("cuda")
+        (expected, grads), (logits, found) = (by_chunks(model, batch, Objective()) for model in models)
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(found, grads, atol=tolerance, rtol=tolerance)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ctrsink.config.run import RunSpec
 from ctrsink.config.stages import Group, Objective, StageSpec
-from ctrsink.dist import Topology, all_max, all_sum
+from ctrsink.dist import Topology, all_max, sent, summed
 from ctrsink.families.parameters import set_trainable
 from ctrsink.families.protocol import CTRModule, Out
 from ctrsink.sequences.batch import Batch
@@ -26,7 +26,7 @@ from ctrsink.train.deepspeed_import import (
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
-from ctrsink.train.feed import fed
+from ctrsink.train.feed import fed, placed
 from ctrsink.train.stage_tables import StageTables
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,13 +97,17 @@ class Engine:
         if self.zero_stage in (1, 2):
             self.optimizer.check_grad_overflow = True  # DeepSpeed switches it off without fp16: a NaN would reach the weights
         self.tables.join(self.optimizer, self.zero_stage)
+        self._total = self._votes = torch.empty(0)
+        self._found: tuple[float, ...] = ()
+        if self.zero_stage in (1, 2):
+            self._join_reads()
         self._create_moments()
         if state is not None:
             self.load(state)
 
     def forward(self, batch: Batch, objective: Objective) -> Out:
         """See CTRModule.forward; every rank must call it equally often."""
-        return self.deepspeed(batch.to(self.topology.device), objective)
+        return self.deepspeed(placed(batch, self.topology.device), objective)
 
     def step(self, batches: list[Batch], units: int, stage: StageSpec, factor: float, votes: Sequence[float] = ()) -> StepResult:
         """One optimiser step over the micro-batches of this rank.
@@ -120,39 +124,65 @@ class Engine:
         """
         for group, name in zip(self.optimizer.param_groups, self._group_names, strict=True):
             group["lr"] = stage.lr[name.split("/")[0]] * factor
-        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        self._total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        self._votes = sent(torch.tensor(votes, dtype=torch.float64), self.topology)
         # DeepSpeed divides by its accumulation and averages over ranks; both are undone here.
         weight = ACCUMULATION * self.topology.world / units
-        norm = math.nan
         for number, batch in enumerate(fed(batches, self.topology.device), start=1):
             self.deepspeed.set_gradient_accumulation_boundary(last := number == len(batches))
             loss = self.forward(batch, stage.learns).loss
             self.deepspeed.backward(loss * weight)
+            self._total += loss.detach()
             if last:
                 self.tables.collect()
-            if last and self.zero_stage == 0:
-                norm = self._clipped()
-            if last and self.zero_stage == 0 and not math.isfinite(norm):
-                self.deepspeed.zero_grad()  # DeepSpeed would step all the same
-            else:
+            if not last or self.zero_stage > 0:
                 self.deepspeed.step()
-            total += loss.detach()  # read once, at the end
-        if self.zero_stage > 0:
-            norm = float(self.deepspeed.get_global_grad_norm())
+        if self.zero_stage == 0:
+            self._read(nn.utils.get_total_norm(self._gradients()))
+        elif self.zero_stage == 3:
+            self._read(self.deepspeed.get_global_grad_norm())
+        loss, norm, *summed_votes = self._found
+        if self.zero_stage == 0:
+            norm = math.hypot(norm, self.tables.norm)
+            self._step_dense(norm)
         if math.isfinite(norm):
             self.tables.step(stage, factor, self._scale(norm))
         else:
             self.tables.discard()
-        loss, *summed = all_sum(torch.cat([total[None], total.new_tensor(votes)]), self.topology)
-        return StepResult(loss / units, norm, tuple(summed))
+        return StepResult(loss / units, norm, tuple(summed_votes))
 
-    def _clipped(self) -> float:
-        """Norm of the gradient under ZeRO 0, where DeepSpeed does not keep it and, of what it holds, clips by its own."""
-        dense = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = math.hypot(float(torch.nn.utils.get_total_norm(dense)), self.tables.norm)
-        if self.tables.norm and math.isfinite(norm):
-            torch._foreach_mul_(dense, self._scale(norm))
-        return norm
+    def _read(self, norm: torch.Tensor | float) -> None:
+        """Sum of all losses, this norm of the dense gradient, sums of votes: the one time in a step that the host waits."""
+        beside = sent(torch.as_tensor(norm, dtype=torch.float64), self.topology)
+        sums = summed(torch.cat([self._total[None], self._votes]), self.topology)
+        self._found = tuple(torch.cat([sums[:1], beside[None], sums[1:]]).tolist())
+
+    def _join_reads(self) -> None:
+        """Give DeepSpeed the norm on the host, by the one read of a step: it looks at it again for each group of parameters.
+
+        Whether a gradient overflowed it need not ask beside: the norm is no number then, and it looks for that, too.
+        """
+        of_all = self.optimizer.scaled_global_norm
+
+        def read() -> torch.Tensor:
+            norm = of_all()
+            self._read(norm)
+            return torch.tensor(self._found[1], dtype=norm.dtype)
+
+        self.optimizer.scaled_global_norm = read
+        self.optimizer.has_overflow = lambda partition_gradients=True: False
+
+    def _step_dense(self, norm: float) -> None:
+        """What ends a step under ZeRO 0, where DeepSpeed, of what it holds, clips by its own norm and steps whatever that is."""
+        if not math.isfinite(norm):
+            self.deepspeed.zero_grad()
+            return
+        if self.tables.norm:
+            torch._foreach_mul_(self._gradients(), self._scale(norm))
+        self.deepspeed.step()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.named.values() if p.grad is not None]
 
     def _scale(self, norm: float) -> float:
         """What clipping makes of a gradient of this norm, as torch and DeepSpeed do it."""
