@@ -153,12 +153,12 @@ def _attend(
     at_asked, at_means, heads = given.at_asked.get(layer), given.at_means.get(layer), query.shape[1]
     scale = kwargs["scaling"]
     asks = None if at_asked is None else (given.asked_row, at_asked.transpose(0, 1).flatten(1))
-    banks = (_keys(of, given.chunked.ends.rows, len(given.slot)) for of in (key, value))
-    out, lse = kernel(query, *banks, added(given.slot, given.no_rows, heads, None, asks), given.positions, scale)
+    keys, values = (_keys(of, given.chunked.ends.rows, len(given.slot)) for of in (key, value))
+    out, lse = kernel(query, keys, values, added(given.slot, given.no_rows, heads, None, asks), given.positions, scale)
     if at_asked is not None:
         out, lse = with_table_gradient(out, lse, at_asked, query, key, value, given.asked, scale)
-    banks = (_means(of, given.chunked, len(given.no_slot)) for of in (key, value))
-    more, lse_more = kernel(query, *banks, added(given.no_slot, given.no_rows, heads, None, None), given.means, scale)
+    keys, values = (_means(of, given.chunked, len(given.no_slot)) for of in (key, value))
+    more, lse_more = kernel(query, keys, values, added(given.no_slot, given.no_rows, heads, None, None), given.means, scale)
     if at_means is not None:
         lse_more = lse_more + at_means[:, None]
     # A softmax of two sums; that of means is 0, its logarithm minus infinity, where a row sees none.

@@ -156,9 +156,9 @@ class Engine:
 
     def _read(self, norm: torch.Tensor | float) -> None:
         """Sum of all losses, this norm of the dense gradient, sums of votes: the one time in a step that the host waits."""
-        norm = sent(torch.as_tensor(norm, dtype=torch.float64), self.topology)
+        beside = sent(torch.as_tensor(norm, dtype=torch.float64), self.topology)
         sums = summed(torch.cat([self._total[None], self._votes]), self.topology)
-        self._found = tuple(torch.cat([sums[:1], norm[None], sums[1:]]).tolist())
+        self._found = tuple(torch.cat([sums[:1], beside[None], sums[1:]]).tolist())
 
     def _join_reads(self) -> None:
         """Give DeepSpeed the norm on the host, by the one read of a step: it looks at it again for each group of parameters.
