@@ -69,12 +69,14 @@ class Ranks:
         import deepspeed
 
         from ctrsink.config import parse_run
+        from ctrsink.config.model import DecoderSpec
         from ctrsink.families.decoder.build import build_model
         from ctrsink.families.facts import Facts
         from ctrsink.families.parameters import load_parameters, set_trainable
         from ctrsink.train.built import built
 
         spec = parse_run(tree(self.data, "unused", self.topology.world, model), "test")
+        assert isinstance(spec.model, DecoderSpec)
         whole = build_model(spec.model, 300, spec.seed, precision)
         trained = {"backbone.norm.weight": torch.full((64,), 0.1)}
         if "lora" not in model:

@@ -66,7 +66,7 @@ def opened(path: Path) -> Tensors:
 
 def _read(file: FileIO, start: int, shape: torch.Size) -> torch.Tensor:
     tensor = torch.empty(shape)
-    left = memoryview(_bytes_of(tensor).numpy())
+    left = _bytes_of(tensor).numpy().data
     while left:
         count = os.preadv(file.fileno(), [left], start)
         if not count:
