@@ -1,5 +1,6 @@
 """What every family of models gives, so that no other room has to know which one it works with."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -145,6 +146,16 @@ class Family(ABC):
         Raises:
             InputError: it cannot be built.
         """
+
+    def shape(self, model: Any, facts: Facts, precision: str = "fp32") -> CTRModule:
+        """What `build` builds, on the meta device: sizes and types, but no memory, and no weight is read.
+
+        Raises:
+            InputError: it cannot be built.
+        """
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on weights of size 0
+            return self.build(model, facts, 0, precision)
 
     @abstractmethod
     def rebuilt(self, plain: dict[str, Any], facts: Facts) -> CTRModule:
