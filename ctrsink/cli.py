@@ -170,11 +170,30 @@ def _config_show(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.config import load_run
+    from ctrsink.runtime.plan import plan_run
+
+    more = {"utilisation": args.utilisation, "network_gbit": args.network, "price": args.price, "sweep": args.sweep}
+    found = plan_run(load_run(args.config, args.overrides), args.gpu, args.nodes, args.gpus_per_node, **more)
+    if args.json:
+        return found
+    from ctrsink.estimate.table import as_table
+
+    print(as_table(found))
+    return {}
+
+
 def _train(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.config import load_run
     from ctrsink.runtime.start import start
 
     spec = load_run(args.config, args.overrides)
+    if args.dry_run:
+        from ctrsink.runtime.dry_run import dry_run_here
+
+        found = dry_run_here(spec)
+        return found if args.json else {row.pop("stage"): row for row in found["stages"]}
     return {"run_dir": spec.run_dir} | start(spec, args.resume, args.stop_after)
 
 
@@ -302,10 +321,24 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("config", metavar="FILE")
     show.add_argument("overrides", nargs="*", metavar="section.key=value")
 
+    plan = _verb(verbs, "plan", _plan, "say what a run would take: memory, time, traffic, cost, and what limits it")
+    _configured(plan)
+    gpus = ("h100-80gb", "h200", "a100-80gb", "l40s", "b200")
+    plan.add_argument("--gpu", choices=gpus, help="default: the CPU of this machine")
+    plan.add_argument("--nodes", type=_count, default=1, metavar="N")
+    plan.add_argument("--gpus-per-node", type=_count, metavar="M", help="default: as many as runtime.workers in all")
+    plan.add_argument("--utilisation", type=_share, default=0.35, metavar="U", help="of the device's peak (default: 0.35)")
+    plan.add_argument("--network", type=_positive, default=400.0, metavar="GBIT", help="Gbit/s of a node (default: 400)")
+    plan.add_argument("--price", type=_positive, metavar="P", help="of a device for an hour")
+    plan.add_argument("--sweep", type=_nodes, default=(), metavar="nodes=1,2,4", help="a row for each number of nodes")
+
     train = _verb(verbs, "train", _train, "train and evaluate the run of a configuration")
     _configured(train)
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run_dir, if there is one")
     train.add_argument("--stop-after", type=_count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
+    train.add_argument(
+        "--dry-run", action="store_true", help="make one step of each stage as the first of runtime.workers, and write nothing"
+    )
 
     stop = _verb(verbs, "stop", _stop, "ask a run that trains somewhere to save itself and stop; --resume goes on with it")
     stop.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
@@ -376,3 +409,26 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    if (value := _positive(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1")
+    return value
+
+
+def _nodes(text: str) -> tuple[int, ...]:
+    name, _, counts = text.partition("=")
+    if name != "nodes" or not counts:
+        raise argparse.ArgumentTypeError(f"{text}: write nodes=1,2,4")
+    return tuple(_count(count) for count in counts.split(","))

@@ -28,6 +28,8 @@ class Activations(NamedTuple):
     constant: float
     """Whatever the batch: narrowed weights, gradients of one of them at a time."""
     per_token: float
+    fetched: float = 0.0
+    """Bytes per token of rows of sharded tables, each as often as it is named."""
 
     def bytes(self, tokens: float) -> float:
         """Of a micro-batch of so many tokens."""
@@ -85,7 +87,8 @@ def activations_of(shape: CTRModule, source: SequenceSource, objective: Objectiv
         low, high = (_most(shape, batch.mapped(mode.from_tensor), objective) for batch in batches)
     fewer, more = (batch.tokens for batch in batches)
     per_token = (high - low) / (more - fewer)
-    return Activations(max(0.0, low - per_token * fewer), per_token)
+    fetched = sum(part.bytes for part in shape.modules() if isinstance(part, _Fetched))
+    return Activations(max(0.0, low - per_token * fewer), per_token, fetched / more)
 
 
 def _most(model: CTRModule, batch: Batch, objective: Objective) -> int:
@@ -130,8 +133,9 @@ class _Fetched(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.bytes = width, 0
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.bytes = 4 * ids.numel() * self.width
         rows = torch.empty(ids.numel(), self.width, requires_grad=torch.is_grad_enabled())
         return nn.functional.embedding(ids, rows)

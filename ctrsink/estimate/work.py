@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctrsink.config.stages import Objective
-from ctrsink.families.protocol import CTRModule, Flops
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.stream import SequenceSource
 
@@ -19,6 +17,8 @@ class Sample:
     batch: Batch
     pieces: int
     """Numbers of the order that they are: one of `per_request` may be several sequences."""
+    shards: tuple[int, ...]
+    """That they are of."""
 
     @classmethod
     def of(cls, source: SequenceSource) -> "Sample":
@@ -29,18 +29,9 @@ class Sample:
         ends = per_shard.cumsum()
         spread = [np.linspace(ends[n] - per_shard[n], ends[n] - 1, min(OF_EACH, per_shard[n])).astype(np.int64) for n in some]
         ids = np.unique(np.concatenate(spread))
-        return cls(source.build(ids), len(ids))
+        return cls(source.build(ids), len(ids), tuple(some.tolist()))
 
     @property
     def tokens(self) -> float:
         """Of a piece, in the mean; of families without text, behaviours and targets."""
         return self.batch.tokens / self.pieces
-
-    @property
-    def impressions(self) -> float:
-        """Of a piece, in the mean."""
-        return self.batch.impressions / self.pieces
-
-    def flops(self, module: CTRModule, objective: Objective) -> Flops:
-        """Of a training step on all of the sample, with what the module trains now."""
-        return module.flop_count(objective)(module.drawn(self.batch, objective, 0))

@@ -91,14 +91,6 @@ class CTRModule(nn.Module, ABC):
         """What the last target of a batch of one sequence pays each behaviour of attention, [K]; None where that is not told."""
         return None
 
-    def hidden_bytes(self, tokens: int) -> int:
-        """Bytes of activations of so many tokens that a look at saved tensors does not find."""
-        return 0
-
-    def least_bytes(self, tokens: int) -> int:
-        """Bytes that so many tokens take in any case while they are computed."""
-        return 0
-
 
 class Family(ABC):
     """One kind of model; `FAMILY` in the module `family` of its package. It has no state: its section decides.

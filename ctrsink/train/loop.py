@@ -289,7 +289,7 @@ class Trainer:
             self.topology.world,
             data.order,
             data.workers,
-            fitting(engine, self.source, stage, spec.train.memory_gib) if tokens == "auto" else tokens,
+            fitting(engine, spec, self.facts, self.progress.precision, self.source, stage) if tokens == "auto" else tokens,
         )
         stream.load_state_dict({"position": self.progress.position})
         return stream
