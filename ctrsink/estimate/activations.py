@@ -83,7 +83,7 @@ def activations_of(shape: CTRModule, source: SequenceSource, objective: Objectiv
     long = source.some()
     batches = [shape.drawn(source.build(long.repeat(times)), objective, 0) for times in (4, 16)]
     with FakeTensorMode() as mode:
-        _become_fake(shape)
+        become_fake(shape)
         low, high = (_most(shape, batch.mapped(mode.from_tensor), objective) for batch in batches)
     fewer, more = (batch.tokens for batch in batches)
     per_token = (high - low) / (more - fewer)
@@ -102,7 +102,7 @@ def _most(model: CTRModule, batch: Batch, objective: Objective) -> int:
     return peak.most
 
 
-def _become_fake(module: nn.Module) -> None:
+def become_fake(module: nn.Module) -> None:
     """Put tensors without memory, but on the CPU by name, in place of those of the meta device, which autocast would not narrow.
 
     A sharded table is left out: of it a pass holds what it fetches.

@@ -1,0 +1,139 @@
+"""What `ctrsink plan` says against what is measured: memory of engines under ZeRO 0 to 3, resident memory, FLOPs.
+
+Each engine is made, and steps twice, in a process of its own, as the first of two ranks of which the other is made up
+(`ctrsink train --dry-run`).
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ctrsink.text_table import aligned
+
+_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES = {
+    "17M": dict(zip(_FIELDS, (384, 1024, 10, 6, 6), strict=True)),
+    "46M": dict(zip(_FIELDS, (576, 1536, 13, 9, 3), strict=True)),
+    "106M": dict(zip(_FIELDS, (576, 1536, 30, 9, 3), strict=True)),  # SmolLM2-135M without its vocabulary
+}
+WORLD = 2
+
+
+def run_of(work: Path, size: str, zero_stage: int) -> Any:
+    """All weights of a random Llama trained, in fp32, on a made-up log."""
+    from ctrsink.config import parse_run
+
+    groups = ["sink", "bias", "head", "backbone"]
+    tree = {
+        "run_dir": str(work / "run"),
+        "data": {"uri": str(work / "data"), "examples": "per_target", "history": 20},
+        "prepare": {
+            "source": {
+                "kind": "table",
+                "path": str(work / "raw/events"),
+                "items": str(work / "raw/items.csv"),
+                "columns": {"user": "user", "item": "item", "timestamp": "timestamp", "feedback": "click", "label": "click"},
+            },
+            "text": {"item": "{title}, {genre}", "feedback": " {feedback:g}"},
+            "tokenizer": {"train_vocabulary": 1024},
+        },
+        "model": {"backbone": {"config": {"model_type": "llama", "max_position_embeddings": 4096} | SIZES[size]}},
+        "stages": [{"name": "all", "trainable": groups, "lr": dict.fromkeys(groups, 1e-4), "steps": 2}],
+        "train": {"batch_size": 16, "micro_batch_size": 4, "zero_stage": zero_stage},
+        "runtime": {"kind": "ray", "workers": WORLD},
+    }
+    return parse_run(tree, "plan_accuracy")
+
+
+def measure(work: Path, size: str, zero_stage: int) -> dict[str, Any]:
+    """In this process: a dry run, and how far its resident memory rose above what it was before there was a model."""
+    import psutil
+    import torch
+
+    from ctrsink.runtime.dry_run import dry_run_here
+    from ctrsink.train import loop  # noqa: F401 - what a worker imports is there before
+
+    torch.set_num_threads(1)
+    before = psutil.Process().memory_info().rss
+    (found,) = dry_run_here(run_of(work, size, zero_stage))["stages"]
+    rose = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return {"size": size, "zero_stage": zero_stage, **found, "resident": rose}
+
+
+def counted(work: Path, size: str) -> dict[str, Any]:
+    """FLOPs of a training step by the family's count and by torch's, which takes attention for a whole square of pairs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ctrsink.dataset.reader import Dataset
+    from ctrsink.estimate.activations import become_fake
+    from ctrsink.estimate.weights import weights_of
+    from ctrsink.families.registry import family_of, source_of
+    from ctrsink.runtime.preflight import check
+
+    spec = run_of(work, size, 0)
+    family, dataset, stage = family_of(spec.model.family), Dataset.of(spec.data), spec.stages[0]
+    source = source_of(dataset, "train", family.layout(spec.data, spec.model, dataset.manifest))
+    shape = family.shape(spec.model, check(spec)).train()
+    parameters = weights_of(shape, stage.trainable).trained
+    batch = source.build(source.some().repeat(4))
+    ours = shape.flop_count(stage.learns)(batch)
+    with FakeTensorMode() as mode:
+        become_fake(shape)
+        with FlopCounterMode(display=False) as counter:
+            shape(batch.mapped(mode.from_tensor), stage.learns).loss.backward()
+    return {
+        "size": size,
+        "parameters": parameters,
+        "tokens": batch.tokens / 4,
+        "ours": ours.total,
+        "attention": ours.attention,
+        "torch": counter.get_total_flops(),
+    }
+
+
+def main() -> None:
+    """Prepare the data once, measure size by size, print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", required=True, metavar="DIR")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--one", nargs=2, metavar=("SIZE", "ZERO"), help="measure in this process")
+    args = parser.parse_args()
+    work = Path(args.work)
+    if args.one:
+        print(json.dumps(measure(work, args.one[0], int(args.one[1]))))
+        return
+    if not (work / "data/manifest.json").exists():
+        from ctrsink.prepare.build import prepare
+        from ctrsink.prepare.synth import synth
+
+        synth(str(work / "raw"), 20_000, 400, 500, 0, "csv")
+        spec = run_of(work, args.sizes[0], 0)
+        prepare(spec.prepare, spec.data.uri)
+    rows = [["size", "ZeRO", "held", "planned", "peak", "planned", "resident", "planned / resident"]]
+    for size in args.sizes:
+        for zero_stage in range(4):
+            command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--work", str(work), "--one", size, str(zero_stage)]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            held, peak = found["held"], found["peak"]
+            mib = [held["measured"], held["planned"], peak["measured"], peak["planned"], found["resident"]]
+            rows.append([size, str(zero_stage), *(f"{n / 2**20:.0f}" for n in mib), f"{peak['planned'] / found['resident']:.3f}"])
+            print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+    print(aligned(rows))
+    flops = [["size", "parameters", "tokens", "ours", "of it attention", "torch", "ours / torch"]]
+    for size in args.sizes:
+        one = counted(work, size)
+        ratio = one["ours"] / one["torch"]
+        figures = [f"{one[key]:.4g}" for key in ("parameters", "tokens", "ours", "attention", "torch")]
+        flops.append([size, *figures, f"{ratio:.3f}"])
+    print(aligned(flops))
+
+
+if __name__ == "__main__":
+    main()
