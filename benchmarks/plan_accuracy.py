@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ctrsink.text_table import aligned
+from benchmarks.report import machine, machine_line, markdown
 
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZES = {
@@ -115,24 +115,41 @@ def main() -> None:
         synth(str(work / "raw"), 20_000, 400, 500, 0, "csv")
         spec = run_of(work, args.sizes[0], 0)
         prepare(spec.prepare, spec.data.uri)
-    rows = [["size", "ZeRO", "held", "planned", "peak", "planned", "resident", "planned / resident"]]
+    print(machine_line(machine()))
+    rows = []
     for size in args.sizes:
         for zero_stage in range(4):
             command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--work", str(work), "--one", size, str(zero_stage)]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            held, peak = found["held"], found["peak"]
-            mib = [held["measured"], held["planned"], peak["measured"], peak["planned"], found["resident"]]
-            rows.append([size, str(zero_stage), *(f"{n / 2**20:.0f}" for n in mib), f"{peak['planned'] / found['resident']:.3f}"])
-            print(" ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(aligned(rows))
-    flops = [["size", "parameters", "tokens", "ours", "of it attention", "torch", "ours / torch"]]
+            rows.append(_memory_row(json.loads(done.stdout.splitlines()[-1])))
+            print(*rows[-1], file=sys.stderr, flush=True)
+    header = (
+        "size",
+        "ZeRO",
+        "held MiB",
+        "planned",
+        "ratio",
+        "peak MiB",
+        "planned",
+        "ratio",
+        "resident MiB",
+        "planned / resident",
+    )
+    print("\n" + markdown(header, rows))
+    flops = []
     for size in args.sizes:
         one = counted(work, size)
-        ratio = one["ours"] / one["torch"]
-        figures = [f"{one[key]:.4g}" for key in ("parameters", "tokens", "ours", "attention", "torch")]
-        flops.append([size, *figures, f"{ratio:.3f}"])
-    print(aligned(flops))
+        given = [one[key] / 1e9 for key in ("ours", "attention", "torch")]
+        flops.append([size, one["parameters"], one["tokens"], *given, f"{one['ours'] / one['torch']:.3f}"])
+    print("\n" + markdown(("size", "parameters", "tokens", "GFLOP", "of it attention", "torch counts", "ratio"), flops))
+
+
+def _memory_row(found: dict[str, Any]) -> list[str]:
+    row = [found["size"], str(found["zero_stage"])]
+    for what in ("held", "peak"):
+        measured, planned = found[what]["measured"], found[what]["planned"]
+        row += [f"{measured / 2**20:.0f}", f"{planned / 2**20:.0f}", f"{planned / measured:.3f}"]
+    return [*row, f"{found['resident'] / 2**20:.0f}", f"{found['peak']['planned'] / found['resident']:.3f}"]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ class Held:
     static: dict[str, int]
     """On the device, between two steps, by part."""
     step: dict[str, int]
-    """On the device besides, at most, while a step is computed; activations not counted."""
+    """On the device besides, while a step is computed; activations not counted."""
+    after: dict[str, int]
+    """Besides, when the activations are gone: what reduces and steps."""
     host: dict[str, int]
     """In the host's memory, where the engine offloads."""
 
@@ -33,6 +35,10 @@ class Held:
     def device(self) -> int:
         """All that activations must leave free."""
         return sum(self.static.values()) + sum(self.step.values())
+
+    def peak(self, activations: float) -> float:
+        """At the fullest moment of a step with so many bytes of activations."""
+        return self.device + max(activations, sum(self.after.values()))
 
 
 def held(weights: Weights, zero_stage: int, world: int, offload: bool = False, overlap: bool = False) -> Held:
@@ -45,11 +51,13 @@ def held(weights: Weights, zero_stage: int, world: int, offload: bool = False, o
     bucket = GRADIENT * min(trained, MOST_IN_BUCKET)
     static = {"weights": weights.bytes}
     step: dict[str, int] = {}
+    # On CUDA AdamW steps all weights at a time, with a root of each second moment.
+    after = {"adam": GRADIENT * (trained if zero_stage == 0 else parted)} if overlap and not offload else {}
     if zero_stage == 0:
         static["moments"] = MOMENTS * trained
         step["gradients"] = GRADIENT * trained
         if world > 1:
-            step["buckets"] = bucket  # gradients are reduced in a flat copy
+            after["buckets"] = bucket  # gradients are reduced in a flat copy, at the end
     elif zero_stage < 3:
         static |= {"masters": MASTER * parted, "moments": MOMENTS * parted}
         step["gradients"] = GRADIENT * (parted if zero_stage == 2 else trained)
@@ -65,11 +73,11 @@ def held(weights: Weights, zero_stage: int, world: int, offload: bool = False, o
         }
         whole = min(weights.bytes, round(LIVE * weights.bytes / max(weights.trained + weights.frozen, 1)))
         step["gathered"] = max(0, whole - weights.persistent_bytes)
-        step["gradients"] = GRADIENT * parted  # flattened for the optimiser
+        step["buckets"] = bucket  # a copy in the order of the ranks, which is reduced
     host: dict[str, int] = {}
     if offload:
         for part in ("masters", "moments", *(("weights", "gradients") if zero_stage == 3 else ())):
             host[part] = static.pop(part)
     if weights.tables:
         static["tables"] = sum(bytes_needed(rows, width, world) for rows, width in weights.tables)
-    return Held(static, step, host)
+    return Held(static, step, after, host)

@@ -117,7 +117,7 @@ class Planner:
         total = self.impressions / self.pieces  # impressions of a sequence, over the whole split
         step = self._step(weights, each * batch * total / place.world, place, sum(moved.values()))
         steps = math.ceil(self.pieces / batch)
-        peak = own.device + line.bytes(tokens)
+        peak = own.peak(line.bytes(tokens))
         found = {
             "stage": stage.name,
             "parameters": {
@@ -154,7 +154,7 @@ class Planner:
 
     def _memory(self, weights: Weights, zero_stage: int, place: Place) -> dict[str, Any]:
         own = self._held(weights, zero_stage, place)
-        return {"static": own.static, "step": own.step, "host": own.host, "total": own.device}
+        return {"static": own.static, "step": own.step, "after": own.after, "host": own.host, "total": own.device}
 
     def _step(self, weights: Weights, flops: float, place: Place, moved: float) -> dict[str, Any]:
         """Seconds of a worker's step by part, None where the device is not known well enough."""

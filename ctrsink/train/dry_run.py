@@ -80,7 +80,7 @@ def _stage(
         "tokens": tokens,
         "seconds": seconds,
         "held": {"measured": between, "planned": sum(own.static.values())},
-        "peak": {"measured": between + most, "planned": own.device + plan.activations.bytes(tokens)},
+        "peak": {"measured": between + most, "planned": own.peak(plan.activations.bytes(tokens))},
     }
 
 
