@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ctrsink import __version__, logs, strict_json
+from ctrsink.arguments import add_place, count, step
 from ctrsink.errors import InputError, RunError, first_line
 
 if TYPE_CHECKING:
@@ -293,9 +294,9 @@ def _parser() -> argparse.ArgumentParser:
 
     synth = _verb(data, "synth", _data_synth, "write a made-up log whose best AUC is known")
     synth.add_argument("--to", required=True, metavar="DIR")
-    synth.add_argument("--events", required=True, type=_count, metavar="N")
-    synth.add_argument("--users", type=_count, metavar="U", help="default: one for 50 events")
-    synth.add_argument("--items", type=_count, metavar="I", help="default: one for 500 events, at least 1000")
+    synth.add_argument("--events", required=True, type=count, metavar="N")
+    synth.add_argument("--users", type=count, metavar="U", help="default: one for 50 events")
+    synth.add_argument("--items", type=count, metavar="I", help="default: one for 500 events, at least 1000")
     synth.add_argument("--seed", type=int, default=0, metavar="S")
     synth.add_argument("--format", choices=["csv", "parquet"], default="csv", help="of the event files")
     synth.add_argument(
@@ -323,19 +324,12 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _verb(verbs, "plan", _plan, "say what a run would take: memory, time, traffic, cost, and what limits it")
     _configured(plan)
-    gpus = ("h100-80gb", "h200", "a100-80gb", "l40s", "b200")
-    plan.add_argument("--gpu", choices=gpus, help="default: the CPU of this machine")
-    plan.add_argument("--nodes", type=_count, default=1, metavar="N")
-    plan.add_argument("--gpus-per-node", type=_count, metavar="M", help="default: as many as runtime.workers in all")
-    plan.add_argument("--utilisation", type=_share, default=0.35, metavar="U", help="of the device's peak (default: 0.35)")
-    plan.add_argument("--network", type=_positive, default=400.0, metavar="GBIT", help="Gbit/s of a node (default: 400)")
-    plan.add_argument("--price", type=_positive, metavar="P", help="of a device for an hour")
-    plan.add_argument("--sweep", type=_nodes, default=(), metavar="nodes=1,2,4", help="a row for each number of nodes")
+    add_place(plan)
 
     train = _verb(verbs, "train", _train, "train and evaluate the run of a configuration")
     _configured(train)
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run_dir, if there is one")
-    train.add_argument("--stop-after", type=_count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
+    train.add_argument("--stop-after", type=count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
     train.add_argument(
         "--dry-run", action="store_true", help="make one step of each stage as the first of runtime.workers, and write nothing"
     )
@@ -346,18 +340,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set")
     evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     evaluate.add_argument("--split", nargs="+", choices=["train", "valid", "test"], default=["valid", "test"])
-    evaluate.add_argument("--checkpoint", type=_step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
+    evaluate.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
     looked = _verb(verbs, "look", _look, "say where a run's model looks, and what each signal is worth to it")
     looked.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     looked.add_argument("--split", choices=["train", "valid", "test"], default="valid")
-    looked.add_argument("--sequences", type=_count, default=64, metavar="N", help="size of the sample (default: 64)")
+    looked.add_argument("--sequences", type=count, default=64, metavar="N", help="size of the sample (default: 64)")
 
     export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     export.add_argument("--to", required=True, metavar="URI")
     export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    export.add_argument("--checkpoint", type=_step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
+    export.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
     score = _verb(verbs, "score", _score, "click probabilities for requests, one JSON object a line")
     score.add_argument("--model", required=True, metavar="DIR")
@@ -399,36 +393,3 @@ def _verb(verbs: Any, name: str, run: Verb, help_text: str) -> argparse.Argument
 def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-
-
-def _step(text: str) -> int | str:
-    return text if text == "best" else _count(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    if (value := _positive(text)) > 1:
-        raise argparse.ArgumentTypeError(f"{text} is more than 1")
-    return value
-
-
-def _nodes(text: str) -> tuple[int, ...]:
-    name, _, counts = text.partition("=")
-    if name != "nodes" or not counts:
-        raise argparse.ArgumentTypeError(f"{text}: write nodes=1,2,4")
-    return tuple(_count(count) for count in counts.split(","))
