@@ -5,6 +5,7 @@ Each engine is made, and steps twice, in a process of its own, as the first of t
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -44,7 +45,7 @@ def run_of(work: Path, size: str, zero_stage: int) -> Any:
         },
         "model": {"backbone": {"config": {"model_type": "llama", "max_position_embeddings": 4096} | SIZES[size]}},
         "stages": [{"name": "all", "trainable": groups, "lr": dict.fromkeys(groups, 1e-4), "steps": 2}],
-        "train": {"batch_size": 16, "micro_batch_size": 4, "zero_stage": zero_stage},
+        "train": {"batch_size": 8, "micro_batch_size": 2, "zero_stage": zero_stage},
         "runtime": {"kind": "ray", "workers": WORLD},
     }
     return parse_run(tree, "plan_accuracy")
@@ -53,14 +54,22 @@ def run_of(work: Path, size: str, zero_stage: int) -> Any:
 def measure(work: Path, size: str, zero_stage: int) -> dict[str, Any]:
     """In this process: a dry run, and how far its resident memory rose above what it was before there was a model."""
     import psutil
-    import torch
 
     from ctrsink.runtime.dry_run import dry_run_here
-    from ctrsink.train import loop  # noqa: F401 - what a worker imports is there before
+    from ctrsink.train import dry_run
 
-    torch.set_num_threads(1)
-    before = psutil.Process().memory_info().rss
-    (found,) = dry_run_here(run_of(work, size, zero_stage))["stages"]
+    spec, before = run_of(work, size, zero_stage), 0
+    estimated = dry_run.estimated
+
+    def last_before_the_model(*given: Any) -> Any:
+        nonlocal before
+        found = estimated(*given)  # what the estimate itself imports is there by now
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        return found
+
+    dry_run.estimated = last_before_the_model
+    (found,) = dry_run_here(spec)["stages"]
     rose = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return {"size": size, "zero_stage": zero_stage, **found, "resident": rose}
 
@@ -112,7 +121,7 @@ def main() -> None:
         from ctrsink.prepare.build import prepare
         from ctrsink.prepare.synth import synth
 
-        synth(str(work / "raw"), 20_000, 400, 500, 0, "csv")
+        synth(str(work / "raw"), 4000, 100, 500, 0, "csv")
         spec = run_of(work, args.sizes[0], 0)
         prepare(spec.prepare, spec.data.uri)
     print(machine_line(machine()))

@@ -84,6 +84,18 @@ def test_a_shape_has_the_parameters_of_the_model(family: str) -> None:
         assert found.bytes == 4 * (found.trained + found.frozen)
 
 
+def test_of_a_pretrained_backbone_its_configuration_is_enough(tmp_path: Path) -> None:
+    """Its folder holds no weights here: a plan must not load them."""
+    spec = parse_run(run_tree("data", "run"), "test")
+    backbone: Any = family_of("decoder").build(spec.model, Facts(300), 0)
+    backbone.backbone.config.save_pretrained(tmp_path / "model")
+    tree = run_tree("data", "run")
+    tree["model"]["backbone"] = {"path": str(tmp_path / "model")}
+    found = family_of("decoder").shape(parse_run(tree, "test").model, Facts(300))
+    assert weights_of(found, ("backbone",)) == weights_of(backbone, ("backbone",))
+    assert all(parameter.is_meta for parameter in found.parameters())
+
+
 def test_sharded_tables_are_counted_by_their_rows() -> None:
     rows = 10**8
     spec = parse_run(tree_of("din", "data", "run", "per_target", model={"id_tables": "sharded", "rows": rows}), "test")

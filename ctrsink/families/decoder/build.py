@@ -116,7 +116,8 @@ def _backbone(spec: DecoderSpec, vocabulary: int, dtype: torch.dtype) -> Any:
         try:
             return AutoModel.from_config(config, attn_implementation=backend_of(spec), dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
-            raise InputError(f"model.backbone: {_one_line(error)}") from None
+            named = "config" if source.path is None else f"path {source.path}"
+            raise InputError(f"model.backbone.{named}: {_one_line(error)}") from None
     assert source.path is not None
     try:
         backbone = AutoModel.from_pretrained(
