@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ctrsink import __version__, logs, strict_json
-from ctrsink.cli_arguments import add_verb as _verb
-from ctrsink.cli_arguments import configured as _configured
-from ctrsink.cli_arguments import count as _count
-from ctrsink.cli_arguments import count_or_none as _count_or_none
-from ctrsink.cli_arguments import step as _step
+from ctrsink.cli_arguments import add_place, add_verb, configured, count, count_or_none, step
 from ctrsink.cli_data import add_data_verbs
 from ctrsink.errors import InputError, RunError, first_line
 
@@ -75,11 +71,30 @@ def _config_show(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.config import load_run
+    from ctrsink.runtime.plan import plan_run
+
+    more = {"utilisation": args.utilisation, "network_gbit": args.network, "price": args.price, "sweep": args.sweep}
+    found = plan_run(load_run(args.config, args.overrides), args.gpu, args.nodes, args.gpus_per_node, **more)
+    if args.json:
+        return found
+    from ctrsink.estimate.table import as_table
+
+    print(as_table(found))
+    return {}
+
+
 def _train(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.config import load_run
     from ctrsink.runtime.start import start
 
     spec = load_run(args.config, args.overrides)
+    if args.dry_run:
+        from ctrsink.runtime.dry_run import dry_run_here
+
+        found = dry_run_here(spec)
+        return found if args.json else {row.pop("stage"): row for row in found["stages"]}
     return {"run_dir": spec.run_dir} | start(spec, args.resume, args.stop_after)
 
 
@@ -173,47 +188,54 @@ def _parser() -> argparse.ArgumentParser:
     add_data_verbs(verbs)
 
     config = verbs.add_parser("config", help="look at a configuration").add_subparsers(required=True, metavar="VERB")
-    show = _verb(config, "show", _config_show, "print the resolved configuration")
+    show = add_verb(config, "show", _config_show, "print the resolved configuration")
     show.add_argument("config", metavar="FILE")
     show.add_argument("overrides", nargs="*", metavar="section.key=value")
 
-    train = _verb(verbs, "train", _train, "train and evaluate the run of a configuration")
-    _configured(train)
-    train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run_dir, if there is one")
-    train.add_argument("--stop-after", type=_count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
+    plan = add_verb(verbs, "plan", _plan, "say what a run would take: memory, time, traffic, cost, and what limits it")
+    configured(plan)
+    add_place(plan)
 
-    stop = _verb(verbs, "stop", _stop, "ask a run that trains somewhere to save itself and stop; --resume goes on with it")
+    train = add_verb(verbs, "train", _train, "train and evaluate the run of a configuration")
+    configured(train)
+    train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run_dir, if there is one")
+    train.add_argument("--stop-after", type=count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
+    train.add_argument(
+        "--dry-run", action="store_true", help="make one step of each stage as the first of runtime.workers, and write nothing"
+    )
+
+    stop = add_verb(verbs, "stop", _stop, "ask a run that trains somewhere to save itself and stop; --resume goes on with it")
     stop.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
 
-    evaluate = _verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set")
+    evaluate = add_verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set")
     evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     evaluate.add_argument("--split", nargs="+", choices=["train", "valid", "test"], default=["valid", "test"])
-    evaluate.add_argument("--checkpoint", type=_step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
+    evaluate.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
-    looked = _verb(verbs, "look", _look, "say where a run's model looks, and what each signal is worth to it")
+    looked = add_verb(verbs, "look", _look, "say where a run's model looks, and what each signal is worth to it")
     looked.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     looked.add_argument("--split", choices=["train", "valid", "test"], default="valid")
-    looked.add_argument("--sequences", type=_count, default=64, metavar="N", help="size of the sample (default: 64)")
+    looked.add_argument("--sequences", type=count, default=64, metavar="N", help="size of the sample (default: 64)")
 
-    report = _verb(verbs, "report", _report, "write one page of a run or a study: a file that shows all and loads nothing")
+    report = add_verb(verbs, "report", _report, "write one page of a run or a study: a file that shows all and loads nothing")
     report.add_argument("folder", metavar="RUN|STUDY", help="folder of a run, or of a study")
     report.add_argument("--to", required=True, metavar="FILE", help="of the page, HTML; local or s3://")
     report.add_argument("--split", choices=["train", "valid", "test"], help="default: a study's own, else test")
     report.add_argument(
         "--sequences",
-        type=_count_or_none,
+        type=count_or_none,
         default=64,
         metavar="N",
         help="sample of the look into a run (default: 64); 0: no look",
     )
 
-    export = _verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
+    export = add_verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     export.add_argument("--to", required=True, metavar="URI")
     export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    export.add_argument("--checkpoint", type=_step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
+    export.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
-    score = _verb(verbs, "score", _score, "click probabilities for requests, one JSON object a line")
+    score = add_verb(verbs, "score", _score, "click probabilities for requests, one JSON object a line")
     score.add_argument("--model", required=True, metavar="DIR")
     score.add_argument("--input", required=True, metavar="FILE")
     score.add_argument("--output", metavar="FILE", help="default: stdout")
@@ -221,8 +243,8 @@ def _parser() -> argparse.ArgumentParser:
         "--on-bad-request", choices=["fail", "skip"], default="fail", help="skip: its line of the output says what is wrong"
     )
 
-    submit = _verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
-    _configured(submit)
+    submit = add_verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
+    configured(submit)
     submit.add_argument(
         "--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"), help="of the cluster's job server, http://..."
     )
@@ -231,11 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("--resume", action="store_true")
 
-    study = _verb(verbs, "study", _study, "train variants with several seeds and compare them; goes on where it was")
+    study = add_verb(verbs, "study", _study, "train variants with several seeds and compare them; goes on where it was")
     study.add_argument("--config", required=True, metavar="FILE", help="of the study")
     study.add_argument("--to", metavar="DIR", help="folder of the study, local or s3:// (default: its key folder)")
 
-    compare = _verb(verbs, "compare", _compare, "compare runs on the same impressions, with intervals, and by slices")
+    compare = add_verb(verbs, "compare", _compare, "compare runs on the same impressions, with intervals, and by slices")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; those that differ in the seed are one variant")
     compare.add_argument("--split", choices=["train", "valid", "test"], default="test")
     compare.add_argument("--baseline", metavar="RUN", help="whose variant the others are compared with; default: the first")

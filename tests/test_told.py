@@ -26,7 +26,6 @@ from ctrsink.runtime.preflight import check
 from ctrsink.sequences.batch import Axis, Batch
 from ctrsink.sequences.windows import Cuts, windows_of
 from ctrsink.stream.stream import evaluation_batches
-from ctrsink.train.capacity import GIB, saved_bytes, tokens_within
 from ctrsink.train.restore import restore_run
 from tests.builders import form_batch, layout_on, tiny_model, tiny_spec
 from tests.command_line import good
@@ -78,15 +77,6 @@ def told_model(attention: str, **more: Any) -> CTRModel:
         for parameter in model.head.parameters():  # as after training: at the start it hardly reads the state
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=chance))
     return model
-
-
-def test_what_fits_into_memory_is_foreseen_for_a_head_that_is_told_numbers() -> None:
-    """From a small batch: as many tokens as it says are of a larger one keep about as many bytes."""
-    small, large = (told(form_batch("per_user", 3, (20,) * rows), 4) for rows in (2, 10))
-    model = told_model("sdpa")
-    forward = lambda batch: model(batch, Objective()).loss  # noqa: E731
-    kept = saved_bytes(lambda: forward(large), model)
-    assert tokens_within(model, forward, small, kept / GIB) == pytest.approx(large.tokens, rel=0.3)
 
 
 @pytest.mark.parametrize("examples", ["per_user", "per_request", "per_target"])

@@ -1,5 +1,6 @@
 """What every family of models gives, so that no other room has to know which one it works with."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -90,14 +91,6 @@ class CTRModule(nn.Module, ABC):
         """What the last target of a batch of one sequence pays each behaviour of attention, [K]; None where that is not told."""
         return None
 
-    def hidden_bytes(self, tokens: int) -> int:
-        """Bytes of activations of so many tokens that a look at saved tensors does not find."""
-        return 0
-
-    def least_bytes(self, tokens: int) -> int:
-        """Bytes that so many tokens take in any case while they are computed."""
-        return 0
-
 
 class Family(ABC):
     """One kind of model; `FAMILY` in the module `family` of its package. It has no state: its section decides.
@@ -148,6 +141,16 @@ class Family(ABC):
         Raises:
             InputError: it cannot be built.
         """
+
+    def shape(self, model: Any, facts: Facts, precision: str = "fp32") -> CTRModule:
+        """What `build` builds, on the meta device: sizes and types, but no memory, and no weight is read.
+
+        Raises:
+            InputError: it cannot be built.
+        """
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on weights of size 0
+            return self.build(model, facts, 0, precision)
 
     @abstractmethod
     def rebuilt(self, plain: dict[str, Any], facts: Facts) -> CTRModule:

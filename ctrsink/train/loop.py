@@ -293,7 +293,7 @@ class Trainer:
             self.topology.world,
             data.order,
             data.workers,
-            fitting(engine, self.source, stage, spec.train.memory_gib) if tokens == "auto" else tokens,
+            fitting(engine, spec, self.facts, self.progress.precision, self.source, stage) if tokens == "auto" else tokens,
             price_of(engine.model, self.source, stage.learns) if self.topology.world > 1 else PLAIN,
             spec.train.zero_stage > 1,  # gradients travel in each micro-step, and under 3 weights too
         )

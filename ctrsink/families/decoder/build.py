@@ -111,11 +111,13 @@ def backbone_config(spec: DecoderSpec, vocabulary: int) -> PretrainedConfig:
 
 def _backbone(spec: DecoderSpec, vocabulary: int, dtype: torch.dtype) -> Any:
     source, config = spec.backbone, backbone_config(spec, vocabulary)
-    if source.config is not None:
+    # On the meta device it is a shape that is wanted: no weight is read for it.
+    if source.config is not None or torch.get_default_device().type == "meta":
         try:
             return AutoModel.from_config(config, attn_implementation=backend_of(spec), dtype=dtype)
         except (ValueError, TypeError, StrictDataclassError) as error:
-            raise InputError(f"model.backbone.config: {_one_line(error)}") from None
+            named = "config" if source.path is None else f"path {source.path}"
+            raise InputError(f"model.backbone.{named}: {_one_line(error)}") from None
     assert source.path is not None
     try:
         backbone = AutoModel.from_pretrained(

@@ -30,7 +30,6 @@ from ctrsink.features.registry import SIGNALS, signal
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.columns import TARGETS
 
-LAYER = 24  # states of a token that a layer holds while it computes, about: projections, attention, the gated MLP
 BACKENDS = {"sdpa": sdpa.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
 BY_CHUNKS = {"sdpa": chunked_sdpa.BACKEND, "blocks": chunked_blocks.BACKEND, "flex": chunked_flex.BACKEND}
@@ -189,18 +188,6 @@ class CTRModel(CTRModule):
         if share.paid is None:
             return None
         return share.paid[0, batch.axes["asked"].longest - 1, : batch.axes["sinks"].longest]
-
-    def hidden_bytes(self, tokens: int) -> int:
-        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.modules())
-        # Checkpointed layers keep what enters them, out of sight of the hooks; one at a time is computed again.
-        return self._state_bytes(tokens) * (self.layers + LAYER) if checkpointed else 0
-
-    def least_bytes(self, tokens: int) -> int:
-        return LAYER * self._state_bytes(tokens)
-
-    def _state_bytes(self, tokens: int) -> int:
-        """Of one state of every token, for any head."""
-        return 4 * tokens * self.head.norm.normalized_shape[0]
 
 
 def backend_of(spec: DecoderSpec) -> str:

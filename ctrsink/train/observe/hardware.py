@@ -8,21 +8,10 @@ import psutil
 import torch
 
 from ctrsink.dist import Topology, all_max, gather_rows
+from ctrsink.estimate.devices import PEAK_TFLOPS
 
 log = logging.getLogger("ctrsink.train")
 
-# Dense bf16 products with fp32 accumulation, in TFLOP/s, from the makers' data sheets; the first name that fits counts.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-}
 SMALL_WORLD = 8
 """Up to so many ranks each has a column of its own in the rows."""
 
