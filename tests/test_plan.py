@@ -55,6 +55,15 @@ def test_a_sweep_has_a_row_for_each_number_of_nodes(data: str) -> None:
     assert len(as_table(found).splitlines()[-5:]) == 5
 
 
+def test_auto_fills_the_device_and_no_more(data: str) -> None:
+    tree = run_tree(data, "run", train={"batch_size": 4_000_000, "micro_batch_tokens": "auto"})
+    for stage in plan_of(tree, gpu="l40s")["stages"]:
+        micro = stage["micro_batch"]
+        assert micro["tokens"] == micro["largest_tokens"]
+        assert 0.6 * GPUS["l40s"].memory < micro["peak"] <= GPUS["l40s"].memory
+        assert micro["per_step"] > 1
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_every_family_is_planned(name: str, data: str) -> None:
     found = plan_of(tree_of(name, data, "run", "per_target"), gpu="l40s")

@@ -68,7 +68,7 @@ class Planner:
         self.dataset = Dataset.of(spec.data)
         source = source_of(self.dataset, "train", family.layout(spec.data, spec.model, self.dataset.manifest))
         self.sample = Sample.of(source)
-        self.pieces = sum(source.per_shard)
+        self.pieces, self.longest = sum(source.per_shard), source.build(source.some()).tokens
         self.impressions = self.dataset.manifest.splits["train"].impressions
         self.shard = float(np.mean([nbytes(self.dataset.shard(number)) for number in self.sample.shards]))
         precision, batch = spec.train.precision, self.sample.batch
@@ -112,12 +112,14 @@ class Planner:
         asked = spec.train.micro_batch_tokens
         micro = fits if asked == "auto" else asked or spec.train.micro_batch_size * self.sample.tokens
         micro_batches = max(1, math.ceil(per_rank / max(micro, self.sample.tokens)))
-        tokens = max(per_rank / micro_batches, self.sample.tokens)
+        # Sequences are dealt out by length, so the longest of a step come together; one that is too long stands alone.
+        most = fits if asked == "auto" else asked or spec.train.micro_batch_size * self.longest
+        fullest = max(self.longest, min(most, math.ceil(batch / place.world) * self.longest))
         moved = sent(weights, spec.train.zero_stage, place.world, micro_batches, line.fetched * per_rank)
         total = self.impressions / self.pieces  # impressions of a sequence, over the whole split
         step = self._step(weights, each * batch * total / place.world, place, sum(moved.values()))
         steps = math.ceil(self.pieces / batch)
-        peak = own.peak(line.bytes(tokens))
+        peak = own.peak(line.bytes(fullest))
         found = {
             "stage": stage.name,
             "parameters": {
@@ -129,9 +131,9 @@ class Planner:
             "micro_batch": {
                 "largest_tokens": fits,
                 "largest_sequences": int(fits / self.sample.tokens),
-                "tokens": tokens,
+                "tokens": fullest,
                 "per_step": micro_batches,
-                "activations": line.bytes(tokens),
+                "activations": line.bytes(fullest),
                 "peak": peak,
             },
             "flops_per_impression": each,

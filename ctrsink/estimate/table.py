@@ -32,7 +32,7 @@ def _stage(stage: dict[str, Any], zero_stage: int) -> list[str]:
     lines = [
         f"stage {stage['stage']}: {trained} parameters trained, {frozen} frozen ({groups})",
         _memory(stage["memory"], zero_stage),
-        f"micro-batch   {micro['tokens']:.0f} tokens, {micro['per_step']} a step and worker: "
+        f"micro-batch   {micro['per_step']} a step and worker, the fullest of {micro['tokens']} tokens: "
         f"activations {gib(micro['activations'])}, peak {gib(micro['peak'])}; largest that fits {largest}",
         f"compute       {each} per impression, {whole} per step and worker",
         f"sent          {sent} per step and worker",
