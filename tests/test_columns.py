@@ -265,7 +265,7 @@ def test_statistics_of_groups_are_those_of_their_items_together(events: list[tup
     has = groups[items] >= 0
     names = ids.take(pa.array(groups[items][has]))
     plain = Received.of([rule.count(names, days[has] * 86400, outcomes[has].astype(float))], Lookup.of(ids), None)
-    assert by_item.grouped(groups).to_bytes() == plain.to_bytes()
+    assert by_item.grouped(groups).to_table() == plain.to_table()
 
 
 def test_the_base_score_is_what_the_model_adds_to() -> None:
