@@ -9,6 +9,7 @@ import numpy as np
 from ctrsink.report.drawing import BLUE, COLOURS, ORANGE, draw_figures, wrapped
 from ctrsink.text_table import aligned
 
+MARKERS = "os^D"
 TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
 
 
@@ -137,7 +138,8 @@ def slice_panel(axes: Any, found: dict[str, Any], title: str) -> None:
         shown = [group["variants"][name]["difference" if others else "metrics"]["auc"] for group in groups.values()]
         at = np.arange(len(groups)) + (place + 0.5) / max(1, len(others)) * 0.6 - 0.3
         colour = COLOURS[place % len(COLOURS)]
-        axes.plot([each["mean"] for each in shown], at, "o", color=colour, markersize=4, label=wrapped(name))
+        marker = MARKERS[place // len(COLOURS) % len(MARKERS)]  # where colours begin anew
+        axes.plot([each["mean"] for each in shown], at, marker, color=colour, markersize=4, label=wrapped(name))
         for y, each in zip(at, shown, strict=True):
             if each["by_users"] is not None:
                 axes.plot(each["by_users"], [y, y], color=colour, linewidth=1.4)
