@@ -15,7 +15,7 @@ from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, jo
 from ctrsink.storage.s3 import Operation, connect, to_info
 
 __all__ = [
-    "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
+    "Info", "StorageUnavailable", "absolute", "append", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
     "find", "info", "is_remote", "join", "leads_out", "list_dirs", "list_files", "local_path", "read_bytes", "read_range",
     "require_below", "sha256", "upload_dir", "write_bytes",
 ]  # fmt: skip
@@ -124,6 +124,16 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
             s3.run(s3.write(s3.key, len(content), lambda start, end: bytes(content[start:end])))
         else:
             local.write(local_path(uri), content)
+
+
+def append(uri: str, content: bytes, at: int) -> None:
+    """Put `content` behind the first `at` bytes of a local file, over what an attempt that failed left there.
+
+    Raises:
+        InputError: the file is shorter than that.
+    """
+    with explained(uri):
+        local.append(local_path(uri), content, at)
 
 
 def delete(uri: str) -> None:

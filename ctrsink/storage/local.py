@@ -55,6 +55,23 @@ def write_at(handle: int, content: bytes | memoryview, start: int) -> None:
         rest, start = rest[written:], start + written
 
 
+def append(path: Path, content: bytes, at: int) -> None:
+    """Write behind the first `at` bytes; a reader may see a part of it.
+
+    Raises:
+        InputError: the file is shorter: with a hole in it, it would say what nobody wrote.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        if (there := os.fstat(handle).st_size) < at:
+            raise InputError(f"{path} has {there} bytes of the {at} that were written: somebody else changed it, put it back")
+        write_at(handle, content, at)
+        os.ftruncate(handle, at + len(content))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_range(path: Path, start: int, end: int) -> bytes:
     """The bytes [start, end), fewer where the file is shorter."""
     with path.open("rb") as file:
