@@ -1,4 +1,4 @@
-"""What metrics cost at scale: AUC by user of millions of users, all metrics of many rows, one more row in a long metrics.jsonl."""
+"""What metrics cost at scale: AUC by user of millions of users, all metrics, one more row in a long metrics.jsonl."""
 
 import argparse
 import resource

@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -69,12 +70,16 @@ class Dataset:
         self._readers = threading.Semaphore(READERS if storage.is_remote(self.uri) else 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: all but the shards, which it reads itself."""
+        """For another reader, here or in another process: all but the shards, which it reads itself."""
         return {name: value for name, value in vars(self).items() if name not in ("_shards", "_lock", "_readers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._start()
+
+    def reader(self) -> "Dataset":
+        """Another reader of the same data set, with the same index: shards that it opens take no place from those of this one."""
+        return copy(self)
 
     def use(self, layout: Layout) -> None:
         """From now on shards are read with what sequences of this layout tell of their events.

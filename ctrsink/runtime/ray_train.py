@@ -20,9 +20,11 @@ from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
+from ctrsink.evaluate.prediction_file import read_metrics_of
 from ctrsink.families.facts import Facts
 from ctrsink.run import repeats
 from ctrsink.run.folder import RAY_NAME, read_result, request_stop, write_result
+from ctrsink.run.listing import Step
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.places import told_of_waiting
 from ctrsink.runtime.reach import cluster_address
@@ -72,6 +74,31 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
         InputError: a worker found the input to be at fault.
         RunError: training failed.
     """
+    asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
+    repeats.forget(spec.run_dir)
+    with asking:
+        _on_workers(spec, facts, {"stop_after": stop_after}, spec.runtime.max_failures)
+    result = read_result(spec.run_dir)
+    if "given_up" in result:
+        raise RunError(result["given_up"])
+    return result
+
+
+def evaluate_ray(spec: RunSpec, facts: Facts, step: Step) -> dict[str, dict[str, float | None]]:
+    """Measure the run's checkpoint on Ray workers; metrics by split, as they stand in the run's folder.
+
+    Workers that fail are not started again: nothing of a split is kept before all of it is measured.
+
+    Raises:
+        InputError: a worker found the input to be at fault.
+        RunError: a worker failed.
+    """
+    _on_workers(spec, facts, {"step": step}, 0)
+    return {split: read_metrics_of(spec.run_dir, split) for split in spec.evaluate.splits}
+
+
+def _on_workers(spec: RunSpec, facts: Facts, work: dict[str, Any], failures: int) -> None:
+    """Run `_worker` on all workers to its end, which may be started again after so many failures."""
     elsewhere = spec.runtime.address or os.environ.get("RAY_ADDRESS")
     if elsewhere and not storage.is_remote(spec.run_dir) and not Path(spec.run_dir).is_absolute():
         raise InputError(
@@ -80,7 +107,6 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
     connect(spec.runtime.address, _local_cpus(spec))
     spec = _without_working_folder(spec)
     runtime = spec.runtime
-    repeats.forget(spec.run_dir)
     place_s, tries = placing(runtime)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(place_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
@@ -91,7 +117,7 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
         train_loop_config={
             "spec": spec.model_dump(mode="json"),
             "facts": asdict(facts),
-            "stop_after": stop_after,
+            "work": work,
             "log_format": os.environ.get(logs.FORMAT_VARIABLE, "text"),
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=math.ceil(runtime.collective_timeout_s)),
@@ -107,22 +133,17 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(
-                max_failures=runtime.max_failures,
+                max_failures=failures,
                 max_preemption_failures=runtime.max_preemptions,
                 controller_failure_limit=tries,
             ),
         ),
     )
     try:
-        asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
-        with asking, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
+        with told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error) from error
-    result = read_result(spec.run_dir)
-    if "given_up" in result:
-        raise RunError(result["given_up"])
-    return result
 
 
 @contextmanager
@@ -166,6 +187,11 @@ def _worker(config: dict[str, Any]) -> None:
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
+    if "step" in config["work"]:
+        from ctrsink.train.measure_together import evaluate_together
+
+        evaluate_together(spec, topology, Facts(**config["facts"]), config["work"]["step"])
+        return
     requests = StopRequests(spec.run_dir) if topology.is_first else None
     stalls = Stalls(BEFORE)
     stop = requests.reason if requests else lambda: None
@@ -174,7 +200,7 @@ def _worker(config: dict[str, Any]) -> None:
         # Every rank reads the same, since all of those before have ended; a failure would make Ray try again.
         if (failure := repeats.given_up(spec.run_dir)) is not None:
             raise Diverged(failure)
-        Trainer(spec, topology, Facts(**config["facts"]), hooks).run(config["stop_after"])
+        Trainer(spec, topology, Facts(**config["facts"]), hooks).run(config["work"]["stop_after"])
     except Diverged as error:  # on every rank
         if topology.is_first:
             write_result(spec.run_dir, {"given_up": str(error)})

@@ -4,6 +4,7 @@ Failures of S3 that may pass are repeated until a deadline (see `retry`). Every 
 deadline is over or access is refused, another InputError where the address is wrong, and RunError where a disk fails or is full.
 """
 
+from functools import partial
 from pathlib import Path
 
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
@@ -15,9 +16,9 @@ from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, jo
 from ctrsink.storage.s3 import Operation, connect, to_info
 
 __all__ = [
-    "Info", "StorageUnavailable", "absolute", "append", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
-    "find", "info", "is_remote", "join", "leads_out", "list_dirs", "list_files", "local_path", "read_bytes", "read_range",
-    "require_below", "sha256", "upload_dir", "write_bytes",
+    "Info", "StorageUnavailable", "absolute", "append", "arrow_filesystem", "create", "delete", "download", "download_dir",
+    "exists", "find", "info", "is_remote", "join", "leads_out", "list_dirs", "list_files", "local_path", "read_bytes",
+    "read_range", "require_below", "sha256", "upload", "upload_dir", "write_bytes",
 ]  # fmt: skip
 
 
@@ -148,6 +149,16 @@ def delete(uri: str) -> None:
             s3.run(s3.delete())
         else:
             local.delete(local_path(uri))
+
+
+def upload(source: str | Path, uri: str) -> None:
+    """Put a copy of the local file `source`, whole or not at all; folders above it are made, an older file is replaced."""
+    with explained(uri):
+        if is_remote(uri):
+            s3, path = Operation(uri), Path(source)
+            s3.run(s3.write(s3.key, path.stat().st_size, partial(local.read_range, path)))
+        else:
+            local.put(Path(source), local_path(uri))
 
 
 def upload_dir(source: str | Path, uri: str) -> None:
