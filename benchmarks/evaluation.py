@@ -1,4 +1,4 @@
-"""What metrics cost at scale: AUC by user of millions of users, all metrics, one more row in a long metrics.jsonl."""
+"""What metrics cost at scale: AUC by user of millions of users, a sample of a split, one more row in a long metrics.jsonl."""
 
 import argparse
 import resource
@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from benchmarks.report import machine, machine_line, markdown
 from ctrsink import strict_json
 from ctrsink.config import parse_run
 from ctrsink.evaluate.metrics import all_metrics, user_metrics
+from ctrsink.stream.evaluation import drawn
+from ctrsink.stream.order import Order
 from ctrsink.train.observe.telemetry import Telemetry
 
 KEYS = 30
@@ -25,12 +28,16 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.evaluation", description=__doc__)
     parser.add_argument("--users", nargs="*", type=int, default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--impressions", type=int, default=3, help="of a user, in the mean")
+    parser.add_argument(
+        "--sequences", nargs="*", type=int, default=[1_000_000, 10_000_000], help="of a split, of which 200 are drawn"
+    )
     parser.add_argument("--rows", nargs="*", type=int, default=[1_000, 200_000], help="of metrics.jsonl")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
     args = parser.parse_args()
     report = {
         "machine": machine(),
         "metrics": [of_users(count, args.impressions) for count in args.users],
+        "sample": [of_sequences(count) for count in args.sequences],
         "flush": [of_rows(count) for count in args.rows],
     }
     print(strict_json.dumps(report) if args.json else text(report))
@@ -47,6 +54,18 @@ def of_users(count: int, impressions: int) -> dict[str, Any]:
     whole = _seconds(lambda: all_metrics(labels, probabilities, users))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"users": count, "impressions": len(users), "by_user_s": by_user, "all_s": whole, "peak_gib": peak}
+
+
+def of_sequences(count: int) -> dict[str, Any]:
+    """Seconds of drawing 200 sequences, from 1,000 shards and from 16 of them, and of permuting all for it."""
+    source: Any = SimpleNamespace(per_shard=(count // 1000,) * 1000)
+    order = Order(source.per_shard, 0, 1000)
+    return {
+        "sequences": count,
+        "of_16_s": _seconds(lambda: drawn(source, 200, 16)),
+        "of_all_s": _seconds(lambda: drawn(source, 200)),
+        "permuted_s": _seconds(lambda: order.ids(0, count)[:200]),
+    }
 
 
 def of_rows(count: int) -> dict[str, Any]:
@@ -71,10 +90,14 @@ def of_rows(count: int) -> dict[str, Any]:
 def text(report: dict[str, Any]) -> str:
     """The figures as Markdown."""
     metrics = [[row[key] for key in ("users", "impressions", "by_user_s", "all_s", "peak_gib")] for row in report["metrics"]]
+    times = ("of_16_s", "of_all_s", "permuted_s")
+    sample = [[f"{row['sequences']:,}", *(1000 * row[key] for key in times)] for row in report["sample"]]
     flush = [[f"{row['rows']:,}", 1000 * row["training_s"], 1000 * row["thread_s"], row["file_mib"]] for row in report["flush"]]
     parts = [machine_line(report["machine"])]
     if metrics:
         parts.append(markdown(("users", "impressions", "s by user", "s all metrics", "peak, GiB"), metrics))
+    if sample:
+        parts.append(markdown(("sequences", "ms from 16 shards", "ms from all", "ms by a permutation"), sample))
     if flush:
         parts.append(markdown(("rows", "ms of training", "ms until written", "file, MiB"), flush))
     return "\n\n".join(parts)
