@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,7 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
     """
     asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
     repeats.forget(spec.run_dir)
-    with asking:
-        _on_workers(spec, facts, {"stop_after": stop_after}, spec.runtime.max_failures)
+    _on_workers(spec, facts, {"stop_after": stop_after}, spec.runtime.max_failures, asking)
     result = read_result(spec.run_dir)
     if "given_up" in result:
         raise RunError(result["given_up"])
@@ -93,12 +92,18 @@ def evaluate_ray(spec: RunSpec, facts: Facts, step: Step) -> dict[str, dict[str,
         InputError: a worker found the input to be at fault.
         RunError: a worker failed.
     """
-    _on_workers(spec, facts, {"step": step}, 0)
+    _on_workers(spec, facts, {"step": step}, 0, nullcontext())
     return {split: read_metrics_of(spec.run_dir, split) for split in spec.evaluate.splits}
 
 
-def _on_workers(spec: RunSpec, facts: Facts, work: dict[str, Any], failures: int) -> None:
-    """Run `_worker` on all workers to its end, which may be started again after so many failures."""
+def _on_workers(
+    spec: RunSpec, facts: Facts, work: dict[str, Any], failures: int, meanwhile: AbstractContextManager[None]
+) -> None:
+    """Run `_worker` on all workers to its end; they may be started again after so many failures.
+
+    Args:
+        meanwhile: what is to hold while they work, entered behind Ray's start, which sets signal handlers of its own.
+    """
     elsewhere = spec.runtime.address or os.environ.get("RAY_ADDRESS")
     if elsewhere and not storage.is_remote(spec.run_dir) and not Path(spec.run_dir).is_absolute():
         raise InputError(
@@ -140,7 +145,7 @@ def _on_workers(spec: RunSpec, facts: Facts, work: dict[str, Any], failures: int
         ),
     )
     try:
-        with told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
+        with meanwhile, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error) from error
