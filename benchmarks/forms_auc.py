@@ -20,7 +20,6 @@ from ctrsink import logs, strict_json
 from ctrsink.config import RunSpec
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.dataset.reader import Dataset
-from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.families.registry import family_of
@@ -145,7 +144,7 @@ def tested(args: argparse.Namespace, spec: RunSpec, trainee: Trainee) -> dict[st
     alone = replace(layout, examples="per_target", history=most, targets=1)
     model = trainee.model.eval()
     forward = lambda batch: model(batch, trainee.objective)  # noqa: E731
-    return predict(forward, dataset, "test", alone, EvaluateSpec(batch_size=32, max_sequences=args.sample), Topology()).metrics()
+    return predict(forward, dataset, "test", alone, EvaluateSpec(batch_size=32, max_sequences=args.sample)).metrics()
 
 
 def _summary(runs: list[Trained]) -> list[dict[str, Any]]:

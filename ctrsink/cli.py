@@ -106,12 +106,12 @@ def _stop(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.run.folder import read_run
+    from ctrsink.runtime.evaluate import evaluate
 
-    read_run(args.run_dir)
-    from ctrsink.train.measure import evaluate_run
-
-    return {"run_dir": args.run_dir, "evaluation": evaluate_run(args.run_dir, tuple(args.split), args.checkpoint)}
+    return {
+        "run_dir": args.run_dir,
+        "evaluation": evaluate(args.run_dir, args.overrides, tuple(args.split), args.checkpoint),
+    }
 
 
 def _look(args: argparse.Namespace) -> dict[str, Any]:
@@ -211,6 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     evaluate.add_argument("--split", nargs="+", choices=["train", "valid", "test"], default=["valid", "test"])
     evaluate.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
+
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="as in training, at a place: runtime.kind=ray; before --split"
+    )
 
     looked = add_verb(verbs, "look", _look, "say where a run's model looks, and what each signal is worth to it")
     looked.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")

@@ -1,10 +1,15 @@
 """Where this process stands among the workers, and the few collectives that the rest of the code needs."""
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+PART_ROWS = 1 << 16
+"""Rows of a rank that travel to the first one at a time."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +82,40 @@ def gather_parts(part: torch.Tensor, topology: Topology) -> torch.Tensor:
         for rank in range(topology.world):
             dist.broadcast(whole[size * rank :][:size], rank)
     return whole
+
+
+def gather_first(rows: np.ndarray, topology: Topology) -> np.ndarray | None:
+    """The rows [n] of all ranks one after another, bit for bit, on the first rank; None on the others, whose rows it has then.
+
+    Args:
+        rows: of any type of fixed size, such as a structured one; n may differ between ranks.
+    """
+    if topology.world == 1:
+        return rows
+    counts = torch.zeros(topology.world, dtype=torch.int64, device=topology.device)
+    counts[topology.rank] = len(rows)
+    dist.all_reduce(counts)
+    sizes = counts.tolist()
+    raw = torch.from_numpy(np.ascontiguousarray(rows).view(np.uint8).reshape(-1, rows.itemsize))
+    found: list[list[np.ndarray]] = [[np.empty(0, np.uint8)] for _ in sizes]
+    for start in range(0, max(sizes), PART_ROWS):
+        part = torch.zeros(min(PART_ROWS, max(sizes) - start), rows.itemsize, dtype=torch.uint8, device=topology.device)
+        own = raw[start : start + len(part)]
+        part[: len(own)] = own
+        parts = [torch.empty_like(part) for _ in sizes] if topology.is_first else None
+        dist.gather(part, parts)
+        for held, size, of_rank in zip(found, sizes, parts or (), strict=False):
+            held.append(of_rank[: max(0, size - start)].cpu().numpy().reshape(-1))
+    return np.concatenate([part for held in found for part in held]).view(rows.dtype) if topology.is_first else None
+
+
+def from_first(value: dict[str, Any] | None, topology: Topology) -> dict[str, Any]:
+    """What the first rank hands in, on every rank: texts and numbers, NaN among them, bit for bit."""
+    if topology.world == 1:
+        assert value is not None
+        return value
+    content = json.dumps(value).encode() if topology.is_first else b""
+    text = torch.zeros(all_max(len(content), topology), dtype=torch.uint8, device=topology.device)
+    text[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    dist.broadcast(text, 0)
+    return json.loads(bytes(text.tolist()))

@@ -10,7 +10,8 @@ from ctrsink.config import dump_run, parse_run
 from ctrsink.config.load import merge
 from ctrsink.dataset.reader import Dataset
 from ctrsink.evaluate.baselines import smoothed_item_mean
-from ctrsink.evaluate.evaluator import Predictions, write_evaluation
+from ctrsink.evaluate.prediction_file import write_evaluation
+from ctrsink.evaluate.predictions import Predictions
 from tests.builders import run_tree
 
 

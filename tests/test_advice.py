@@ -14,7 +14,8 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
 from ctrsink.evaluate import evaluator
-from ctrsink.evaluate.evaluator import Predictions, evaluate_splits
+from ctrsink.evaluate.evaluator import evaluate_splits
+from ctrsink.evaluate.predictions import Predictions
 from ctrsink.families.protocol import Out
 from ctrsink.report.figures import compare_runs
 from ctrsink.runtime.start import start
@@ -78,7 +79,7 @@ def test_a_model_that_gained_nothing_is_said_to_be_no_better_than_the_mean(
     chances = 1 / (1 + np.exp(-(worth * (2 * labels - 1) + 0.3 * chance.normal(size=400))))
     found = Predictions(np.repeat(np.arange(4), 100), np.tile(np.arange(100), 4), labels, chances)
     dataset, spec = Dataset(data), EvaluateSpec(splits=("test",))
-    monkeypatch.setattr(evaluator, "predict", lambda *_: found)
+    monkeypatch.setattr(evaluator, "predicted", lambda *_: iter([found]))
     logs.configure()
     layout = Layout("decoder", "per_target", 3, 1)
 

@@ -292,6 +292,17 @@ sys.stdin.read()
     assert 64 * MIB < found < 128 * MIB
 
 
+def test_evaluation_tells_what_metrics_and_rows_cost(repository: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.evaluation", "--users", "1000", "--rows", "100", "--sequences", "5000", "--json"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (metrics,), (flush,) = found["metrics"], found["flush"]
+    assert metrics["impressions"] == 3000
+    assert 0 < metrics["by_user_s"] < metrics["all_s"]
+    assert 0 < flush["training_s"] < flush["thread_s"]
+
+
 def test_a_table_aligns_its_columns() -> None:
     lines = markdown(["name", "rate"], [["a", 1234.5], ["longer", None]]).splitlines()
     assert lines == ["| name   |  rate |", "| ------ | ----: |", "| a      | 1,234 |", "| longer |     - |"]

@@ -20,8 +20,9 @@ from ctrsink.dataset.manifest import MANIFEST_NAME, SPLITS, FileEntry
 from ctrsink.dataset.reader import Dataset
 from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import Batch
+from ctrsink.stream.evaluation import evaluation_batches
 from ctrsink.stream.order import Order, deal
-from ctrsink.stream.stream import Step, TrainStream, evaluation_batches
+from ctrsink.stream.stream import Step, TrainStream
 from tests.builders import layout_of, make_dataset
 
 LAYOUTS = {"per_target": layout_of("per_target", 4), "per_user": layout_of("per_user", 3, 2)}

@@ -19,7 +19,6 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import read_manifest
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.verify import verify
-from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.export.package import export_run
@@ -223,7 +222,7 @@ def test_an_exported_model_scores_as_it_was_evaluated(served: Prepared, tmp_path
     write_run(spec)
     export_run(spec.run_dir, str(tmp_path / "out"))
     run = restore_run(spec.run_dir)
-    expected = predict(lambda batch: run.model(batch, run.objective), run.dataset, "test", run.layout, EvaluateSpec(), Topology())
+    expected = predict(lambda batch: run.model(batch, run.objective), run.dataset, "test", run.layout, EvaluateSpec())
     scorer = Scorer.load(str(tmp_path / "out"))
     pairs = zip(expected.users.tolist(), expected.events.tolist(), strict=True)
     found = [scorer.score(request_of(run.dataset, user, event))[0] for user, event in pairs]

@@ -15,7 +15,7 @@ import ctrsink.serve  # makes the model type known
 from ctrsink import storage
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
-from ctrsink.evaluate.evaluator import FOLDER
+from ctrsink.evaluate.prediction_file import FOLDER
 from ctrsink.export.package import export_run, portable
 from ctrsink.families.decoder.merge import merge_lora
 from ctrsink.families.registry import source_of

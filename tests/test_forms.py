@@ -20,7 +20,6 @@ from ctrsink.config.train import EvaluateSpec
 from ctrsink.dataset.events import Events, UserEvents
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
-from ctrsink.dist import Topology
 from ctrsink.evaluate.evaluator import predict
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.encode import encode
@@ -293,7 +292,7 @@ def test_an_epoch_of_requests_trains_each_impression_once_for_any_workers(
 def test_an_evaluation_per_request_is_that_per_target(dataset: Dataset, temporal: bool, objective: Objective) -> None:
     model, spec = model_of("llama", temporal, vocabulary=300), EvaluateSpec(batch_size=5)
     apart, together = (
-        predict(lambda batch: model(batch, objective), dataset, "test", layout, spec, Topology())
+        predict(lambda batch: model(batch, objective), dataset, "test", layout, spec)
         for layout in (layout_of("per_target"), layout_of("per_request", 7))
     )
     assert together.users.tolist() == apart.users.tolist()

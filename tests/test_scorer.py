@@ -14,9 +14,9 @@ import pytest
 
 from ctrsink.config.train import EvaluateSpec
 from ctrsink.dataset.reader import Dataset
-from ctrsink.dist import Topology
 from ctrsink.errors import InputError
-from ctrsink.evaluate.evaluator import Predictions, predict
+from ctrsink.evaluate.evaluator import predict
+from ctrsink.evaluate.predictions import Predictions
 from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer, request_of, score_file
 from ctrsink.serve.scorer import CANDIDATES
@@ -44,7 +44,7 @@ def model(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> str:
 def predictions(run_dir: str, split: str) -> Predictions:
     run = restore_run(run_dir)
     spec = EvaluateSpec(batch_size=3)
-    return predict(lambda batch: run.model(batch, run.objective), run.dataset, split, run.layout, spec, Topology())
+    return predict(lambda batch: run.model(batch, run.objective), run.dataset, split, run.layout, spec)
 
 
 def scores(scorer: Scorer, dataset: Dataset, of: Predictions) -> np.ndarray:

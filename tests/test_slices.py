@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.evaluate.baselines import smoothed_item_mean
-from ctrsink.evaluate.evaluator import names_of
+from ctrsink.evaluate.prediction_file import names_of
 from ctrsink.evaluate.slices import DAY, by_day, by_value, facts, groupings
 from ctrsink.prepare.build import append, prepare
 from tests.builders import make_dataset

@@ -19,7 +19,8 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import SequenceSource, Step, TrainStream, evaluation_batches, read_ahead
+from ctrsink.stream.evaluation import evaluation_batches
+from ctrsink.stream.stream import SequenceSource, Step, TrainStream, read_ahead
 from tests.builders import layout_of, make_dataset, make_log
 from tests.padded import padded, same
 
@@ -220,7 +221,7 @@ def test_evaluation_opens_each_shard_once_even_if_few_fit_in_memory(uri: str, mo
         opened.append(entry.path)
         return read_file(uri, entry)
 
-    monkeypatch.setattr("ctrsink.stream.stream.WINDOW", 2)
+    monkeypatch.setattr("ctrsink.stream.evaluation.WINDOW", 2)
     monkeypatch.setattr("ctrsink.dataset.reader.read_file", read)
     dataset = Dataset(uri, keep_shards=3)
     for _ in evaluation_batches(sourced(dataset, "train", "per_target"), 4, 0, 1, None):

@@ -25,7 +25,7 @@ from ctrsink.prepare.build import append, prepare
 from ctrsink.runtime.preflight import check
 from ctrsink.sequences.batch import Axis, Batch
 from ctrsink.sequences.windows import Cuts, windows_of
-from ctrsink.stream.stream import evaluation_batches
+from ctrsink.stream.evaluation import evaluation_batches
 from ctrsink.train.restore import restore_run
 from tests.builders import form_batch, layout_on, tiny_model, tiny_spec
 from tests.command_line import good

@@ -6,8 +6,8 @@ from typing import Any
 
 from ctrsink.config.data import FieldSpec, NeighboursSpec, PrepareSpec, SourceSpec, StatisticsSpec
 from ctrsink.config.train import EvaluateSpec
-from ctrsink.dist import Topology
-from ctrsink.evaluate.evaluator import Predictions, predict
+from ctrsink.evaluate.evaluator import predict
+from ctrsink.evaluate.predictions import Predictions
 from ctrsink.features.registry import SIGNALS
 from ctrsink.prepare.build import prepare
 from ctrsink.train.restore import restore_run
@@ -74,4 +74,4 @@ def spec_of(data: Prepared, run_dir: str, examples: str, **sequences: Any) -> An
 
 def evaluated(run_dir: str, split: str) -> Predictions:
     run = restore_run(run_dir)
-    return predict(lambda batch: run.model(batch, run.objective), run.dataset, split, run.layout, EvaluateSpec(), Topology())
+    return predict(lambda batch: run.model(batch, run.objective), run.dataset, split, run.layout, EvaluateSpec())

@@ -23,13 +23,25 @@ def load_run(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...
     Raises:
         InputError: the file, a fragment, a key or a value is wrong; the message names it and what is allowed.
     """
-    tree = _read(Path(path), ())
+    return parse_run(_overridden(_read(Path(path), ()), overrides), str(path))
+
+
+def with_overrides(spec: RunSpec, overrides: list[str], origin: str) -> RunSpec:
+    """A resolved run with other values for some keys; `origin` is what errors name.
+
+    Raises:
+        InputError: an override, or what it makes of the run, is wrong.
+    """
+    return parse_run(_overridden(spec.model_dump(mode="json"), overrides), origin)
+
+
+def _overridden(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for override in overrides:
         try:
             tree = merge(tree, _parse_override(override))
         except NoSuchEntry as error:
             raise InputError(f"{_override(override)}: {error}") from None
-    return parse_run(tree, str(path))
+    return tree
 
 
 def parse_run(tree: dict[str, Any], origin: str) -> RunSpec:

@@ -41,12 +41,12 @@ class MlflowSpec(Section):
 
 
 class ValidationSpec(Section):
-    """A fixed random sample of the valid split, measured while the run trains."""
+    """A fixed random sample of the valid split, of 16 of its shards where these hold as many, measured while the run trains."""
 
     every: int = Field(default=200, ge=1)
     """Optimiser steps between two measurements; a stage's end always makes one."""
     sequences: int = Field(default=200, ge=1)
-    """Size of the sample."""
+    """Size of the sample; each worker keeps its share in memory, about 30 bytes a token."""
 
 
 class KeepSpec(Section):
@@ -119,7 +119,7 @@ class TrainSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """What is measured when training ends, and by `ctrsink evaluate`."""
+    """What is measured when training ends, and by `ctrsink evaluate`; see docs/watching.md for more than 10^8 impressions."""
 
     splits: tuple[Split, ...] = ("valid", "test")
     """Splits of the data set, when training ends; `ctrsink evaluate --split` names its own."""

@@ -79,6 +79,13 @@ class Dataset:
         self._start()
         self.index = self._read_index()
 
+    def reader(self) -> "Dataset":
+        """Another reader of the same data set, with the same index: shards that it opens take no place from those of this one."""
+        other = object.__new__(Dataset)
+        vars(other).update(vars(self))
+        other._start()
+        return other
+
     def use(self, layout: Layout) -> None:
         """From now on shards are read with what sequences of this layout tell of their events.
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ctrsink.dataset.reader import Dataset
-from ctrsink.evaluate.evaluator import Predictions
+from ctrsink.evaluate.predictions import Predictions
 
 
 def smoothed_item_mean(dataset: Dataset, split: str, strength: float = 5.0) -> Predictions:

@@ -113,6 +113,13 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     return float(np.abs(np.bincount(bin_of, labels - probabilities)).sum() / len(labels))
 
 
+def calibration_error_of(counts: np.ndarray, gaps: np.ndarray, bins: int = 20) -> float:
+    """As `calibration_error`, of ascending different predictions: impressions of each, and their sum of labels - predictions."""
+    middles = np.cumsum(counts) - counts / 2
+    bin_of = (middles * bins / counts.sum()).astype(np.int64)
+    return float(np.abs(np.bincount(bin_of, gaps)).sum() / counts.sum())
+
+
 def all_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> dict[str, float]:
     """Every metric, by name, over N impressions: labels 0/1, probabilities and user ids, each [N]."""
     return {

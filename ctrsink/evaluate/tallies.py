@@ -4,27 +4,21 @@ from collections.abc import Callable
 
 import torch
 
-from ctrsink.config.train import EvaluateSpec
-from ctrsink.dataset.layout import Layout
-from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology, all_sum
 from ctrsink.families.protocol import Out
-from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import evaluation_batches
+from ctrsink.stream.evaluation import Share
 
 
-def measured(
-    forward: Callable[[Batch], Out], dataset: Dataset, split: str, layout: Layout, spec: EvaluateSpec, topology: Topology
-) -> dict[str, float]:
+def measured(forward: Callable[[Batch], Out], sample: Share, topology: Topology) -> dict[str, float]:
     """`accuracy` over all that was to be predicted, and `accuracy/<field>`; the same on every rank. A share of nothing is nan.
 
     Args:
         forward: the model; called equally often on every rank.
+        sample: this rank's share.
     """
-    source = source_of(dataset, split, layout, newest=True)
     sums: dict[str, torch.Tensor] = {}
-    for batch in evaluation_batches(source, source.at_once(spec.batch_size), topology.rank, topology.world, spec.max_sequences):
+    for batch in sample.batches:
         with torch.no_grad():
             tallies = forward(batch).tallies or {}
         for name, value in tallies.items():

@@ -5,8 +5,8 @@ import json
 from ctrsink import kept, storage
 from ctrsink.config import RunSpec, StageSpec
 from ctrsink.dataset.layout import Layout
-from ctrsink.evaluate import evaluator
 from ctrsink.evaluate.metrics import no_better_than_the_mean
+from ctrsink.evaluate.prediction_file import FOLDER
 from ctrsink.families.registry import family_of, source_of
 from ctrsink.features.columns import columns_of
 from ctrsink.prepare.download import LICENCE
@@ -110,9 +110,9 @@ def _stage_row(stage: StageSpec) -> str:
 def _metrics(run: TrainedRun) -> str:
     run_dir = run.spec.run_dir
     rows, notes = [], []
-    for name in storage.list_files(storage.join(run_dir, evaluator.FOLDER)):
+    for name in storage.list_files(storage.join(run_dir, FOLDER)):
         if name.endswith(".json"):
-            path = storage.join(run_dir, evaluator.FOLDER, name)
+            path = storage.join(run_dir, FOLDER, name)
             values = kept.opened(json.loads(storage.read_bytes(path)), path)
             if values["step"] != run.checkpoint.step:
                 continue

@@ -9,7 +9,7 @@ from ctrsink.evaluate.metrics import auc, logloss
 from ctrsink.families.protocol import CTRModule
 from ctrsink.families.registry import family_of, source_of
 from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import evaluation_batches
+from ctrsink.stream.evaluation import evaluation_batches
 from ctrsink.train.restore import TrainedRun, restore_run
 
 BATCH = 16

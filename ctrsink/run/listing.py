@@ -1,10 +1,13 @@
 """Where the checkpoints of a run lie; apart from what loads them, which takes torch and so a second."""
 
 import re
+from typing import Literal
 
 from ctrsink import storage
 
 FOLDER = "checkpoints"
+Step = int | Literal["best"] | None
+"""A checkpoint as the user names it: its step, the best by `train.keep.best`, or (None) the newest whole one."""
 
 
 def folder_of(run_dir: str, step: int) -> str:

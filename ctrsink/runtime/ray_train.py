@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from ctrsink import logs, storage
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import Diverged, InputError, PeerLost, RunError, first_line
+from ctrsink.evaluate.prediction_file import read_metrics_of
 from ctrsink.families.facts import Facts
 from ctrsink.run import repeats
 from ctrsink.run.folder import RAY_NAME, read_result, request_stop, write_result
+from ctrsink.run.listing import Step
 from ctrsink.runtime import flight
 from ctrsink.runtime.gauges import RayGauges
 from ctrsink.runtime.places import told_of_waiting
@@ -73,6 +75,36 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
         InputError: a worker found the input to be at fault.
         RunError: training failed.
     """
+    asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
+    repeats.forget(spec.run_dir)
+    _on_workers(spec, facts, {"stop_after": stop_after}, spec.runtime.max_failures, asking)
+    result = read_result(spec.run_dir)
+    if "given_up" in result:
+        raise RunError(result["given_up"])
+    return result
+
+
+def evaluate_ray(spec: RunSpec, facts: Facts, step: Step) -> dict[str, dict[str, float | None]]:
+    """Measure the run's checkpoint on Ray workers; metrics by split, as they stand in the run's folder.
+
+    Workers that fail are not started again: nothing of a split is kept before all of it is measured.
+
+    Raises:
+        InputError: a worker found the input to be at fault.
+        RunError: a worker failed.
+    """
+    _on_workers(spec, facts, {"step": step}, 0, nullcontext())
+    return {split: read_metrics_of(spec.run_dir, split) for split in spec.evaluate.splits}
+
+
+def _on_workers(
+    spec: RunSpec, facts: Facts, work: dict[str, Any], failures: int, meanwhile: AbstractContextManager[None]
+) -> None:
+    """Run `_worker` on all workers to its end; they may be started again after so many failures.
+
+    Args:
+        meanwhile: what is to hold while they work, entered behind Ray's start, which sets signal handlers of its own.
+    """
     elsewhere = spec.runtime.address or os.environ.get("RAY_ADDRESS")
     if elsewhere and not storage.is_remote(spec.run_dir) and not Path(spec.run_dir).is_absolute():
         raise InputError(
@@ -81,7 +113,6 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
     connect(spec.runtime.address, _local_cpus(spec))
     spec = _without_working_folder(spec)
     runtime = spec.runtime
-    repeats.forget(spec.run_dir)
     place_s, tries = placing(runtime)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(place_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(runtime.collective_timeout_s)
@@ -93,7 +124,7 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
         train_loop_config={
             "spec": spec.model_dump(mode="json"),
             "facts": asdict(facts),
-            "stop_after": stop_after,
+            "work": work,
             "log_format": os.environ.get(logs.FORMAT_VARIABLE, "text"),
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=math.ceil(runtime.collective_timeout_s)),
@@ -110,22 +141,17 @@ def train_ray(spec: RunSpec, facts: Facts, stop_after: int | None = None) -> dic
             storage_filesystem=filesystem,
             worker_runtime_env={"env_vars": flight.recording(place)},  # read when Ray makes the process group
             failure_config=FailureConfig(
-                max_failures=runtime.max_failures,
+                max_failures=failures,
                 max_preemption_failures=runtime.max_preemptions,
                 controller_failure_limit=tries,
             ),
         ),
     )
     try:
-        asking = on_sigterm(lambda reason: threading.Thread(target=_ask, args=(spec.run_dir, reason)).start())
-        with asking, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
+        with meanwhile, told_of_waiting(runtime), _watched(bool(elsewhere) or len(ray.nodes()) > 1):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translate(error, place, runtime) from error
-    result = read_result(spec.run_dir)
-    if "given_up" in result:
-        raise RunError(result["given_up"])
-    return result
 
 
 @contextmanager
@@ -169,6 +195,11 @@ def _worker(config: dict[str, Any]) -> None:
 
     device = str(get_device()) if spec.runtime.device == "cuda" else "cpu"
     topology = Topology(context.get_world_rank(), context.get_world_size(), device)
+    if "step" in config["work"]:
+        from ctrsink.train.measure_together import evaluate_together
+
+        evaluate_together(spec, topology, Facts(**config["facts"]), config["work"]["step"])
+        return
     requests = StopRequests(spec.run_dir) if topology.is_first else None
     stalls = Stalls(BEFORE)
     stop = requests.reason if requests else lambda: None
@@ -179,7 +210,7 @@ def _worker(config: dict[str, Any]) -> None:
             raise Diverged(failure)
         if topology.is_first and (told := flight.take(flight.place_of(spec.run_dir), _fixed(spec.runtime))) is not None:
             log.warning("before the workers were started again, %s", told)
-        Trainer(spec, topology, Facts(**config["facts"]), hooks).run(config["stop_after"])
+        Trainer(spec, topology, Facts(**config["facts"]), hooks).run(config["work"]["stop_after"])
     except Diverged as error:  # on every rank
         if topology.is_first:
             write_result(spec.run_dir, {"given_up": str(error)})

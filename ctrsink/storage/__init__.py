@@ -7,6 +7,7 @@ deadline is over or access is refused, another InputError where the address is w
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
@@ -18,9 +19,9 @@ from ctrsink.storage.places import Info, absolute, bucket_and_key, is_remote, jo
 from ctrsink.storage.s3 import Operation, connect, to_info
 
 __all__ = [
-    "Info", "StorageUnavailable", "absolute", "arrow_filesystem", "create", "delete", "download", "download_dir", "exists",
-    "find", "info", "is_remote", "join", "leads_out", "list_dirs", "list_files", "local_path", "read_bytes", "read_range",
-    "require_below", "sha256", "upload_dir", "write_bytes",
+    "Info", "StorageUnavailable", "absolute", "append", "arrow_filesystem", "create", "delete", "download", "download_dir",
+    "exists", "find", "info", "is_remote", "join", "leads_out", "list_dirs", "list_files", "local_path", "read_bytes",
+    "read_range", "require_below", "sha256", "upload", "upload_dir", "write_bytes",
     "writing",
 ]  # fmt: skip
 
@@ -148,6 +149,16 @@ def writing(uri: str) -> Iterator[Callable[[bytes | memoryview], None]]:
                 yield write
 
 
+def append(uri: str, content: bytes, at: int) -> None:
+    """Put `content` behind the first `at` bytes of a local file, over what an attempt that failed left there.
+
+    Raises:
+        InputError: the file is shorter than that.
+    """
+    with explained(uri):
+        local.append(local_path(uri), content, at)
+
+
 def delete(uri: str) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens where there is none.
 
@@ -160,6 +171,16 @@ def delete(uri: str) -> None:
             s3.run(s3.delete())
         else:
             local.delete(local_path(uri))
+
+
+def upload(source: str | Path, uri: str) -> None:
+    """Put a copy of the local file `source`, whole or not at all; folders above it are made, an older file is replaced."""
+    with explained(uri):
+        if is_remote(uri):
+            s3, path = Operation(uri), Path(source)
+            s3.run(s3.write(s3.key, path.stat().st_size, partial(local.read_range, path)))
+        else:
+            local.put(Path(source), local_path(uri))
 
 
 def upload_dir(source: str | Path, uri: str) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from ctrsink.errors import InputError
 from ctrsink.storage.places import Info
 
+_PIECE = 16 << 20
+
 
 def write(path: Path, content: bytes | memoryview, new: bool = False) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, and a crash leaves one of them.
@@ -67,6 +69,35 @@ def write_at(handle: int, content: bytes | memoryview, start: int) -> None:
     while rest:
         written = os.pwrite(handle, rest, start)
         rest, start = rest[written:], start + written
+
+
+def put(source: Path, path: Path) -> None:
+    """Copy a file as `write` writes: a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path) as handle, source.open("rb") as file:
+        at = 0
+        while piece := file.read(_PIECE):
+            write_at(handle, piece, at)
+            at += len(piece)
+        os.fsync(handle)
+        os.fchmod(handle, 0o644)
+
+
+def append(path: Path, content: bytes, at: int) -> None:
+    """Write behind the first `at` bytes; a reader may see a part of it.
+
+    Raises:
+        InputError: the file is shorter: with a hole in it, it would say what nobody wrote.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        if (there := os.fstat(handle).st_size) < at:
+            raise InputError(f"{path} has {there} bytes of the {at} that were written: somebody else changed it, put it back")
+        write_at(handle, content, at)
+        os.ftruncate(handle, at + len(content))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_range(path: Path, start: int, end: int) -> bytes:

@@ -27,7 +27,6 @@ from ctrsink.stream.price import PLAIN, Price
 BUILT_AT_ONCE = 512  # sequences of a rank, about
 Encode = Callable[[Cuts, Layout], Sequences]
 SHARDS_AT_HAND = 64  # of which it is known where each user's sequences begin: that is 8 bytes a user
-WINDOW = 64  # rounds of evaluation batches whose sequences are sorted by length
 
 
 class SequenceSource:
@@ -333,25 +332,3 @@ class TrainStream:
         if self.lockstep:
             return dealt_in_rows(lengths, costs, self.world)[:, None]
         return deal(lengths, costs, self.world, 1)
-
-
-def evaluation_batches(source: SequenceSource, batch_size: int, rank: int, world: int, sample: int | None) -> Iterator[Batch]:
-    """Every sequence of the split once over all ranks (or a fixed random `sample`), equally many batches on each rank."""
-    ids = Order(source.per_shard, None if sample is None else 0, len(source.per_shard)).ids(0, sum(source.per_shard))[:sample]
-    ids = np.sort(ids)
-    ids = ids[np.lexsort((-source.lengths(ids), _windows(source, ids, WINDOW * batch_size * world)))]
-    rounds = -(-len(ids) // (batch_size * world))
-    # Filled up with the last, whose shard is open.
-    padded = np.pad(ids, (0, rounds * batch_size * world - len(ids)), "edge").reshape(rounds, batch_size, world)[:, :, rank]
-    counted = (np.arange(padded.size * world) < len(ids)).reshape(rounds, batch_size, world)[:, :, rank]
-    return read_ahead(lambda i: source.build(padded[i], counted[i]), rounds)
-
-
-def _windows(source: SequenceSource, ids: np.ndarray, size: int) -> np.ndarray:
-    """The window of each of the ascending ids, within which like lengths may meet, int64 [N].
-
-    It has `size` sequences at most, and half of the shards that are held: a batch may reach into the next window.
-    """
-    shards = np.searchsorted(np.cumsum(source.per_shard), ids, side="right")
-    opened = np.cumsum(np.diff(shards, prepend=shards[:1]) > 0)
-    return opened // max(1, source.dataset.keep_shards // 2) + np.arange(len(ids)) // size

@@ -15,8 +15,8 @@ from ctrsink import kept, storage, strict_json
 from ctrsink.dataset.reader import Dataset
 from ctrsink.evaluate.baselines import smoothed_item_mean
 from ctrsink.evaluate.columns_alone import Fitted, stacked
-from ctrsink.evaluate.evaluator import names_of, write_predictions
 from ctrsink.evaluate.metrics import all_metrics
+from ctrsink.evaluate.prediction_file import names_of, write_predictions
 from ctrsink.run.folder import write_result
 from ctrsink.studies.measured import BASELINE_NAME, Impressions, Measured, rows_of
 

@@ -13,7 +13,7 @@ from ctrsink import kept, storage
 from ctrsink.config import RunSpec
 from ctrsink.dataset.arrow import from_parquet, pc
 from ctrsink.errors import InputError
-from ctrsink.evaluate.evaluator import FOLDER
+from ctrsink.evaluate.prediction_file import FOLDER
 from ctrsink.run.folder import CONFIG_NAME, first_difference, read_result, read_run
 
 BASELINE_NAME = "baseline.json"

@@ -16,7 +16,7 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.dataset.signal_tables import signal_columns
 from ctrsink.errors import InputError
 from ctrsink.evaluate.columns_alone import KEYS, lightgbm, logistic
-from ctrsink.evaluate.evaluator import FOLDER
+from ctrsink.evaluate.prediction_file import FOLDER
 from ctrsink.run.folder import CONFIG_NAME, identities, read_result, require_same
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.start import start

@@ -16,7 +16,7 @@ from ctrsink.config.stages import StageSpec
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology, all_max, all_sum, barrier
 from ctrsink.errors import Diverged, InputError
-from ctrsink.evaluate.evaluator import evaluate_splits, predict
+from ctrsink.evaluate.evaluator import evaluate_splits, measure, validation_sample
 from ctrsink.evaluate.tallies import measured
 from ctrsink.families.facts import Facts
 from ctrsink.families.protocol import Out
@@ -24,6 +24,7 @@ from ctrsink.families.registry import family_of, source_of
 from ctrsink.features.mix64 import mix64
 from ctrsink.run.folder import identities, write_result
 from ctrsink.sequences.batch import Batch
+from ctrsink.stream.evaluation import Share
 from ctrsink.stream.price import PLAIN
 from ctrsink.stream.stream import Step, TrainStream
 from ctrsink.train.balance import price_of
@@ -79,6 +80,7 @@ class Trainer:
         self.telemetry: Telemetry | None = None
         self.peak_tflops = peak_of(topology.device, spec.runtime.peak_tflops)
         self.probed: Batch | None = None
+        self.sample: Share | None = None
         self._looked = time.monotonic()
         self._announced: str | None = None
 
@@ -107,7 +109,7 @@ class Trainer:
             stopped = self._run_stages(stop_at)
             finished = self.controller.finished and stopped is None
             with self._during("evaluation"):
-                evaluation = self._evaluate() if finished else {}
+                evaluation = self.evaluate() if finished else {}
             trained = self._trained()
         except BaseException:
             with suppress(Exception):  # what went wrong first is told
@@ -139,10 +141,14 @@ class Trainer:
         if found is None:
             return
         checkpoint, self.shards = found
+        self.take_up(checkpoint)
+        log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
+
+    def take_up(self, checkpoint: Checkpoint) -> None:
+        """Go on from there."""
         if not checkpoint.controller:
             raise InputError(f"{self.spec.run_dir} was begun by an older version of ctrsink: finish it with that one")
         require_data(self.spec.run_dir, checkpoint, identities(self.spec, self.dataset.manifest), self.spec.data.uri)
-        log.info("continuing from the checkpoint of step %d with %d workers", checkpoint.step, self.topology.world)
         self.controller.load_state_dict(checkpoint.controller)
         self.progress = Progress.of(checkpoint.under_present_names(self.family.earlier_names))
 
@@ -305,17 +311,20 @@ class Trainer:
         validation, controller = self.spec.train.validation, self.controller
         if validation is None or not (controller.ended or controller.step % validation.every == 0):
             return {}
-        sample = self.spec.evaluate.model_copy(update={"max_sequences": validation.sequences})
-        at = _forward(engine, stage), self.dataset, "valid", self.layout, sample, self.topology
+        if self.sample is None:
+            size = self.spec.evaluate.batch_size
+            self.sample = validation_sample(self.dataset, "valid", self.layout, validation.sequences, size, self.topology)
+        forward, topology = _forward(engine, stage), self.topology
         with _evaluating(engine):
-            found = predict(*at).metrics() if stage.objective == "click" else measured(*at)
+            clicks = stage.objective == "click"
+            found = measure(forward, self.sample, "valid", topology) if clicks else measured(forward, self.sample, topology)
         controller.observe(found)
         return {f"valid/{name}": value for name, value in found.items()}
 
     def _look_inside(self, engine: Engine, stage: StageSpec) -> dict[str, float]:
         """What the model shows of its inside, always in the same few sequences of the valid split."""
         if self.probed is None:
-            self.probed = probe_batch(self.dataset, "valid", self.layout).to(self.topology.device)
+            self.probed = probe_batch(self.dataset.reader(), "valid", self.layout).to(self.topology.device)
         with _evaluating(engine):
             return engine.model.look(self.probed, stage.learns, engine.forward)
 
@@ -355,7 +364,8 @@ class Trainer:
 
         self.saver.save(engine, make, self.telemetry.flush() if self.telemetry is not None else None)
 
-    def _evaluate(self) -> dict[str, dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Measure the model as it is now, and write what was found into the run's folder."""
         stage, spec = self.controller.stage, self.spec
         engine = self._engine_for(stage)
         with _evaluating(engine):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ctrsink.config import RunSpec
-from ctrsink.config.stages import Objective
+from ctrsink.config.stages import Objective, StageSpec
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.dist import Topology
@@ -57,10 +57,14 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     share_out(model, Topology(), checkpoint.tables)
     controller = StageController(spec, sum(source_of(dataset, "train", layout).per_shard))
     controller.load_state_dict(checkpoint.controller)
-    stage = controller.stage
+    require_clicks(run_dir, checkpoint, controller.stage)
+    return TrainedRun(spec, dataset, layout, checkpoint, facts, model.eval(), controller.stage.learns)
+
+
+def require_clicks(run_dir: str, checkpoint: Checkpoint, stage: StageSpec) -> None:
+    """Raise InputError where the stage that made the checkpoint foretells no clicks."""
     if stage.objective != "click":
         raise InputError(
             f"the checkpoint of step {checkpoint.step} of {run_dir} is of the stage {stage.name}, which foretells no clicks: "
             "name one of a later stage with --checkpoint, or let the run go on"
         )
-    return TrainedRun(spec, dataset, layout, checkpoint, facts, model.eval(), controller.stage.learns)

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ctrsink import kept, storage, strict_json
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError, RunError
-from ctrsink.run.listing import FOLDER, folder_of, list_checkpoints, step_of
+from ctrsink.run.listing import FOLDER, Step, folder_of, list_checkpoints, step_of
 from ctrsink.tables.files import DamagedTable, read_tables
 from ctrsink.tables.shares import Share
 from ctrsink.train.checkpoint.tensor_file import opened, to_safetensors
@@ -35,8 +35,6 @@ TABLES = "tables"
 """Folder in the checkpoint of a model with sharded tables."""
 BEST = "best.json"
 """Beside the checkpoints: step, metric and value of the best one."""
-Step = int | Literal["best"] | None
-"""A checkpoint as the user names it: its step, the best by `train.keep.best`, or (None) the newest whole one."""
 log = logging.getLogger("ctrsink.train")
 
 

@@ -4,7 +4,7 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.reader import Dataset
 from ctrsink.families.registry import source_of
 from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import evaluation_batches
+from ctrsink.stream.evaluation import evaluation_batches
 
 SEQUENCES = 8
 

@@ -21,10 +21,16 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.train.observe.mlflow_run import MlflowRun
 
 log = logging.getLogger("ctrsink.train")
+APPEND_S, UPLOAD_S = 5.0, 60.0
+"""Least time between two flushes."""
 
 
 class Telemetry:
-    """Collects rows of metrics; `flush` puts them into the run's folder, where they are whole at any moment.
+    """Collects rows of metrics and appends them to the run's metrics.jsonl: each is written once, however many there are.
+
+    Nothing appends to an object of S3: there the file grows in a local folder, with TensorBoard's, and is uploaded whole now and
+    then, so that uploads take a twentieth of the time at most. A checkpoint waits for the rows before it, so that none is missing
+    in a run that is resumed.
 
     Args:
         spec: the run; its folder is local or s3://.
@@ -41,21 +47,24 @@ class Telemetry:
         self._mlflow: MlflowRun | None = None
         if spec.train.mlflow is not None:
             self._mlflow = MlflowRun(spec.train.mlflow, run_dir, spec.name, flatten(spec.model_dump(mode="json")))
-        self._path = storage.join(run_dir, METRICS_NAME)
-        self._board_uri = storage.join(run_dir, BOARD_NAME)
-        self._remote = storage.is_remote(run_dir)
-        self._board_dir = tempfile.mkdtemp(prefix="ctrsink-tensorboard-") if self._remote else self._board_uri
-        self._board = SummaryWriter(self._board_dir, purge_step=step + 1 if step else None)
-        self._rows = [row for row in read_metrics(run_dir) if row["step"] <= step] if step else []
+        self._run_dir, self._remote = run_dir, storage.is_remote(run_dir)
+        self._folder = tempfile.mkdtemp(prefix="ctrsink-metrics-") if self._remote else run_dir
+        self._path = storage.join(self._folder, METRICS_NAME)
+        self._board = SummaryWriter(storage.join(self._folder, BOARD_NAME), purge_step=step + 1 if step else None)
         self._board_failed = False
+        self._size = 0  # of the file, as far as it is known to be written
+        self._new = _until(step, run_dir) if step else b""
+        self._behind = False  # whether S3 lacks something of it
+        self._pause = UPLOAD_S if self._remote else APPEND_S
         self._flushed = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "metrics")
+        self._rows: list[str] = []
         self._flush: Future[None] = Future()
         self._flush.set_result(None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Record a row; it has the keys `step` and `stage`. Flushed every five seconds at most, on S3 every minute."""
-        self._rows.append(row)
+        self._rows.append(strict_json.dumps(row) + "\n")
         with self._board_may_fail():
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float):
@@ -64,27 +73,37 @@ class Telemetry:
             self._gauges(row)
         if self._mlflow is not None:
             self._mlflow.add(row)
-        if time.monotonic() - self._flushed > (60 if self._remote else 5) and self._flush.done():
+        if time.monotonic() - self._flushed > self._pause and self._flush.done():
             self.flush()
 
     def flush(self) -> "Future[None]":
-        """Write everything, in a thread of its own: a slow storage does not hold the training up.
+        """Write the rows since the last time, in a thread of its own: a slow storage does not hold the training up.
 
         A storage that fails is tried again at the next flush and does not end the training; what comes back never raises.
         """
         self._flushed = time.monotonic()
-        self._flush = self._thread.submit(self._write, "".join(strict_json.dumps(row) + "\n" for row in self._rows))
+        self._flush = self._thread.submit(self._write, "".join(self._rows).encode())
+        self._rows = []
         return self._flush
 
-    def _write(self, rows: str) -> None:
-        if not rows:  # of a run that never made a step nothing is to be left
+    def _write(self, rows: bytes) -> None:
+        """In the thread: `rows` and those that could not be written before."""
+        self._new += rows
+        if not self._new and not self._size:  # of a run that never made a step nothing is to be left
             return
         with self._board_may_fail():
             self._board.flush()
         try:
-            storage.write_bytes(self._path, rows.encode())
-            if self._remote:
-                storage.upload_dir(self._board_dir, self._board_uri)
+            if self._new:
+                if self._size:
+                    storage.append(self._path, self._new, self._size)
+                else:  # what an attempt before left there may have rows of later steps
+                    storage.write_bytes(self._path, self._new)
+                self._size, self._new, self._behind = self._size + len(self._new), b"", self._remote
+            if self._behind:
+                began = time.monotonic()
+                storage.upload_dir(self._folder, self._run_dir)
+                self._behind, self._pause = False, max(UPLOAD_S, 20 * (time.monotonic() - began))
         except (InputError, RunError, OSError) as error:
             log.warning("metrics are not written, they are tried again with the next ones: %s", error)
 
@@ -107,16 +126,28 @@ class Telemetry:
         with self._board_may_fail():
             self._board.close()
         if self._remote:
-            shutil.rmtree(self._board_dir, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl; none where there is no such file."""
+    return [json.loads(line) for line in _lines(run_dir)]
+
+
+def _until(step: int, run_dir: str) -> bytes:
+    """The rows of a run up to that step, as they were written."""
+    lines = _lines(run_dir)
+    while lines and json.loads(lines[-1])["step"] > step:  # steps ascend: few lines are looked at
+        lines.pop()
+    return b"".join(line + b"\n" for line in lines)
+
+
+def _lines(run_dir: str) -> list[bytes]:
+    """Those of metrics.jsonl that are whole: the last one may have been cut off, or be on its way."""
     try:
-        text = storage.read_bytes(storage.join(run_dir, METRICS_NAME)).decode()
+        return storage.read_bytes(storage.join(run_dir, METRICS_NAME)).split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines()]
 
 
 class Pace:
