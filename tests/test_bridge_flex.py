@@ -1,6 +1,5 @@
 """A history read by its chunks with FlexAttention: results and gradients are those of sdpa, and there are two graphs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,10 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 
 @pytest.fixture(autouse=True)
-def unfused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch refuses gradients on a CPU because its fused kernel has none there; the unfused form has them."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *args: None)
-    return
 
 
 @pytest.mark.parametrize("examples", FORMS)

@@ -108,7 +108,7 @@ def kernel(
     if trains:
         query, key, value = _Together.apply(query, key, value)  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
     # Sizes that happen to be equal in the first batch would be held to be equal in every one.
-    with torch.set_grad_enabled(trains), shapes.patch(use_duck_shape=False):
+    with torch.set_grad_enabled(trains), shapes.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
         out, aux = compute(
             query,
             key,

@@ -82,7 +82,7 @@ def guard_length(backbone: nn.Module) -> None:
         for module in backbone.modules():
             if getattr(module, "rope_type", None) in _DEPEND_ON_LENGTH:
                 # Up to the limit the frequencies stay what they are; else the host would ask the device in every pass.
-                module.rope_type = "default"  # pyright: ignore[reportAttributeAccessIssue]
+                module.rope_type = "default"  # pyright: ignore[reportArgumentType]
 
 
 def length_limit(config: PretrainedConfig) -> tuple[int, str] | None:
