@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     topology, spec = Topology(rank, world), parse_run(tree(shape, trained, world), "benchmark")
     if how == "whole":
         building.InParts.__enter__ = lambda self: self
-        building.InParts.__exit__ = lambda self, *error: None
+        building.InParts.__exit__ = lambda self, exc_type, exc_val, exc_tb: None
     building.built(parse_run(tree("test", trained, world), "warm-up"), spec.stages[0], Facts(97), topology, "fp32", {})
     before = resident("VmRSS", reset=True)
     start = time.monotonic()

@@ -8,7 +8,7 @@ from ctrsink import kept, storage
 from ctrsink.config import RunSpec
 from ctrsink.dataset.manifest import SPLITS
 from ctrsink.errors import InputError, RunError, first_line
-from ctrsink.evaluate.evaluator import FOLDER
+from ctrsink.evaluate.prediction_file import FOLDER
 from ctrsink.report.data_section import data_section
 from ctrsink.report.environment import environment_section, written
 from ctrsink.report.look import look
