@@ -1,16 +1,12 @@
 """A collective hangs: what each rank did last is left behind, and names the rank that did not come."""
 
-import contextlib
 import os
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from benchmarks.survival import WORKER
 from ctrsink.config.train import RuntimeSpec
 from ctrsink.errors import PeerLost, RunError
 from ctrsink.run.folder import FLIGHT_NAME
@@ -18,7 +14,6 @@ from ctrsink.runtime import flight
 from ctrsink.runtime.ray_train import told_of
 from tests.flight_ranks import TIMEOUT_S
 from tests.rank_processes import run_ranks
-from tests.runs import prepared_data, train_process
 
 TWO = RuntimeSpec(kind="ray", workers=2)
 
@@ -121,24 +116,3 @@ def test_a_rank_that_left_nothing_is_named_where_another_did(tmp_path: Path) -> 
     assert flight.take(tmp_path, 3) == f"rank 1, 2 left no record (flight recorder, {tmp_path}/last-rank-*)"
     (tmp_path / "rank-0").write_bytes(pickle.dumps(record(("a", 2))))
     assert flight.take(tmp_path) is None
-
-
-@pytest.mark.slow
-def test_a_worker_that_hangs_is_named_when_the_run_ends(tmp_path: Path) -> None:
-    """One of two workers is frozen by a signal, as one whose device hangs: it leaves nothing, and the other one tells."""
-    place = {"kind": "ray", "workers": 2, "collective_timeout_s": 8}
-    process = train_process(tmp_path, prepared_data(str(tmp_path / "data")), runtime=place)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if WORKER in " ".join(p.cmdline())]
-    try:
-        assert len(workers) == 2
-        workers[0].suspend()
-        _, errors = process.communicate(timeout=150)
-    finally:
-        for worker in workers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                worker.kill()
-        process.kill()
-    assert process.returncode == 1
-    told = errors.splitlines()[-1]
-    assert re.search(r"worker (0|1) failed: PeerLost: .*; rank (?!\1)[01] left no record \(flight recorder, ", told), told
-    assert len(list((tmp_path / "run" / FLIGHT_NAME).iterdir())) == 1
