@@ -86,7 +86,7 @@ class Cache:
             found = np.memmap(path, np.uint8, "r")
         except (OSError, ValueError):  # there is none, or it is empty
             return None
-        if len(found) != size + _DIGEST or hashlib.sha256(found[:size]).digest() != found[size:].tobytes():
+        if len(found) != size + _DIGEST or hashlib.sha256(found[:size].data).digest() != found[size:].tobytes():
             return None
         with suppress(OSError):
             os.utime(path)

@@ -34,4 +34,4 @@ def read_index(manifest: Manifest, read: Callable[[], bytes], cache: Cache | Non
 
 def _columns(content: bytes, names: list[str]) -> Iterator[memoryview]:
     """One after another, so that no more than one is held."""
-    return (memoryview(np.ascontiguousarray(from_parquet(content, [name])[name].to_numpy(), "<i4")).cast("B") for name in names)
+    return (np.ascontiguousarray(from_parquet(content, [name])[name].to_numpy(), "<i4").data.cast("B") for name in names)
