@@ -38,7 +38,8 @@ def main() -> int:
     parser.add_argument("--task", nargs=3, metavar=("WAY", "IDS", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        return task(*args.task, args.items, args.events)
+        way, ids, tokens = args.task
+        return task(way, ids, tokens, args.items, args.events)
     logs.configure()
     report: dict[str, Any] = {"machine": machine(), "items": args.items, "events": args.events}
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
