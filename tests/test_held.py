@@ -37,7 +37,7 @@ def dry_run(folder: Path, **changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_an_engine_of_four_ranks_holds_what_is_planned(zero_stage: int, tmp_path: Path) -> None:
-    """Within 3 % between steps, and 15 % at the fullest moment of a step; under ZeRO-3 25 %: what gathering copies is not counted."""
+    """Within 3 % between steps; at the fullest moment 15 %, under ZeRO-3 25 %: what gathering copies is not counted."""
     more = {"model": {"backbone": {"config": WIDE}}, "runtime": {"kind": "ray", "workers": 4}}
     for stage in dry_run(tmp_path, train={"zero_stage": zero_stage}, **more):
         assert stage["workers"] == 4
