@@ -94,7 +94,7 @@ def to_batch(samples: Samples, signals: int) -> Batch:
         "similarity": np.zeros(0, np.float32),
     }
     counts = {"positions": lengths, "sinks": sinks, "targets": one, "asked": one, "pairs": 0 * one, "aligned": texts}
-    counts |= {"candidates": 0 * one, "asked_rows": one, "places": last.astype(np.int64)}
+    counts |= {"candidates": 0 * one, "asked_rows": one, "places": last.astype(np.int64), "span": lengths}
     users, events, labels = torch.from_numpy(samples.head.copy()).unbind(1)
     valid = torch.ones(rows, dtype=torch.bool)
     return Batch(

@@ -86,7 +86,11 @@ def test_a_run_keeps_the_precision_that_it_began_in(
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_is_used_where_it_is_asked_for(data: str, tmp_path: Path, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", not tf32)
-    start(parse_run(run_tree(data, str(tmp_path / "run"), train={"tf32": tf32}), "test"), stop_after=1)
-    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+def test_tf32_is_used_where_it_is_asked_for(data: str, tmp_path: Path, tf32: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = not tf32
+    try:
+        start(parse_run(run_tree(data, str(tmp_path / "run"), train={"tf32": tf32}), "test"), stop_after=1)
+        assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    finally:  # no monkeypatch: it would take the setting away
+        torch.backends.cuda.matmul.allow_tf32 = before

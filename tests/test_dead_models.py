@@ -101,6 +101,7 @@ def test_weights_that_are_not_finite_are_not_exported(served: Prepared, tmp_path
     write_run(spec)
     checkpoint = find_checkpoint(spec.run_dir)
     checkpoint.step = 7
+    checkpoint.parameters = dict(checkpoint.parameters)
     checkpoint.parameters["sinks.categories.projection.weight"][0, 0] = math.inf
     save_checkpoint(spec.run_dir, checkpoint)
     with pytest.raises(InputError, match=r"the checkpoint of step 7 of .* its weights sinks\..* are not finite; .* --checkpoint"):

@@ -12,11 +12,11 @@ from ctrsink.estimate.held import MASTER, MOMENTS
 from ctrsink.estimate.weights import Weights
 
 PROCESS = 0.6 * 2**30
-"""Resident bytes of a worker with torch, DeepSpeed and Ray, before it has a model; see benchmarks/plan_accuracy.py."""
+"""Resident bytes of a worker with torch, DeepSpeed and Ray, before it has a model: about that here, on a CPU."""
 
 
 def host_memory(
-    spec: RunSpec, dataset: Dataset, shard: float, weights: Weights, offloaded: int, processes: int, on_device: bool
+    spec: RunSpec, dataset: Dataset, shard: float, weights: Weights, offloaded: int, processes: int, world: int, on_device: bool
 ) -> dict[str, float]:
     """Bytes of the node that the first worker is on, by part.
 
@@ -24,20 +24,22 @@ def host_memory(
         shard: bytes of a shard in memory.
         offloaded: bytes that the engine of each worker keeps in the host's memory.
         processes: workers of the node.
+        world: workers of all nodes.
         on_device: models are computed elsewhere than in the host's memory.
     """
     readers = processes * max(1, spec.data.workers)
     held = min(2 * spec.data.shuffle_shards, len(dataset.manifest.shards))
     found = {
         "processes": PROCESS * processes,
-        "index": float(nbytes(dataset.index) * readers),
+        "index": float(nbytes(dataset.index)),  # a mapped file, which the processes of a node share
         "shards": shard * held * readers,
         "checkpoint": float((MASTER + MOMENTS) * weights.trained),  # the first worker's copy, written while training goes on
     }
     if offloaded:
         found["offloaded"] = float(offloaded * processes)
-    if on_device:
-        found["building"] = float(weights.bytes * processes)  # each makes the whole model before it goes to its device
+    if on_device:  # made in the host's memory: under ZeRO-3 each its share, and one weight whole; else each the whole model
+        sharded = weights.bytes / world + weights.largest_bytes
+        found["building"] = float((sharded if spec.train.zero_stage == 3 else weights.bytes) * processes)
     return found
 
 

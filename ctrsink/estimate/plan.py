@@ -139,7 +139,7 @@ class Planner:
             "flops_per_impression": each,
             "step": step | {"steps_per_epoch": steps, "impressions": batch * total, "sent": moved},
             "host_memory": host_memory(
-                spec, self.dataset, self.shard, weights, sum(own.host.values()), place.per_node, place.gpu
+                spec, self.dataset, self.shard, weights, sum(own.host.values()), place.per_node, place.world, place.gpu
             ),
         }
         limits = self._limit(step, peak, place)
