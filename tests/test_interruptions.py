@@ -205,7 +205,7 @@ def test_a_failure_in_a_step_names_rank_step_stage_and_shard(data: str, tmp_path
         ("_report", "rank 0, step 1, stage align, report"),
         ("_validate", "rank 0, step 1, stage align, validation"),
         ("_checkpoint", "rank 0, step 5, stage align, checkpoint"),
-        ("_evaluate", "rank 0, step 20, stage all, evaluation"),
+        ("evaluate", "rank 0, step 20, stage all, evaluation"),
     ],
 )
 def test_a_failure_between_steps_names_rank_step_and_stage(

@@ -111,7 +111,7 @@ def test_paper_is_white_and_has_what_is_folded_on_a_screen(browser: Browser, pag
         folded = "[...document.querySelectorAll('pre')].map(e => e.checkVisibility({contentVisibilityAuto: true}))"
         assert not any(page.evaluate(folded))
         page.emulate_media(media="print", color_scheme="dark")
-        assert all(page.evaluate(folded))
+        page.wait_for_function(f"{folded}.every(Boolean)", timeout=10_000)  # the browser unfolds with its next frame
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert page.evaluate(CONTRASTS) == []
         assert page.pdf(format="A4").startswith(b"%PDF")
