@@ -57,7 +57,7 @@ def told(study: dict[str, Any]) -> dict[str, Any]:
     points = sorted(
         (found["trained"]["flops"] / TERA, name, found["metrics"]["auc"]["runs"])
         for name, found in study["variants"].items()
-        if found.get("trained")
+        if (found.get("trained") or {}).get("flops")  # baselines are fitted without a count
     )
     rows = [{"variant": name, "tflops": tflops, "auc": runs} for tflops, name, runs in points]
     pairs = [(row["tflops"], auc) for row in rows for auc in row["auc"]]

@@ -30,7 +30,10 @@ def test_it_draws_what_a_study_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return {"trained": {"flops": flops}, "metrics": {"auc": {"runs": runs}}}
 
     variants: dict[str, object] = {f"v{n}": variant(10.0**n, [0.9 - 10.0 ** (-n / 4 + 2)] * 2) for n in range(10, 15)}
-    study = {"split": "test", "variants": {"item_mean": {"metrics": {"auc": {"runs": [0.6]}}}, **variants}}
+    study = {
+        "split": "test",
+        "variants": {"item_mean": {"trained": {"flops": None}, "metrics": {"auc": {"runs": [0.6]}}}, **variants},
+    }
     (tmp_path / "study.json").write_text(json.dumps(study), "utf-8")
     monkeypatch.setattr("sys.argv", ["scaling", str(tmp_path), "--json"])
     assert main() == 0
