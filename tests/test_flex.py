@@ -180,6 +180,7 @@ def test_nothing_outside_the_kernel_is_as_large_as_one_dense_mask(monkeypatch: p
 def test_what_the_kernel_lacks_is_refused() -> None:
     with pytest.raises(InputError, match="flex needs heads of at least 16 dimensions, the backbone's have 8; use sdpa"):
         build_model(tiny_spec(attention="flex"), VOCABULARY, 1)
-    dropout = tiny_spec(attention="flex", fields={"hidden_size": 64, "attention_dropout": 0.1})
-    with pytest.raises(InputError, match=r"model\.attention: flex has no dropout of attention weights.*is 0\.1: set"):
-        build_model(dropout, VOCABULARY, 1)
+    for name in ("flex", "blocks"):
+        dropout = tiny_spec(attention=name, fields={"hidden_size": 64, "attention_dropout": 0.1})
+        with pytest.raises(InputError, match=rf"model\.attention: {name} has no dropout of attention weights.*is 0\.1: set"):
+            build_model(dropout, VOCABULARY, 1)

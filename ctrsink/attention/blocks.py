@@ -118,8 +118,6 @@ def _attend(
     given: BlockInputs, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
 ) -> torch.Tensor:
     """See inputs.register."""
-    if kwargs.get("dropout"):
-        raise ValueError("the blocks backend has no dropout of attention weights: set attention_dropout to 0")
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)
     table, at_asked = given.tables.pop(layer, None), given.at_asked.get(layer)

@@ -192,8 +192,6 @@ def _attend(
     **kwargs: Any,
 ) -> torch.Tensor:
     """See inputs.register."""
-    if kwargs.get("dropout"):
-        raise ValueError("the blocks backend has no dropout of attention weights: set attention_dropout to 0")
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     asks, shown, values = (of[0].transpose(0, 1).to(value.dtype) for of in (query, key, value))
     shown, values = given.chunked.with_means(shown), given.chunked.with_means(values)

@@ -146,8 +146,6 @@ def _attend(
     **kwargs: Any,
 ) -> torch.Tensor:
     """See inputs.register."""
-    if kwargs.get("dropout"):
-        raise ValueError("the flex backend has no dropout of attention weights: set attention_dropout to 0")
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     at_asked, at_means, heads = given.at_asked.get(layer), given.at_means.get(layer), query.shape[1]

@@ -80,4 +80,4 @@ def _masked(given: ChunkedSdpaInputs, at_asked: torch.Tensor, dtype: torch.dtype
     return bias.masked_fill(~seen[:, None], float("-inf")).to(dtype)
 
 
-register(BACKEND, ChunkedSdpaInputs, _attend)
+register(BACKEND, ChunkedSdpaInputs, _attend, drops=True)

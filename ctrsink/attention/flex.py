@@ -76,8 +76,6 @@ def _attend(
     given: FlexInputs, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
 ) -> torch.Tensor:
     """See inputs.register."""
-    if kwargs.get("dropout"):
-        raise ValueError("the flex backend has no dropout of attention weights: set attention_dropout to 0")
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     table, at_asked = given.tables.pop(layer, None), given.at_asked.get(layer)

@@ -47,13 +47,14 @@ def layer_index(module: nn.Module) -> int:
     return index
 
 
-def register(name: str, kind: type[I], attend: Callable[..., torch.Tensor]) -> None:
+def register(name: str, kind: type[I], attend: Callable[..., torch.Tensor], drops: bool = False) -> None:
     """Make `attend` the backend that transformers knows as `name`.
 
     Args:
         kind: the inputs that it reads.
         attend: (inputs, layer, module, query [1, H, L, d], key and value [1, H_kv, L, d], keywords) -> output [1, L, H, d], of
             the L rows that the backbone computes: `length` of the inputs.
+        drops: whether it has dropout of attention weights; where it has none, a layer that asks for it gets ValueError.
     """
 
     def forward(
@@ -67,6 +68,8 @@ def register(name: str, kind: type[I], attend: Callable[..., torch.Tensor]) -> N
     ) -> tuple[torch.Tensor, None]:
         if not isinstance(attention_inputs, kind):  # a layer that drops keywords: the model finds that it was not followed
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+        if kwargs.get("dropout") and not drops:
+            raise ValueError(f"{name} has no dropout of attention weights: set attention_dropout to 0")
         layer = layer_index(module)
         attention_inputs.followed.add(layer)
         if attention_inputs.watch is not None:

@@ -98,4 +98,4 @@ def _masked(given: SdpaInputs, rows: Rows, at_sinks: torch.Tensor | None, length
     return bias.scatter_add(3, columns, at_sinks).masked_fill(hidden, float("-inf")).to(dtype)
 
 
-register(BACKEND, SdpaInputs, _attend)
+register(BACKEND, SdpaInputs, _attend, drops=True)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from ctrsink.config.model import DecoderSpec, LoraSpec
 from ctrsink.errors import InputError, did_you_mean, first_line
 from ctrsink.families.decoder.model import CTRModel, backend_of, decoder_layers
-from ctrsink.families.decoder.supported import check_config, check_flex, check_layers, guard_length
+from ctrsink.families.decoder.supported import check_backend, check_config, check_layers, guard_length
 from ctrsink.families.parameters import DTYPES
 
 _TOKENIZER_FIELDS = frozenset({"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"})
@@ -36,8 +36,7 @@ def build_model(spec: DecoderSpec, vocabulary: int, seed: int, precision: str = 
         backbone = _backbone(spec, vocabulary, DTYPES[precision])
         check_layers(decoder_layers(backbone))
         guard_length(backbone)
-        if spec.attention == "flex":
-            check_flex(backbone.config)
+        check_backend(backbone.config, spec.attention)
         if spec.lora is not None:
             add_lora(backbone, spec.lora)
         model = CTRModel(backbone, spec)

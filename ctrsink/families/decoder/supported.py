@@ -57,20 +57,20 @@ def check_layers(layers: list[nn.Module]) -> None:
             )
 
 
-def check_flex(config: PretrainedConfig) -> None:
-    """Refuse what FlexAttention's kernel does not compute.
+def check_backend(config: PretrainedConfig, attention: str) -> None:
+    """Refuse what this backend does not compute.
 
     Raises:
-        InputError: the backbone drops attention weights, or has heads that are too narrow.
+        InputError: of `flex` and `blocks`: the backbone drops attention weights; of `flex`: its heads are too narrow.
     """
     text = config.get_text_config()
-    if getattr(text, "attention_dropout", 0.0):
+    if attention != "sdpa" and getattr(text, "attention_dropout", 0.0):
         raise InputError(
-            f"model.attention: flex has no dropout of attention weights, and the backbone's attention_dropout is "
+            f"model.attention: {attention} has no dropout of attention weights, and the backbone's attention_dropout is "
             f"{text.attention_dropout}: set model.backbone.config.attention_dropout to 0, or use sdpa"
         )
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if width < 16:
+    if attention == "flex" and width < 16:
         raise InputError(f"model.attention: flex needs heads of at least 16 dimensions, the backbone's have {width}; use sdpa")
 
 
