@@ -95,7 +95,10 @@ def measured(args: argparse.Namespace, form: str) -> list[dict[str, Any]]:
             for wait, lockstep in (("once", False), ("each", True)):
                 deals = ("striped", striped), ("dealt", partial(dealt, lockstep))
                 for how, share in deals:
-                    steps_of = [share(source.lengths(ids[s]), source.costs(ids[s], price), ranks, groups) for s in steps]
+                    sizes = [source.sizes(ids[s]) for s in steps]
+                    steps_of = [
+                        share(lengths, source.costs(targets, lengths, price), ranks, groups) for targets, lengths in sizes
+                    ]
                     times = [waited(own, flops[s], tokens[s], most, lockstep) for own, s in zip(steps_of, steps, strict=True)]
                     row[f"{wait}/{how}"] = float(np.mean(times))
                 row[f"{wait}/gain"] = row[f"{wait}/striped"] / row[f"{wait}/dealt"]

@@ -91,6 +91,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
     spec = load_run(args.config, args.overrides)
     if args.dry_run:
+        if args.resume or args.stop_after:
+            raise InputError("--dry-run writes nothing and begins anew: leave out --resume and --stop-after")
         from ctrsink.runtime.dry_run import dry_run_here
 
         found = dry_run_here(spec)

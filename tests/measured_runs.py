@@ -10,7 +10,7 @@ from ctrsink.config import dump_run, parse_run
 from ctrsink.config.load import merge
 from ctrsink.dataset.reader import Dataset
 from ctrsink.evaluate.baselines import smoothed_item_mean
-from ctrsink.evaluate.prediction_file import write_evaluation
+from ctrsink.evaluate.prediction_file import table_of, write_predictions
 from ctrsink.evaluate.predictions import Predictions
 from tests.builders import run_tree
 
@@ -29,5 +29,5 @@ def write_run(
         shown = smoothed_item_mean(dataset, split)
         scores = 1 / (1 + np.exp(-skill * (2 * shown.labels - 1) - chance.normal(size=len(shown.labels))))
         found = Predictions(shown.users, shown.events, shown.labels, scores)
-        write_evaluation(str(folder), 4, split, dataset, found, found.metrics())
+        write_predictions(str(folder), split, table_of(dataset, found), {"step": 4, **found.metrics()})
     return str(folder)

@@ -58,14 +58,14 @@ def test_costs_follow_the_flops_of_sequences(dataset: Dataset, examples: str) ->
     ids = np.arange(sum(source.per_shard))
     count = model.flop_count(Objective())
     flops = np.array([count(batch).total for batch in source.build_all([ids[[i]] for i in ids], [None] * len(ids))])
-    assert np.corrcoef(source.costs(ids, price), flops)[0, 1] > 0.8
+    assert np.corrcoef(source.costs(*source.sizes(ids), price), flops)[0, 1] > 0.8
 
 
 def test_impressions_of_a_request_share_a_history(dataset: Dataset) -> None:
     source = source_of(dataset, "train", LAYOUTS["per_request"])
     ids = np.arange(sum(source.per_shard))
     targets, events = source.impressions(ids), source.lengths(ids)
-    alone, shared = (source.costs(ids, Price(0, together)) for together in (1, 3))
+    alone, shared = (source.costs(*source.sizes(ids), Price(0, together)) for together in (1, 3))
     assert alone.tolist() == (targets * (events - targets + 1)).tolist()
     assert shared.tolist() == pytest.approx((targets / 3 * (events - targets + 3)).tolist())
 
@@ -128,4 +128,4 @@ def test_every_family_has_a_price_in_each_of_its_stages(name: str, tmp_path: Pat
         set_trainable(model, stage.trainable)
         price = price_of(model, source, stage.learns)
         assert 0 <= price.pairs < 10
-        assert (source.costs(np.arange(20), price) >= 1).all()
+        assert (source.costs(*source.sizes(np.arange(20)), price) >= 1).all()

@@ -13,7 +13,7 @@ from ctrsink.config.load import merge
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
-from ctrsink.families.registry import source_of
+from ctrsink.families.registry import family_of, source_of
 from ctrsink.runtime.start import start
 from ctrsink.serve import Scorer, request_of
 from ctrsink.train.restore import restore_run
@@ -56,10 +56,11 @@ def test_what_does_not_go_together_is_refused_in_one_line(model: dict[str, Any],
 @pytest.mark.parametrize("model", [{"sparse": {}, "bias": None}, {}], ids=["by chunks", "all"])
 def test_blocks_are_for_cpus(model: dict[str, Any]) -> None:
     tree = merge(run_tree(runtime={"device": "cuda"}), {"model": model | {"attention": "blocks"}})
+    run = parse_run(tree, "x")  # as one that was made so before is read
     with pytest.raises(
         InputError, match=r"model\.attention: blocks is for CPUs, and would ask a GPU about every block; use flex"
     ):
-        parse_run(tree, "x")
+        family_of("decoder").check(run, None, int)  # pyright: ignore[reportArgumentType]
     for attention in ("sdpa", "flex"):
         assert parse_run(merge(tree, {"model": {"attention": attention}}), "x").model.attention == attention
 

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from hypothesis import strategies as st
 
 from ctrsink import kept, storage
 from ctrsink.config.train import KeepSpec
+from ctrsink.dist import Topology
 from ctrsink.errors import InputError, RunError, StorageUnavailable
+from ctrsink.train.checkpoint import saving
 from ctrsink.train.checkpoint.checkpoint import (
     BEST,
     FOLDER,
@@ -32,6 +36,8 @@ from ctrsink.train.checkpoint.checkpoint import (
 from ctrsink.train.checkpoint.checkpoint import list_checkpoints as folders_of
 from ctrsink.train.checkpoint.retention import Keeper, best_of, to_delete
 from ctrsink.train.checkpoint.writer import CheckpointWriter
+from ctrsink.train.engine import EngineState
+from ctrsink.train.tensors import Source, Tensors
 from tests.conftest import BUCKET
 from tests.killed_saves import KEEP, make, numbers
 
@@ -197,6 +203,31 @@ def test_the_last_checkpoint_is_not_given_up_without_a_second_try(tmp_path: Path
     assert find_checkpoint(str(tmp_path)).step == 2
 
 
+def test_what_failed_before_a_newer_checkpoint_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3 a large stage is saved by all ranks together, and a small one behind it in the background."""
+
+    def engine(value: float, numbers: int) -> Any:
+        source = Source(torch.Size([8]), lambda: torch.full((8,), value))
+        state = EngineState(Tensors({f"w{n}": source for n in range(numbers)}), Tensors({}), {})
+        model, tables = SimpleNamespace(large=()), SimpleNamespace(all={})
+        return SimpleNamespace(zero_stage=3, trainable=("x",), model=model, tables=tables, given_state=lambda: state)
+
+    def of(step: int, auc: float) -> Callable[[EngineState], Checkpoint]:
+        return lambda state: replace(checkpoint(step, auc=auc), parameters=state.parameters, moments=state.moments)
+
+    train = SimpleNamespace(keep=KeepSpec(last=3, best="auc"), checkpoint_format="portable")
+    saver = saving.Saver(cast(Any, SimpleNamespace(run_dir=str(tmp_path), train=train)), Topology())
+    monkeypatch.setattr(saving, "AT_ONCE", 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_shared", lambda run_dir, *rest: refuse(run_dir))
+        saver.save(engine(1.0, 4), of(100, 0.6), None)
+    small = engine(2.0, 1)
+    saver.save(small, of(200, 0.9), None)
+    saver.finish(small)
+    assert steps_in(tmp_path) == [200]
+    assert json.loads((tmp_path / "checkpoints/best.json").read_text())["step"] == 200
+
+
 def test_an_error_of_ours_is_raised_at_once(tmp_path: Path) -> None:
     writer = CheckpointWriter(str(tmp_path), KeepSpec())
     wrong = checkpoint(1)
@@ -234,6 +265,8 @@ END = """
 import sys
 from ctrsink.config.train import KeepSpec
 from ctrsink.train.checkpoint.writer import CheckpointWriter
+from ctrsink.train.engine import EngineState
+from ctrsink.train.tensors import Source, Tensors
 from tests.killed_saves import make
 writer = CheckpointWriter(sys.argv[1], KeepSpec())
 writer.save(make(10))

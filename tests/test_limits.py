@@ -13,6 +13,8 @@ from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.build import build_model
 from ctrsink.families.decoder.model import CTRModel
+from ctrsink.families.hf import CLASSES
+from ctrsink.families.registry import family_of
 from tests.builders import VOCABULARY, layout_of, random_batch, tiny_model, tiny_spec
 from tests.padded import padded, states_of
 
@@ -103,6 +105,23 @@ def test_frequencies_that_depend_on_the_batch_are_refused_beyond_the_original_le
     dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 40}
     with pytest.raises(InputError, match="rope_type dynamic, whose frequencies change after 40 positions"):
         longest(tiny_model(tiny_spec("llama", fields=dynamic)), (12, 1))
+
+
+def test_frequencies_of_an_exported_model_are_those_that_were_trained(tmp_path: Path) -> None:
+    """They are in no file: the class computes them when it loads."""
+    rope = LONG | {"short_factor": [1.0, 1.5, 2.0, 3.0], "original_max_position_embeddings": 40}
+    fields = {"rope_scaling": rope, "max_position_embeddings": 160, "original_max_position_embeddings": 40}
+    spec = tiny_spec("phi3", fields=fields)
+    model, batch = tiny_model(spec), random_batch(3, layout_of(), (6, 1))
+    with torch.inference_mode():
+        expected = model(batch, ALL).logits
+        plain, _ = family_of("decoder").merged(model, spec)
+        config, kind = CLASSES["decoder"]
+        exported = kind(config(model=plain, facts={"vocabulary": VOCABULARY}, objective=ALL.model_dump(mode="json")))
+        exported.ctr.load_state_dict(model.state_dict())
+        exported.save_pretrained(tmp_path)
+        found = kind.from_pretrained(tmp_path).eval()(batch)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_lora_targets_are_named_by_the_layers_that_exist() -> None:

@@ -131,7 +131,7 @@ def test_requests_grow_with_the_bytes(log_bytes: int, block_bytes: int, shard_by
 
 
 def test_a_billion_events() -> None:
-    """950 blocks of 32 MiB and 4,000 shards: one merging, 150 thousand requests instead of 3.8 million."""
+    """950 blocks of 32 MiB and 4,000 shards: one merging, 125 thousand requests instead of 3.8 million."""
     blocks, shards = 950, 4_000
     shape = Shape(blocks, 1, slices(shards))
     (after,) = plan(shape, 20 * 10**9, shards)

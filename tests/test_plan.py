@@ -13,6 +13,7 @@ from ctrsink.errors import InputError
 from ctrsink.estimate.devices import GPUS
 from ctrsink.estimate.table import as_table
 from ctrsink.runtime.plan import plan_run
+from tests.command_line import call, refused
 from tests.runs import prepared_data, run_tree
 from tests.test_families_runs import SMALL, tree_of
 
@@ -87,6 +88,12 @@ def test_without_a_gpu_times_need_a_peak(data: str) -> None:
     assert unknown["limited_by"].startswith("not known")
     known = plan_of(run_tree(data, "run", runtime={"peak_tflops": 0.1}), gpu=None, utilisation=0.5)["stages"][0]
     assert known["step"]["compute"] == pytest.approx(known["step"]["flops"] / (0.5 * 0.1e12))
+
+
+@pytest.mark.parametrize("more", [["--resume"], ["--stop-after", "3"]])
+def test_a_dry_run_takes_no_other_flag(more: list[str]) -> None:
+    told = "--dry-run writes nothing and begins anew: leave out --resume and --stop-after"
+    refused(call("train", "--config", "configs/ctr-sink.yaml", "--dry-run", *more), told)
 
 
 def test_what_is_missing_is_refused_in_one_line(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

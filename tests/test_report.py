@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from ctrsink import storage
 from ctrsink.report.drawing import as_svg
 from ctrsink.report.pace import mean_rates, most_memory, time_spent
-from ctrsink.report.page import Figure, Listing, Note, Page, Section, Table, render
-from ctrsink.report.run_sections import without_secrets
+from ctrsink.report.page import Figure, Listing, Note, Page, Section, Table, render, without_secrets
 from ctrsink.studies.report import write_report
 from tests.command_line import call, content, good, refused
 from tests.measured_runs import write_run
@@ -130,6 +129,16 @@ def test_what_is_missing_is_said_in_its_place(run: Path, tmp_path: Path, remove:
         assert "no training process has ended" in Tags((tmp_path / "page.html").read_text()).text
 
 
+@pytest.mark.parametrize(
+    ("name", "why"), [("metrics.jsonl", "metrics.jsonl, line 1 is damaged"), ("evaluation/test.json", "test.json is damaged")]
+)
+def test_a_damaged_file_is_said_in_its_place(run: Path, tmp_path: Path, name: str, why: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"{half\n")
+    found = good("report", tmp_path / "run", "--to", tmp_path / "page.html", "--sequences", 0)
+    assert any(why in told for told in found["missing"]["Metrics"])
+
+
 def test_a_data_set_that_is_gone_or_another_is_told(data: str, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "set")
     folder = Path(write_run(tmp_path / "run", str(tmp_path / "set"), "one", 0))
@@ -210,6 +219,11 @@ def test_passwords_in_addresses_are_blotted_out() -> None:
         "address: ray://me:hunter2@host:1\nuri: s3://bucket/a\nx: https://h/p?token=abc&part=2&X-Amz-Signature=f"
     )
     assert told == "address: ray://***@host:1\nuri: s3://bucket/a\nx: https://h/p?token=***&part=2&X-Amz-Signature=***"
+    hard = "ray://me:p@ss@host https://user:p/w@h/x s3://bucket/a@b/c http://h?api_key=1&AWSAccessKeyId=2&sig=3&n=4"
+    assert (
+        without_secrets(hard)
+        == "ray://***@host https://***@h/x s3://bucket/a@b/c http://h?api_key=***&AWSAccessKeyId=***&sig=***&n=4"
+    )
 
 
 def test_time_is_divided_by_what_the_rows_say() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -296,6 +297,14 @@ def edited(content: bytes, **changes: Any) -> bytes:
 
 def within(content: bytes, section: str, **changes: Any) -> bytes:
     return edited(content, **{section: parts(content)[section] | changes})
+
+
+def test_a_model_that_says_more_of_its_data_is_read(data: Prepared, model: str, tmp_path: Path) -> None:
+    """As those that were exported before the number of items was found to be of no use to any family."""
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_bytes(within(path.read_bytes(), "facts", items=7, feedbacks=3))
+    Scorer.load(str(tmp_path / "model"))
 
 
 def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, tmp_path: Path) -> None:

@@ -132,8 +132,9 @@ def test_a_group_of_days_is_named_by_its_first_and_last() -> None:
 def test_items_are_grouped_by_tenths_of_the_impressions() -> None:
     shown = np.repeat([0, 7, 20, 3000], [5, 5, 4, 6])
     assert by_value(shown).names == ("0", "7", "20", "3,000")
-    found = by_value(np.arange(40), parts=4)
-    assert found.names == ("0 to 9", "10 to 19", "20 to 29", "30 to 39")
+    found = by_value(np.arange(40))
+    assert found.names[:2] == ("0 to 3", "4 to 7")
+    assert np.bincount(found.groups).tolist() == [4] * 10
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -67,7 +67,8 @@ class TrainSpec(Section):
     """Sequences per forward pass of one worker at most; the accumulation follows from it and from the number of workers."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Tokens per forward pass of one worker at most, in place of `micro_batch_size`: how many micro-batches a step has follows
-    from its sequences. A longer sequence stands alone. `auto`: as many as fit into `memory_gib`, measured when a stage begins."""
+    from its sequences. A longer sequence stands alone. `auto`: as many as fit into `memory_gib` by
+    the estimate of `ctrsink plan`, when a stage begins."""
     memory_gib: float | None = Field(default=None, gt=0)
     """What `micro_batch_tokens: auto` may fill with activations; null: most of what a worker's device has free then."""
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Dataset:
         self._layout: Layout | None = None
         self._neighbours: Neighbours | None = None
         self._start()
-        self.index = self._read_index()
+        self.index  # noqa: B018  read now, where a failure is told as that of the data set
         self.first_users = np.append(0, np.cumsum([shard.users for shard in self.manifest.shards]))
         """Rows of the index: where each shard's users begin, and where the last one's end, int64 [shards + 1]."""
         self.feedbacks = Ragged.of(self.manifest.feedback_tokens)
@@ -77,7 +77,6 @@ class Dataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._start()
-        self.index = self._read_index()
 
     def reader(self) -> "Dataset":
         """Another reader of the same data set, with the same index: shards that it opens take no place from those of this one."""
@@ -164,7 +163,9 @@ class Dataset:
     def _read(self, entry: FileEntry) -> bytes:
         return read_file(self.uri, entry) if self._cache is None else self._cache.read(self.uri, entry)
 
-    def _read_index(self) -> dict[str, np.ndarray]:
+    @cached_property
+    def index(self) -> dict[str, np.ndarray]:
+        """Of each user: shard, row, and events before and in each split; another process reads or maps it when it first asks."""
         return read_index(self.manifest, lambda: self._read(self.manifest.index), self._cache)
 
     def _load(self, number: int, layout: Layout | None) -> Shard:

@@ -14,6 +14,9 @@ from ctrsink.estimate.weights import Weights
 PROCESS = 0.6 * 2**30
 """Resident bytes of a worker with torch, DeepSpeed and Ray, before it has a model: about that here, on a CPU."""
 
+AT_ONCE = 2**30
+"""Bytes of a checkpoint under ZeRO-3 that the first rank gathers to its memory, to write them while training goes on."""
+
 
 def host_memory(
     spec: RunSpec, dataset: Dataset, shard: float, weights: Weights, offloaded: int, processes: int, world: int, on_device: bool
@@ -33,7 +36,7 @@ def host_memory(
         "processes": PROCESS * processes,
         "index": float(nbytes(dataset.index)),  # a mapped file, which the processes of a node share
         "shards": shard * held * readers,
-        "checkpoint": float((MASTER + MOMENTS) * weights.trained),  # the first worker's copy, written while training goes on
+        "checkpoint": float(_checkpoint(spec, weights)),
     }
     if offloaded:
         found["offloaded"] = float(offloaded * processes)
@@ -41,6 +44,13 @@ def host_memory(
         sharded = weights.bytes / world + weights.largest_bytes
         found["building"] = float((sharded if spec.train.zero_stage == 3 else weights.bytes) * processes)
     return found
+
+
+def _checkpoint(spec: RunSpec, weights: Weights) -> int:
+    """What the first worker holds of a checkpoint: a copy, and of the moments a second one as the file's bytes, or one tensor."""
+    if spec.train.zero_stage == 3 and (MASTER + MOMENTS) * weights.trained > AT_ONCE:
+        return 2 * weights.largest_bytes
+    return (MASTER + 2 * MOMENTS) * weights.trained
 
 
 def data_bytes(spec: RunSpec, dataset: Dataset) -> int:

@@ -52,7 +52,7 @@ def weights_of(module: CTRModule, trainable: tuple[str, ...]) -> Weights:
         counts[parameter.requires_grad] += parameter.numel()
         sizes[parameter.requires_grad] += held
         largest = max(largest, held)
-        if parameter.numel() < PERSISTENT:
+        if parameter.numel() <= PERSISTENT:
             persistent += held
     tables = tables_of(module)
     for name, table in tables.items():

@@ -18,7 +18,8 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.stream.evaluation import Share, drawn, share_of
 
 EXACT = 10**8
-"""Impressions of a split up to which the first rank holds them all, 25 bytes each, and sorts them; of more it keeps sums."""
+"""Impressions of a split up to which the first rank holds them all, 25 bytes each and twice that for a moment, and sorts them; of
+more it keeps sums."""
 SAMPLE_SHARDS = 16
 """What the sample of a validation is drawn from."""
 log = logging.getLogger("ctrsink.evaluate")
@@ -104,7 +105,11 @@ def _written(parts: Iterator[Predictions], file: PredictionFile, dataset: Datase
 def _in_memory(parts: Iterator[Predictions]) -> dict[str, float] | None:
     """Exact metrics; None where no part comes, as on all ranks but the first."""
     held = list(parts)
-    return Predictions.together(held).metrics() if held else None
+    if not held:
+        return None
+    whole = Predictions.together(held)
+    held.clear()
+    return whole.metrics()
 
 
 def _in_sums(parts: Iterator[Predictions]) -> dict[str, float] | None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from ctrsink import kept, storage, strict_json
 from ctrsink.dataset.reader import Dataset
 from ctrsink.evaluate.predictions import Predictions
+from ctrsink.storage.faults import explained
 
 FOLDER = "evaluation"
 ROWS = 1 << 20
@@ -49,7 +50,8 @@ class PredictionFile:
         """Bring the predictions, at least one, and then their `metrics`, `evaluation/<split>.json`, to the run's folder."""
         self._write()
         assert self._writer is not None
-        self._writer.close()
+        with explained(str(self._path)):
+            self._writer.close()
         storage.upload(self._path, storage.join(run_dir, FOLDER, f"{split}.parquet"))
         text = strict_json.dumps(kept.stamped(metrics), indent=1)
         storage.write_bytes(storage.join(run_dir, FOLDER, f"{split}.json"), text.encode())
@@ -59,15 +61,9 @@ class PredictionFile:
             return
         table = pa.concat_tables(self._tables)
         self._tables, self._waiting = [], 0
-        self._writer = self._writer or pq.ParquetWriter(self._path, table.schema)
-        self._writer.write_table(table)
-
-
-def write_evaluation(
-    run_dir: str, step: int, split: str, dataset: Dataset, predictions: Predictions, metrics: dict[str, float]
-) -> None:
-    """Write a run's predictions on a split, their `metrics` and the `step` that they are of; see write_predictions."""
-    write_predictions(run_dir, split, table_of(dataset, predictions), {"step": step, **metrics})
+        with explained(str(self._path)):
+            self._writer = self._writer or pq.ParquetWriter(self._path, table.schema)
+            self._writer.write_table(table)
 
 
 def read_metrics_of(run_dir: str, split: str) -> dict[str, float | None]:

@@ -110,8 +110,8 @@ def by_day(times: np.ndarray) -> Grouping:
     return by_value(times // DAY, lambda day: datetime.fromtimestamp(day * DAY, UTC).date().isoformat())
 
 
-def by_value(values: np.ndarray, name: Callable[[int], str] = "{:,}".format, parts: int = PARTS) -> Grouping:
-    """Each value, or at most `parts` groups of neighbouring values with about as many impressions each.
+def by_value(values: np.ndarray, name: Callable[[int], str] = "{:,}".format) -> Grouping:
+    """Each value, or at most PARTS groups of neighbouring values with about as many impressions each.
 
     Args:
         values: whole numbers, [N] with N > 0.
@@ -119,7 +119,7 @@ def by_value(values: np.ndarray, name: Callable[[int], str] = "{:,}".format, par
     """
     found, of, counts = np.unique(values, return_inverse=True, return_counts=True)
     middles = np.cumsum(counts) - counts / 2
-    group = np.arange(len(found)) if len(found) <= parts else (middles * parts / len(values)).astype(np.int64)
+    group = np.arange(len(found)) if len(found) <= PARTS else (middles * PARTS / len(values)).astype(np.int64)
     _, group = np.unique(group, return_inverse=True)  # a value with very many leaves a group without any
     firsts = found[np.searchsorted(group, np.arange(group[-1] + 1))].tolist()
     lasts = found[np.searchsorted(group, np.arange(group[-1] + 1), side="right") - 1].tolist()

@@ -149,7 +149,7 @@ scorer.score({"history": [{"item": {...}, "feedback": 4, "timestamp": 1}], "cand
 
 
 def _use(run: TrainedRun) -> str:
-    reads = family_of(run.spec.model.family).reads_text
+    reads = family_of(run.spec.model.family).reads_text or run.layout.needs_vectors
     items = (
         "An item is an object with the fields that the item text above names" if reads else "An item is an object with its `id`"
     )

@@ -55,7 +55,7 @@ class ExportedModel(PreTrainedModel):
     def __init__(self, config: ExportedConfig) -> None:
         super().__init__(config)
         family = family_of(config.family)
-        self.ctr = family.rebuilt(config.model or {}, Facts(**(config.facts or {})))
+        self.ctr = family.rebuilt(config.model or {}, Facts((config.facts or {}).get("vocabulary", 0)))
         self.objective = Objective.model_validate(config.objective)
         narrow = {name for name, _ in self.ctr.named_children() if family.narrowed(f"{name}.")}
         self._keep_in_fp32_modules_strict = [f"ctr.{name}" for name, _ in self.ctr.named_children() if name not in narrow]

@@ -104,7 +104,7 @@ class Family(ABC):
     earlier_names: ClassVar[Mapping[str, str]] = {}
     """What names of parameters began with in checkpoints of earlier versions, and what they begin with now."""
 
-    reads_text: ClassVar[bool]
+    reads_text: ClassVar[bool] = True
     """Whether items are given to it as text."""
 
     @abstractmethod

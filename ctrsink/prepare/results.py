@@ -30,7 +30,7 @@ def write_named(folder: str, name: str, table: pa.Table) -> str:
 
 @lru_cache(maxsize=32)
 def read_named(path: str) -> pa.Table:
-    """What write_named wrote, each column in one chunk, mapped and not held: the processes of a host share its pages.
+    """What write_named wrote, mapped and not held: the processes of a host share its pages.
 
     A file on S3 is mapped from the host's cache; where there is none that serves, the process holds the table.
     """
@@ -41,7 +41,7 @@ def read_named(path: str) -> pa.Table:
     return pa.ipc.open_stream(pa.py_buffer(storage.read_bytes(path) if found is None else found)).read_all()
 
 
-def column_of(path: str, name: str) -> pa.Array:
-    """A column of such a table."""
+def column_of(path: str, name: str) -> pa.Array | pa.ChunkedArray:
+    """A column of such a table; texts of more than 2 GiB are in several chunks."""
     column = read_named(path).column(name)
-    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    return column.chunk(0) if column.num_chunks == 1 else column

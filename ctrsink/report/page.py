@@ -87,6 +87,24 @@ class Page:
     """When, and by what."""
 
 
+# A password in an address: name and password before the host, or a parameter that says what it is.
+_SECRETS = re.compile(
+    r"(?<=://)(?:[^\s/@'\"]*:[^\s'\"]*|[^\s/@'\"]+)(?=@)"
+    r"|(?<=[?&])([\w-]*(?:token|password|secret|signature|sig|key|keyid|credential)=)[^&\s'\"]+",
+    re.I,
+)
+
+
+def without_secrets(text: str) -> str:
+    """`text`, with names, passwords and tokens in its addresses blotted out."""
+    return _SECRETS.sub(lambda found: f"{found[1] or ''}***", text)
+
+
+def _shown(value: Any) -> Any:
+    """Whatever text a page shows; figures are drawn already."""
+    return without_secrets(value) if type(value) is str else value
+
+
 def render(page: Page) -> str:
     """The page as HTML; text of any kind is escaped. The same page gives the same bytes.
 
@@ -101,6 +119,7 @@ def render(page: Page) -> str:
     environment = Environment(
         loader=PackageLoader("ctrsink.report", "templates"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,7 +1,6 @@
 """What a report says of one run's training: its result, losses by stage, pace and time, configuration."""
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,8 +21,6 @@ METRICS_LEAD = (
 )
 Evaluations = Mapping[str, Mapping[str, float | None]]
 """By split, what evaluation/<split>.json holds."""
-# A password in an address: name and password before the host, or a parameter that says what it is.
-_SECRETS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)|(?<=[?&])((?:token|password|secret|signature|x-amz-[a-z-]+)=)[^&\s'\"]+", re.I)
 
 
 def metrics_section(evaluations: Evaluations, comparisons: Mapping[str, dict[str, Any]], missing: Mapping[str, str]) -> Section:
@@ -120,13 +117,8 @@ def pace_section(rows: Rows, result: dict[str, Any]) -> Section:
 
 
 def configuration_section(spec: RunSpec) -> Section:
-    """The resolved configuration, without what looks like a password."""
-    return Section("Configuration", [Listing("Every key, as resolved", without_secrets(dump_run(spec)))])
-
-
-def without_secrets(text: str) -> str:
-    """`text`, with names, passwords and tokens in its addresses blotted out."""
-    return _SECRETS.sub(lambda found: f"{found[1] or ''}***", text)
+    """The resolved configuration."""
+    return Section("Configuration", [Listing("Every key, as resolved", dump_run(spec))])
 
 
 def number(value: float | None) -> str:

@@ -15,9 +15,12 @@ def dry_run_here(spec: RunSpec) -> dict[str, Any]:
         InputError: see preflight.check and train.dry_run.
     """
     world = spec.runtime.most_workers
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE="1")
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world) if spec.runtime.device == "cpu" else "1"
+    )
     facts = check(spec)
-    prepare_process(spec.runtime.device, spec.runtime.cpus_per_worker)
+    runtime = spec.runtime
+    prepare_process(runtime.device, runtime.cpus_per_worker, deterministic=runtime.deterministic)
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -93,6 +93,7 @@ def evaluate_ray(spec: RunSpec, facts: Facts, step: Step) -> dict[str, dict[str,
         InputError: a worker found the input to be at fault.
         RunError: a worker failed.
     """
+    flight.take(flight.place_of(spec.run_dir))  # of a failure of the training, which nothing here is about
     _on_workers(spec, facts, {"step": step}, 0, nullcontext())
     return {split: read_metrics_of(spec.run_dir, split) for split in spec.evaluate.splits}
 
@@ -214,9 +215,10 @@ def _worker(config: dict[str, Any]) -> None:
     except Diverged as error:  # on every rank
         if topology.is_first:
             write_result(spec.run_dir, {"given_up": str(error)})
-    except (InputError, RunError) as error:
+    except Exception as error:
         flight.leave(topology.rank)
-        repeats.record(spec.run_dir, topology.rank, error)
+        if isinstance(error, InputError | RunError):
+            repeats.record(spec.run_dir, topology.rank, error)
         raise
     finally:
         stalls.close()

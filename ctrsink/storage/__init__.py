@@ -139,11 +139,11 @@ def writing(uri: str) -> Iterator[Callable[[bytes | memoryview], None]]:
     """
     with explained(uri):
         if is_remote(uri):
-            folder, _, name = uri.rpartition("/")
             with tempfile.TemporaryDirectory(prefix="ctrsink-upload-") as temporary:
-                with local.appending(Path(temporary) / name) as write:
+                whole = Path(temporary, "whole")
+                with local.appending(whole) as write:
                     yield write
-                upload_dir(temporary, folder)
+                upload(whole, uri)
         else:
             with local.appending(local_path(uri)) as write:
                 yield write
@@ -153,6 +153,7 @@ def append(uri: str, content: bytes, at: int) -> None:
     """Put `content` behind the first `at` bytes of a local file, over what an attempt that failed left there.
 
     Raises:
+        FileNotFoundError: there is no such file.
         InputError: the file is shorter than that.
     """
     with explained(uri):

@@ -73,23 +73,19 @@ def write_at(handle: int, content: bytes | memoryview, start: int) -> None:
 
 def put(source: Path, path: Path) -> None:
     """Copy a file as `write` writes: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with beside(path) as handle, source.open("rb") as file:
-        at = 0
+    with appending(path) as write, source.open("rb") as file:
         while piece := file.read(_PIECE):
-            write_at(handle, piece, at)
-            at += len(piece)
-        os.fsync(handle)
-        os.fchmod(handle, 0o644)
+            write(piece)
 
 
 def append(path: Path, content: bytes, at: int) -> None:
     """Write behind the first `at` bytes; a reader may see a part of it.
 
     Raises:
+        FileNotFoundError: there is no such file.
         InputError: the file is shorter: with a hole in it, it would say what nobody wrote.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_WRONLY)
     try:
         if (there := os.fstat(handle).st_size) < at:
             raise InputError(f"{path} has {there} bytes of the {at} that were written: somebody else changed it, put it back")

@@ -107,15 +107,17 @@ class SequenceSource:
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """Events of each sequence, about: exact where every event is an impression."""
-        users, pieces = self.owners(ids)
-        past = self._past(users) + pieces * self.layout.targets
-        return self._targets(users, pieces) + np.minimum(self.layout.retrieve or self.layout.history, past)
+        return self.sizes(ids)[1]
 
-    def costs(self, ids: np.ndarray, price: Price) -> np.ndarray:
-        """What computing each sequence takes, in events of a matrix product, as far as counts of events tell; float64 [N]."""
+    def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`impressions` and `lengths` of each sequence."""
         users, pieces = self.owners(ids)
-        targets = self._targets(users, pieces)
-        known = self.lengths(ids) - targets
+        targets, past = self._targets(users, pieces), self._past(users) + pieces * self.layout.targets
+        return targets, targets + np.minimum(self.layout.retrieve or self.layout.history, past)
+
+    def costs(self, targets: np.ndarray, lengths: np.ndarray, price: Price) -> np.ndarray:
+        """What computing sequences of these `sizes` takes, in events of a matrix product, as far as they tell; float64 [N]."""
+        known = lengths - targets
         if self.layout.examples == "per_user":
             return price.of(targets + known)
         return targets / price.together * price.of(known + price.together)
@@ -308,14 +310,14 @@ class TrainStream:
         impressions: list[int] = []
         for position in positions:
             ids = self.order.ids(position, self.batch_size)
-            lengths = self.source.lengths(ids)
+            targets, lengths = self.source.sizes(ids)
             shortest = ids[[lengths.argmin()]]  # costs least
-            costs = self.source.costs(ids, self.price)
+            costs = self.source.costs(targets, lengths, self.price)
             for dealt in self._dealt(lengths, costs)[self.rank]:
                 some = bool((dealt >= 0).any())
                 chosen.append(ids[dealt[dealt >= 0]] if some else shortest)
                 counted.append(None if some else np.zeros(1, np.bool_))
-            impressions.append(int(self.source.impressions(ids).sum()))
+            impressions.append(int(targets.sum()))
         if self.tokens is not None:
             own = self.source.build_within(chosen, counted, self.tokens)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrsink import storage, strict_json
+from ctrsink import kept, storage, strict_json
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.evaluate.intervals import by_draws, by_seeds, deviation
@@ -22,12 +22,17 @@ Values = dict[str, list[dict[str, np.ndarray]]]
 """By variant, a mapping for each run: metric -> [1 + DRAWS], as measured and then over draws of users."""
 
 
-def compare(folders: Sequence[str], split: str = "test", baseline: str | None = None) -> dict[str, Any]:
+STUDY = "study"
+"""Name of the comparison that a study leaves in its folder."""
+
+
+def compare(folders: Sequence[str], split: str = "test", baseline: str | None = None, slices: bool = True) -> dict[str, Any]:
     """Compare runs that were measured on the same impressions of `split`.
 
     Args:
         folders: of runs and baselines; those that differ in the seed alone are one variant, by its name.
         baseline: the run whose variant the others are compared with; None: the first.
+        slices: wanted; every shard of the data set is read for them.
 
     Returns:
         Plain values: `variants` by name with `metrics` and the `difference` to the baseline, each with the mean over seeds
@@ -59,7 +64,7 @@ def compare(folders: Sequence[str], split: str = "test", baseline: str | None = 
         "baseline": reference,
         "equal_budget": _equal_budget(runs),
         "variants": table,
-        **_slices(variants, reference, weights, split),
+        **(_slices(variants, reference, weights, split) if slices else {"slices": {}}),
     }
 
 
@@ -76,7 +81,7 @@ def write_comparison(found: dict[str, Any], to: str, name: str = "comparison") -
         return [storage.join(to, Path(file).name) for file in files]
     figures = draw_comparison(found, to)
     path = storage.join(to, f"{name}.json")
-    storage.write_bytes(path, strict_json.dumps(found, indent=1).encode())
+    storage.write_bytes(path, strict_json.dumps(kept.stamped(found), indent=1).encode())
     return [path, *figures]
 
 

@@ -90,7 +90,7 @@ def _result(folder: str) -> dict[str, Any]:
 
 
 def read_predictions(folder: str, split: str) -> pa.Table:
-    """The table that `write_evaluation` wrote.
+    """The table that `PredictionFile` wrote.
 
     Raises:
         InputError: the run was not measured on that split, or the file is damaged.

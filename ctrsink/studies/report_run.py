@@ -6,10 +6,10 @@ from typing import Any
 
 from ctrsink import kept, storage
 from ctrsink.config import RunSpec
-from ctrsink.dataset.manifest import SPLITS
+from ctrsink.dataset.manifest import SPLITS, read_manifest
 from ctrsink.errors import InputError, RunError, first_line
 from ctrsink.evaluate.prediction_file import FOLDER
-from ctrsink.report.data_section import data_section
+from ctrsink.report.data_section import MOST_EVENTS, data_section
 from ctrsink.report.environment import environment_section, written
 from ctrsink.report.look import look
 from ctrsink.report.look_sections import look_sections
@@ -35,19 +35,31 @@ def is_measured(folder: str) -> bool:
 
 def run_page(folder: str, split: str, sequences: int) -> Page:
     """The page of the run in `folder`; see `write_report`."""
-    spec, rows = read_run(folder), read_metrics(folder)
-    result = result_of(folder)
+    spec, result = read_run(folder), result_of(folder)
     missing: dict[str, str] = {}
-    evaluations = {name: found for name in SPLITS if (found := _evaluation(folder, name)) is not None}
-    comparisons, predictions = {}, {}
+    try:
+        rows = read_metrics(folder)
+    except InputError as error:
+        rows, missing["training"] = [], str(error)
+    evaluations: dict[str, dict[str, Any]] = {}
+    for name in SPLITS:
+        try:
+            if (found := _evaluation(folder, name)) is not None:
+                evaluations[name] = found
+        except InputError as error:
+            missing[name] = str(error)
+    comparisons, predictions, large = {}, {}, _is_large(spec.data.uri)
     for name in dict.fromkeys((*spec.evaluate.splits, *evaluations, split)):
         try:
             table = read_predictions(folder, name)
             predictions[name] = (table["label"].to_numpy(), table["probability"].to_numpy())
-            comparisons[name] = compare([folder], name)
+            comparisons[name] = compare([folder], name, slices=name == split and not large)
         except InputError as error:
-            missing[name] = str(error)
-    if split in comparisons:
+            missing.setdefault(name, str(error))
+    if split in comparisons and large:
+        why = f"Left out: more than {MOST_EVENTS:,} events would be read; see `ctrsink compare`."
+        slices = Section("Slices", [Note(why, missing=True)])
+    elif split in comparisons:
         slices = slices_section(comparisons[split])
     else:
         slices = Section("Slices", [Note(missing[split], missing=True)])
@@ -124,6 +136,13 @@ def _cards(
         rate = f"{result['impressions'] / result['seconds']:,.0f} a second" if result.get("seconds") else ""
         cards.append(("impressions trained on", f"{result['impressions']:,}", rate))
     return cards
+
+
+def _is_large(uri: str) -> bool:
+    try:
+        return read_manifest(uri).events > MOST_EVENTS
+    except InputError:  # said where its figures would be
+        return False
 
 
 def _evaluation(folder: str, split: str) -> dict[str, Any] | None:

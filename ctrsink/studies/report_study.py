@@ -5,7 +5,7 @@ import re
 from functools import partial
 from typing import Any
 
-from ctrsink import storage
+from ctrsink import kept, storage
 from ctrsink.errors import InputError
 from ctrsink.report.data_section import data_section
 from ctrsink.report.environment import environment_section, written
@@ -13,14 +13,12 @@ from ctrsink.report.figures import Rows, losses
 from ctrsink.report.measured_sections import comparison_section, reliability_section, slices_section
 from ctrsink.report.pace import draw_time, mean_rates, most_memory, time_spent
 from ctrsink.report.page import SIZE, Figure, Listing, Note, Page, Part, Section, Table
-from ctrsink.report.run_sections import configuration_section, without_secrets
+from ctrsink.report.run_sections import configuration_section
 from ctrsink.run.folder import claimed_data, flatten
-from ctrsink.studies.compare import compare
+from ctrsink.studies.compare import STUDY, compare
 from ctrsink.studies.measured import Measured, read_measured, variants_of
 from ctrsink.studies.report_run import is_measured, or_missing, result_of, state_of
 from ctrsink.train.observe.telemetry import read_metrics
-
-STUDY_NAME = "study.json"
 
 
 def runs_below(folder: str) -> list[str]:
@@ -92,16 +90,14 @@ def study_page(folder: str, runs: list[str], split: str | None) -> Page:
 
 def _study(folder: str) -> dict[str, Any]:
     """What `ctrsink study` left of its comparison; empty where it has not got so far, or the folder is of single runs."""
-    path = storage.join(folder, STUDY_NAME)
+    path = storage.join(folder, f"{STUDY}.json")
     try:
-        found = json.loads(storage.read_bytes(path))
+        return kept.opened(json.loads(storage.read_bytes(path)), path)
     except FileNotFoundError:
         return {}
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged: run `ctrsink study` again, which only compares where all runs are there")
-    return found
+        again = "run `ctrsink study` again, which only compares where all runs are there"
+        raise InputError(f"{path} is damaged: {again}") from None
 
 
 def _variants(runs: list[Measured]) -> dict[str, list[Measured]]:
@@ -184,7 +180,7 @@ def _configurations(runs: list[Measured], study: dict[str, Any]) -> Section:
     for key in keys:
         values = [tree.get(key, "") for tree in trees.values()]
         if any(value != values[0] for value in values):
-            rows.append((key, *[without_secrets(str(value)) for value in values]))
+            rows.append((key, *map(str, values)))
     first = runs[0].spec
     assert first is not None
     parts: list[Part] = []

@@ -20,7 +20,7 @@ from ctrsink.evaluate.prediction_file import FOLDER
 from ctrsink.run.folder import CONFIG_NAME, identities, read_result, require_same
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.start import start
-from ctrsink.studies.compare import compare, write_comparison
+from ctrsink.studies.compare import STUDY, compare, write_comparison
 from ctrsink.studies.floors import Floor, fit_floor, item_mean, stack
 from ctrsink.studies.measured import read_measured
 
@@ -73,7 +73,7 @@ def run_study(path: str, to: str | None = None) -> dict[str, Any]:
     reference = study.compare_with or next(iter(variants))
     found = compare([own for name in study.names for own in folders[name]], study.split, folders[reference][0])
     found = {"folder": folder, "study": study.model_dump(mode="json"), **found}
-    return found | {"files": write_comparison(found, folder, "study")}
+    return found | {"files": write_comparison(found, folder, STUDY)}
 
 
 def _check(study: StudySpec, runs: Runs) -> None:

@@ -20,5 +20,5 @@ def price_of(model: CTRModule, source: SequenceSource, objective: Objective) -> 
     flops = model.flop_count(objective)(model.drawn(source.build(longest), objective, 0))
     of_row = Price(together=together)
     rows = 1.0 if source.layout.examples == "per_user" else float(source.impressions(longest)[0]) / together
-    events = float(source.costs(longest, of_row)[0]) / rows
+    events = float(source.costs(*source.sizes(longest), of_row)[0]) / rows
     return Price(flops.attention / max(1.0, flops.matrices * events), together)

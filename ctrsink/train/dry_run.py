@@ -2,6 +2,7 @@
 
 import gc
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from ctrsink.dist import Topology
 from ctrsink.errors import InputError
 from ctrsink.estimate.activations import Peak
 from ctrsink.estimate.held import held
-from ctrsink.estimate.stage import estimated
+from ctrsink.estimate.stage import estimated, trained_until
 from ctrsink.families.facts import Facts
 from ctrsink.families.registry import family_of, source_of
 from ctrsink.sequences.batch import Batch
-from ctrsink.stream.stream import SequenceSource, TrainStream
+from ctrsink.stream.stream import SequenceSource
 from ctrsink.tables.embedding import tables_of
-from ctrsink.train.capacity import fitting
+from ctrsink.train.built import built
 from ctrsink.train.engine import Engine
 from ctrsink.train.loop import seed_step
 from ctrsink.train.observe.hardware import precision_of
+from ctrsink.train.streams import stream_of
+from ctrsink.train.tensors import Source, Tensors
 
 
 def dry_run(spec: RunSpec, facts: Facts, topology: Topology) -> list[dict[str, Any]]:
@@ -36,6 +39,9 @@ def dry_run(spec: RunSpec, facts: Facts, topology: Topology) -> list[dict[str, A
     """
     dataset = Dataset.of(spec.data)
     family = family_of(spec.model.family)
+    torch.backends.cuda.matmul.allow_tf32 = spec.train.tf32
+    if topology.world > 1 and tables_of(family.shape(family.portable(spec.model), facts, "fp32")):
+        raise InputError("model.id_tables sharded: a dry run has no other rank to ask for rows: set runtime.workers to 1")
     source = source_of(dataset, "train", family.layout(spec.data, spec.model, dataset.manifest))
     precision = precision_of(spec.train.precision, "", topology)
     return [_stage(spec, stage, facts, precision, source, topology) for stage in spec.stages]
@@ -47,22 +53,10 @@ def _stage(
     plan = estimated(spec, stage, facts, precision, source)
     own = held(plan.weights, spec.train.zero_stage, topology.world, spec.train.offload, topology.device != "cpu")
     before = _held(topology.device)
-    model = family_of(spec.model.family).build(spec.model, facts, spec.seed, precision)
-    if topology.world > 1 and tables_of(model):
-        raise InputError("model.id_tables sharded: a dry run has no other rank to ask for rows: set runtime.workers to 1")
-    engine = Engine(model.to(topology.device).train(), spec, stage, topology, None)
-    asked = spec.train.micro_batch_tokens
-    stream = TrainStream(
-        source,
-        spec.seed,
-        spec.data.shuffle_shards,
-        spec.batch_size(stage),
-        spec.accumulation(stage, topology.world),
-        topology.rank,
-        topology.world,
-        tokens=fitting(engine, spec, facts, precision, source, stage) if asked == "auto" else asked,
-    )
-    step = stream.step(0)
+    earlier = _earlier(spec, stage, facts, precision)
+    model = built(spec, stage, facts, topology, precision, earlier)
+    engine = Engine(model, spec, stage, topology, None)
+    step = stream_of(spec, stage, engine, source, facts, precision).step(0)
     drawn = [model.drawn(batch, stage.learns, 0) for batch in step.micro_batches]
     units = step.impressions if stage.objective == "click" else max(1, sum(batch.units or 0 for batch in drawn))
     seed_step(spec.seed, 0, topology.rank)
@@ -82,6 +76,17 @@ def _stage(
         "held": {"measured": between, "planned": sum(own.static.values())},
         "peak": {"measured": between + most, "planned": own.peak(plan.activations.bytes(tokens))},
     }
+
+
+def _earlier(spec: RunSpec, stage: StageSpec, facts: Facts, precision: str) -> Tensors:
+    """Zeros for what stages before this one train, which stays in fp32."""
+    place = [one.name for one in spec.stages].index(stage.name)
+    if not place:
+        return Tensors({})
+    family, groups = family_of(spec.model.family), trained_until(spec, spec.stages[place - 1])
+    shape = family.shape(family.portable(spec.model), facts, precision)
+    shapes = {name: each.shape for name, each in shape.named_parameters() if shape.trained_as(name, groups) is not None}
+    return Tensors({name: Source(size, partial(torch.zeros, size)) for name, size in shapes.items()})
 
 
 def _measured(step: Any, device: str) -> tuple[int, float]:

@@ -25,11 +25,8 @@ from ctrsink.features.mix64 import mix64
 from ctrsink.run.folder import identities, write_result
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.evaluation import Share
-from ctrsink.stream.price import PLAIN
 from ctrsink.stream.stream import Step, TrainStream
-from ctrsink.train.balance import price_of
 from ctrsink.train.built import built
-from ctrsink.train.capacity import fitting
 from ctrsink.train.checkpoint.checkpoint import Checkpoint, require_data
 from ctrsink.train.checkpoint.native import Shards, load_native, restore
 from ctrsink.train.checkpoint.saving import Saver
@@ -44,6 +41,7 @@ from ctrsink.train.observe.telemetry import Pace, Telemetry, progress_line
 from ctrsink.train.progress import Progress
 from ctrsink.train.same_data import require_same_data
 from ctrsink.train.stages import StageController
+from ctrsink.train.streams import stream_of
 from ctrsink.train.tensors import joined
 
 log = logging.getLogger("ctrsink.train")
@@ -64,6 +62,7 @@ class Trainer:
     """
 
     def __init__(self, spec: RunSpec, topology: Topology, facts: Facts, hooks: HostHooks = ALONE) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = spec.train.tf32
         self.spec, self.topology, self.facts, self.hooks = spec, topology, facts, hooks
         self.family = family_of(spec.model.family)
         self.dataset = Dataset.of(spec.data)
@@ -95,7 +94,6 @@ class Trainer:
         Raises:
             RunError: a step failed; the message names rank, step, stage and shards.
         """
-        torch.backends.cuda.matmul.allow_tf32 = self.spec.train.tf32
         self._restore()
         self.progress.precision = precision_of(self.spec.train.precision, self.progress.precision, self.topology)
         stop_at = None if stop_after is None else self.controller.step + stop_after
@@ -287,22 +285,7 @@ class Trainer:
 
     def _stream_for(self, stage: StageSpec, engine: Engine) -> TrainStream:
         """The stream of this stage, which goes on where the one before ended."""
-        spec, data = self.spec, self.spec.data
-        tokens = spec.train.micro_batch_tokens
-        stream = TrainStream(
-            self.source,
-            spec.seed,
-            data.shuffle_shards,
-            spec.batch_size(stage),
-            spec.accumulation(stage, self.topology.world),
-            self.topology.rank,
-            self.topology.world,
-            data.order,
-            data.workers,
-            fitting(engine, spec, self.facts, self.progress.precision, self.source, stage) if tokens == "auto" else tokens,
-            price_of(engine.model, self.source, stage.learns) if self.topology.world > 1 else PLAIN,
-            spec.train.zero_stage > 1,  # gradients travel in each micro-step, and under 3 weights too
-        )
+        stream = stream_of(self.spec, stage, engine, self.source, self.facts, self.progress.precision)
         stream.load_state_dict({"position": self.progress.position})
         return stream
 

@@ -88,8 +88,9 @@ class InParts(TorchDispatchMode):
         storage.resize_(emptied.bytes)
         if overwritten:
             return
-        # Not by a gathering of all, for which Gloo makes a second copy of the whole.
-        shares = self._shares(torch.empty(0, dtype=torch.uint8).set_(storage))
+        # Not by a gathering of all, for which Gloo makes a second copy of the whole. Zeros, because in a dry run nobody sends the
+        # shares of the ranks that are made up.
+        shares = self._shares(torch.empty(0, dtype=torch.uint8).set_(storage).zero_())
         shares[self._topology.rank].copy_(emptied.part)
         for rank, share in enumerate(shares):
             if len(share):

@@ -219,8 +219,6 @@ class DecoderSpec(FamilySpec):
             raise ValueError("model.bias.causal: false shows a target later behaviours in per_user sequences; use per_target")
         if self.attention == "flex" and run.runtime.device == "cpu":
             raise ValueError("model.attention: flex has no backward pass on a CPU; use blocks, or runtime.device cuda")
-        if self.attention == "blocks" and run.runtime.device == "cuda":
-            raise ValueError("model.attention: blocks is for CPUs, and would ask a GPU about every block; use flex, or sdpa")
         for stage in run.stages:
             if stage.readout.over == "sinks" and self.sinks is None:
                 raise ValueError(f"stages.{stage.name}: readout over sinks needs sinks, but model.sinks is null")

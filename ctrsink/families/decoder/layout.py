@@ -50,6 +50,9 @@ def layout(data: DataSpec, model: DecoderSpec, manifest: Manifest) -> Layout:
 def check(run: RunSpec, manifest: Manifest, vocabulary: Callable[[], int]) -> Facts:
     """See Family.check."""
     model: DecoderSpec = run.model  # pyright: ignore[reportAssignmentType]
+    # No rule of the configuration: a run that was made so before there was this can still be read.
+    if model.attention == "blocks" and run.runtime.device == "cuda":
+        raise InputError("model.attention: blocks is for CPUs, and would ask a GPU about every block; use flex, or sdpa")
     for key, told in (("sinks", model.sinks), ("target", model.target)):
         if told is not None and "item_id" in told.signals and manifest.item_count >= told.rows:
             log.warning(

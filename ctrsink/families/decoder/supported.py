@@ -79,10 +79,8 @@ def guard_length(backbone: nn.Module) -> None:
     config: Any = backbone.config
     if (found := length_limit(config)) is not None:
         backbone.register_forward_pre_hook(partial(_check_length, *found), with_kwargs=True)
-        for module in backbone.modules():
-            if getattr(module, "rope_type", None) in _DEPEND_ON_LENGTH:
-                # Up to the limit the frequencies stay what they are; else the host would ask the device in every pass.
-                module.rope_type = "default"  # pyright: ignore[reportArgumentType]
+        rotary = [module for module in backbone.modules() if getattr(module, "rope_type", None) in _DEPEND_ON_LENGTH]
+        backbone.register_forward_pre_hook(partial(_hold_frequencies, rotary))
 
 
 def length_limit(config: PretrainedConfig) -> tuple[int, str] | None:
@@ -108,6 +106,15 @@ def length_limit(config: PretrainedConfig) -> tuple[int, str] | None:
         return None
     limit, reason = min(limits)
     return limit, f"{text.model_type} has a {reason}"
+
+
+def _hold_frequencies(rotary: list[Any], *_: Any) -> None:
+    """Up to the limit they stay what they are; else the host would ask the device for the longest position in every pass.
+
+    Not before the first one: a model that is loaded computes them anew, by this very type.
+    """
+    for module in rotary:
+        module.rope_type = "default"
 
 
 def _check_length(limit: int, reason: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

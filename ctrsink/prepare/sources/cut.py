@@ -10,9 +10,11 @@ LONGEST_ROW = 64 << 20  # bytes; where no row ends for longer, a quote was left 
 _STEP = 1 << 16  # bytes that are read, at first, in search of the end of a row
 
 # As the csv reader has it: a quote opens a cell only where the cell begins, and within it two quotes stand for one.
-_CELL = rb'(?<![^,\r\n])"[^"]*+(?:""[^"]*+)*+"'
+_CELL = rb'(?<![^,\r\n])"[^"]*(?:""[^"]*)*"(?!")'
 _QUOTED_CELL = re.compile(_CELL)
-_CLOSED = re.compile(rb'(?:[^"]++|' + _CELL + rb'|(?<=[^,\r\n])")*+')
+# No possessive quantifier, which Python before 3.11.5 gets wrong around alternatives; so many pieces at a time, because each is
+# remembered until the match is over.
+_CLOSED = re.compile(rb'(?:[^"]+|' + _CELL + rb'|(?<=[^,\r\n])"){1,4096}')
 
 
 def cut_lines(uri: str, start: int, size: int, block_bytes: int) -> list[tuple[int, int]]:
@@ -50,8 +52,9 @@ def open_quote(text: bytes) -> int | None:
 
 
 def _closed_until(text: bytes, start: int, end: int) -> int:
-    found = _CLOSED.match(text, start, end)
-    return found.end() if found else start
+    while found := _CLOSED.match(text, start, end):
+        start = found.end()
+    return start
 
 
 def _line_end(text: bytes, at: int) -> int | None:

@@ -100,7 +100,7 @@ def restore(run_dir: str, zero_stage: int, topology: Topology) -> tuple[Checkpoi
         step = int(all_sum([newest.step if newest else 0], topology)[0])
         if step == 0:
             return None
-        checkpoint, damage = _opened(run_dir, step, newest, topology)
+        checkpoint, damage = opened(run_dir, step, newest, topology)
         if checkpoint is not None and damage is None and not checkpoint.native:
             return checkpoint, None
         if checkpoint is not None and damage is None:
@@ -113,7 +113,7 @@ def restore(run_dir: str, zero_stage: int, topology: Topology) -> tuple[Checkpoi
         before = step
 
 
-def _opened(run_dir: str, step: int, newest: Checkpoint | None, topology: Topology) -> tuple[Checkpoint | None, str | None]:
+def opened(run_dir: str, step: int, newest: Checkpoint | None, topology: Topology) -> tuple[Checkpoint | None, str | None]:
     """Collective: the checkpoint, which one rank of each host fetches and checks, and the first damage that any rank found."""
     hosts = gather(socket.gethostname(), topology)
     leader = hosts.index(hosts[topology.rank])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from ctrsink.config import RunSpec
 from ctrsink.dist import Topology
 from ctrsink.errors import InputError, RunError
+from ctrsink.estimate.host import AT_ONCE
 from ctrsink.train.checkpoint.checkpoint import FILES, Checkpoint
 from ctrsink.train.checkpoint.native import save_native
 from ctrsink.train.checkpoint.retention import Keeper
@@ -18,10 +19,6 @@ from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.tensors import Tensors, in_memory
 
 log = logging.getLogger("ctrsink.train")
-
-
-AT_ONCE = 2**30
-"""Bytes of a checkpoint under ZeRO-3 that the first rank gathers to its memory, to write them while training goes on."""
 
 
 class Saver:
@@ -61,8 +58,10 @@ class Saver:
             checkpoint = replace(checkpoint, parameters=parameters, moments=moments)
         if self._native(engine) or engine.tables.all or isinstance(checkpoint.parameters, Tensors):
             self._save_by_all(engine, checkpoint, metrics)
-        elif self._writer is not None:
-            self._writer.save(checkpoint, metrics.result if metrics is not None else None)
+        else:
+            self._failures, self._unsaved = 0, None  # this one stands in the place of any that failed before
+            if self._writer is not None:
+                self._writer.save(checkpoint, metrics.result if metrics is not None else None)
         self._blocked = time.monotonic() - began
 
     def finish(self, engine: Engine | None) -> None:

@@ -130,8 +130,18 @@ class Telemetry:
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; none where there is no such file."""
-    return [json.loads(line) for line in _lines(run_dir)]
+    """Rows of a run's metrics.jsonl; none where there is no such file.
+
+    Raises:
+        InputError: a row is damaged.
+    """
+    rows = []
+    for number, line in enumerate(_lines(run_dir), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise InputError(f"{storage.join(run_dir, METRICS_NAME)}, line {number} is damaged: take that line out") from None
+    return rows
 
 
 def _until(step: int, run_dir: str) -> bytes:
