@@ -18,7 +18,8 @@ from ctrsink.families.protocol import CTRModule
 from ctrsink.families.registry import family_of
 from ctrsink.train.deepspeed_import import deepspeed
 from ctrsink.train.engine import deepspeed_config
-from ctrsink.train.parts import InParts, giving_back
+from ctrsink.train.host_memory import giving_back
+from ctrsink.train.parts import InParts
 
 
 def built(

@@ -33,6 +33,7 @@ from ctrsink.train.checkpoint.saving import Saver
 from ctrsink.train.engine import Engine, EngineState
 from ctrsink.train.failures import Finite, located
 from ctrsink.train.host_hooks import ALONE, HostHooks
+from ctrsink.train.host_memory import give_back
 from ctrsink.train.observe.advice import advice
 from ctrsink.train.observe.audit import Audit
 from ctrsink.train.observe.hardware import over_ranks, peak_of, precision_of
@@ -315,6 +316,7 @@ class Trainer:
         last = self.controller.last_step
         rates = pace.report(None if last is None else last - self.controller.step)
         rates = over_ranks(rates, self.peak_tflops, self.topology)
+        give_back()
         whole = {"step": self.controller.step, "stage": stage.name, "position": self.progress.position}
         whole |= {**row, **rates, **self.saver.seconds()}
         if self.telemetry is not None:

@@ -1,8 +1,5 @@
 """A model is built while each process holds its share of every tensor, and whole only what is worked on at the moment."""
 
-import ctypes
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,21 +108,3 @@ def _alive(of: StorageWeakRef) -> torch.UntypedStorage | None:
 
 def _spans(tensor: torch.Tensor, size: int) -> bool:
     return tensor.numel() * tensor.element_size() == size and tensor.is_contiguous()
-
-
-@contextmanager
-def giving_back() -> Generator[None, None, None]:
-    """Memory of large tensors goes back to the system when they are freed, or holes between small ones would hold on to it."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # not glibc
-        yield
-        return
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    libc.mallopt(mmap, MIB // 16)
-    try:
-        yield
-    finally:
-        # What glibc itself comes to when large memory is freed: training would wait for new pages in each step.
-        libc.mallopt(mmap, 32 * MIB)
-        libc.mallopt(trim, 64 * MIB)
-        libc.malloc_trim(0)
