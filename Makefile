@@ -13,12 +13,13 @@ BIN := .venv/bin
 # --no-compile: most of these files are never imported; launchers/warm_up.py compiles the others.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: help demo test browser test-slow test-gpu lint format clean
+.PHONY: help demo test browser test-slow test-gpu site lint format clean
 
 help:
 	@echo 'make demo [MODEL=tiny|smollm2]  prepare MovieLens-100K, train, evaluate, export, score'
 	@echo 'make test                       every check that CI runs'
 	@echo 'make test-slow | test-gpu       the tests that take minutes | need CUDA'
+	@echo 'make site                       the documentation, in build/site'
 	@echo 'make lint | format | clean      static checks | rewrite the layout | remove .venv and caches'
 
 demo: .venv/installed
@@ -38,6 +39,13 @@ test-slow: .venv/installed-dev
 
 test-gpu: .venv/installed-dev
 	$(BIN)/pytest -m gpu
+
+# What is made from the code first: the keys of a configuration, the verbs of the command line.
+site: .venv/installed-dev
+	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_cli.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'build/site/index.html'
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -61,7 +69,7 @@ clean:
 	@touch $@
 
 .venv/installed: EXTRAS := train,gguf
-.venv/installed-dev: EXTRAS := train,study,gguf,mlflow,dev
+.venv/installed-dev: EXTRAS := train,study,gguf,mlflow,docs,dev
 # Torch has a line of its own, so that another index or a local build can be chosen for it alone.
 .venv/installed .venv/installed-dev: .venv/created pyproject.toml
 	$(PIP) $(foreach word,$(PIP_TORCH),'$(word)')
