@@ -1,7 +1,8 @@
 """What the site (mkdocs.yml) needs beyond docs/*.md, so that pages read alike here and on a code host.
 
-Links of a page lead out of docs/ as they do on a code host (`../configs/ctr-sink.yaml`). What they lead to is brought into the site
-under `repository/`: Markdown as a page, another file as a page that shows it, a folder as a list of its files. The home page is README.md.
+Links of a page lead out of docs/ as they do on a code host (`../configs/ctr-sink.yaml`). What they lead to is brought into the
+site under `repository/`: Markdown as a page, another file as a page that shows it, a folder as a list of its files. README.md is
+the home page.
 """
 
 import os

@@ -14,8 +14,8 @@ _HEAD = """\
 
 Every verb, its options and what they say. This page is made from the code by `docs/make_cli.py`; do not edit it by hand.
 
-`ctrsink VERB --help` prints the same. Overrides (`section.key=value`) change single keys of [the configuration](configuration.md).
-Every verb takes `--json` besides: the last line of stdout is then one JSON object, for errors too. What it ends with:
+`ctrsink VERB --help` prints the same. Overrides (`section.key=value`) change single keys of
+[the configuration](configuration.md). Every verb takes `--json` besides: the last line of stdout is then one JSON object, for errors too. What it ends with:
 [exit codes](architecture.md#exit-codes).
 
 | verb | what it does |
@@ -45,7 +45,9 @@ def _section(name: str, verb: argparse.ArgumentParser) -> str:
     parts = [f"ctrsink {name}", *(_usage(action) for action in taken)]
     # Breaks are for between arguments, not within one: no line ends at a space that is none to textwrap.
     line = " ".join(part.replace(" ", "\xa0") for part in parts)
-    usage = textwrap.fill(line, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")
+    usage = textwrap.fill(line, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).replace(
+        "\xa0", " "
+    )
     rows = [f"| `{_cell(_form(action))}` | {_meaning(action)} |" for action in taken]
     table = "\n".join(["| argument | meaning |", "| --- | --- |", *rows])
     return f"## `{name}`\n\n{_sentence(verb.description)}\n\n```text\n{usage}\n```\n\n{table}\n"
@@ -69,6 +71,8 @@ def _form(action: argparse.Action) -> str:
 
 def _meaning(action: argparse.Action) -> str:
     told = _cell((action.help or "") % vars(action))
+    if action.dest == "overrides":
+        told = told or "changes a key of the configuration"
     if action.required and action.option_strings:
         told = f"required; {told}" if told else "required"
     default = action.default

@@ -1,5 +1,6 @@
 """The documentation holds: the generated page is current, links lead somewhere, the commands for one's own log work."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,10 +17,18 @@ from ctrsink.config import load_study
 from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec, SplitSpec
 from ctrsink.config.model import SinkSpec
 from ctrsink.dataset.manifest import read_manifest
+from ctrsink.dataset.reader import Dataset
+from ctrsink.export.package import export_run
+from ctrsink.features import registry, user
+from ctrsink.features.histories import Histories
+from ctrsink.features.numbers import number
 from ctrsink.features.registry import SIGNALS
+from ctrsink.serve import Scorer, request_of
+from tests.serving_fixtures import run_spec, write_run
+from tests.told_fixtures import evaluated, told_data
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(p for p in [ROOT / "README.md", ROOT / "cluster/README.md", *ROOT.glob("docs/*.md")] if p.is_file())
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / f"{name}/README.md" for name in ("benchmarks", "cluster"))])
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href|srcset)=\"([^\"\s]+)\"")
 
@@ -29,10 +39,11 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_the_page_of_the_configuration_is_the_one_that_the_code_gives(tmp_path: Path) -> None:
-    made = tmp_path / "configuration.md"
-    subprocess.run([sys.executable, ROOT / "docs/make_configuration.py", made], check=True, cwd=ROOT)
-    assert made.read_text("utf-8") == (ROOT / "docs/configuration.md").read_text("utf-8"), "run docs/make_configuration.py"
+@pytest.mark.parametrize("name", ["configuration", "cli"])
+def test_a_page_that_is_made_is_the_one_that_the_code_gives(name: str, tmp_path: Path) -> None:
+    made = tmp_path / f"{name}.md"
+    subprocess.run([sys.executable, ROOT / f"docs/make_{name}.py", made], check=True, cwd=ROOT)
+    assert made.read_text("utf-8") == (ROOT / f"docs/{name}.md").read_text("utf-8"), f"run docs/make_{name}.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -113,6 +124,34 @@ def test_the_commands_for_ones_own_log_work_as_written(
     assert not (tmp_path / "runs/data/bad").exists()
 
 
+def test_the_example_of_a_signal_is_prepared_trained_on_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/add-a-signal.md").read_text("utf-8")
+    function, line, plain = (body for info, body in BLOCK.findall(page) if info == "python")
+    scope = {"np": np, "Histories": Histories}
+    exec(function + plain, scope)
+    monkeypatch.setattr(user, "since_last", scope["since_last"], raising=False)
+    exec(f"added = {{{line}}}", added := dict(vars(registry)))
+    for name, signal in added["added"].items():
+        monkeypatch.setitem(SIGNALS, name, signal)
+    registry.find.cache_clear()
+    data = told_data(tmp_path, requests=True)
+    spec = run_spec(data, str(tmp_path / "run"), model={"target": {"signals": ["since_last"]}})
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "model"))
+    scorer, dataset, expected = Scorer.load(str(tmp_path / "model")), Dataset(data.uri), evaluated(spec.run_dir, "test")
+    for row, (who, event) in enumerate(zip(expected.users.tolist(), expected.events.tolist(), strict=True)):
+        request = request_of(dataset, who, event)
+        assert scorer.score(request)[0] == pytest.approx(expected.probabilities[row], abs=1e-5)
+        assert scorer.score(request | {"timestamp": request["timestamp"] + 10**6})[0] != pytest.approx(
+            expected.probabilities[row]
+        )
+    counts, unknown = np.zeros(5), np.full(5, np.nan)
+    begins, known, times = np.array([0, 0, 0, 3, 3]), np.array([0, 1, 1, 0, 1]), np.array([5, 9, 9, 0, 100])
+    few = Histories(begins, known, times, unknown, np.full(5, -1, np.int8), unknown, counts)
+    np.testing.assert_allclose(number("since_last", few), [scope["plain_since_last"](few, row) for row in range(5)])
+    registry.find.cache_clear()
+
+
 def test_the_page_of_signals_has_each_signal_and_whom_it_is_told() -> None:
     page = (ROOT / "docs/signals.md").read_text("utf-8")
     told = {}
@@ -122,3 +161,21 @@ def test_the_page_of_signals_has_each_signal_and_whom_it_is_told() -> None:
             told |= dict.fromkeys(re.findall(r"`(\w+)`", names), whom.strip())
     words = {("behaviour",): "sinks", ("target",): "targets", ("behaviour", "target"): "both"}
     assert told == {name: words[signal.sides] for name, signal in SIGNALS.items()}
+
+
+def marks(module: ast.Module, name: str) -> set[str]:
+    """Marks of a test that decide whether it runs: `slow`, `root`; of its module or its own."""
+    (test,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    of_module = [
+        node.value for node in module.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+    ]
+    found = [ast.unparse(mark) for mark in (*of_module, *test.decorator_list) if "parametrize" not in ast.unparse(mark)]
+    return {mark for mark in ("slow", "root") if any(f"pytest.mark.{mark}" in text for text in found)}
+
+
+def test_every_promise_names_a_test_that_is_there_and_says_when_it_runs() -> None:
+    rows = re.findall(r"^\| (.*) \| `(tests/\w+\.py)::(\w+)` \|$", (ROOT / "docs/promises.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 40
+    for promise, file, name in rows:
+        told = re.search(r"\(\*(.*)\*\)$", promise)
+        assert marks(ast.parse((ROOT / file).read_text("utf-8")), name) == set(told[1].split(", ") if told else []), name
