@@ -15,8 +15,8 @@ _HEAD = """\
 Every verb, its options and what they say. This page is made from the code by `docs/make_cli.py`; do not edit it by hand.
 
 `ctrsink VERB --help` prints the same. Overrides (`section.key=value`) change single keys of
-[the configuration](configuration.md). Every verb takes `--json` besides: the last line of stdout is then one JSON object, for errors too. What it ends with:
-[exit codes](architecture.md#exit-codes).
+[the configuration](configuration.md). Every verb takes `--json` besides: the last line of stdout is then one JSON object, for
+errors too. What it ends with: [exit codes](architecture.md#exit-codes).
 
 | verb | what it does |
 | --- | --- |

@@ -15,6 +15,9 @@ from tests.services.browser import chromium
 ROOT = Path(__file__).resolve().parent.parent
 DESKTOP: ViewportSize = {"width": 1280, "height": 900}
 PHONE: ViewportSize = {"width": 360, "height": 740}
+TEXTS = """() => { const view = document.documentElement.viewBox.baseVal
+    return [...document.querySelectorAll('text')].map(e => { const box = e.getBBox()
+        return [e.textContent, box.x > 4 && box.x + box.width < view.width - 4 && box.y + box.height < view.height] }) }"""
 # Nobody answers there: whatever the build would fetch, it would not get.
 NOWHERE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 # Marks of Markdown that was not understood: a list or a table that hangs on a paragraph, a block with a language.
@@ -68,6 +71,16 @@ def test_every_page_is_drawn_quiet_and_loads_nothing_from_elsewhere(browser: Bro
     page.close()
     assert said == []
     assert [url for url in asked if not url.startswith((site.as_uri(), "data:"))] == []
+
+
+@pytest.mark.parametrize("picture", sorted(path.name for path in (ROOT / "docs").glob("*.svg")))
+def test_no_text_of_a_picture_is_cut_off(browser: Browser, picture: str) -> None:
+    page = browser.new_page()
+    page.goto((ROOT / "docs" / picture).as_uri())
+    texts = page.evaluate(TEXTS)
+    assert len(texts) > 10
+    assert [text for text, inside in texts if not inside] == []
+    page.close()
 
 
 def test_search_finds_a_page_that_was_opened_from_disk(browser: Browser, site: Path) -> None:
