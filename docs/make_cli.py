@@ -48,7 +48,8 @@ def _section(name: str, verb: argparse.ArgumentParser) -> str:
     usage = textwrap.fill(line, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).replace(
         "\xa0", " "
     )
-    rows = [f"| `{_cell(_form(action))}` | {_meaning(action)} |" for action in taken]
+    # A bar in code ends a cell on a code host, and a backslash before it is shown by the site.
+    rows = [f"| `{_form(action).replace('|', ' or ')}` | {_meaning(action)} |" for action in taken]
     table = "\n".join(["| argument | meaning |", "| --- | --- |", *rows])
     return f"## `{name}`\n\n{_sentence(verb.description)}\n\n```text\n{usage}\n```\n\n{table}\n"
 

@@ -163,6 +163,13 @@ def test_the_page_of_signals_has_each_signal_and_whom_it_is_told() -> None:
     assert told == {name: words[signal.sides] for name, signal in SIGNALS.items()}
 
 
+def test_recipes_have_no_figure_that_is_not_among_the_results() -> None:
+    results, recipes = ((ROOT / "docs" / name).read_text("utf-8") for name in ("results.md", "recipes.md"))
+    figures = set(re.findall(r"\d\.\d{3,}", recipes))
+    assert len(figures) > 15
+    assert figures - set(re.findall(r"\d\.\d{3,}", results)) == set()
+
+
 def marks(module: ast.Module, name: str) -> set[str]:
     """Marks of a test that decide whether it runs: `slow`, `root`; of its module or its own."""
     (test,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name)
