@@ -59,6 +59,13 @@ def test_relative_links_lead_to_a_file_and_a_heading(page: Path) -> None:
             assert anchor in anchors(target.read_text("utf-8")), f"{page.name} links to {link}, but there is no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_that_are_named_are_there(page: Path) -> None:
+    """From the root, the package, or beside the page."""
+    named = re.findall(r"`([\w/]+/\w+\.(?:py|yaml))`", page.read_text("utf-8"))
+    assert [name for name in named if not any((top / name).exists() for top in (ROOT, ROOT / "ctrsink", page.parent))] == []
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs").glob("*.svg")))
 def test_pictures_are_well_formed_legible_and_bring_their_own_ground(name: str) -> None:
     root = ElementTree.parse(ROOT / "docs" / name).getroot()
