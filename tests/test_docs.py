@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from ctrsink.cli import main
-from ctrsink.config import load_study
+from ctrsink.cli import _parser, main
+from ctrsink.config import load_run, load_study
 from ctrsink.config.data import DataSpec, EncoderSpec, PrepareSpec, SplitSpec
 from ctrsink.config.model import SinkSpec
 from ctrsink.dataset.manifest import read_manifest
@@ -57,6 +57,20 @@ def test_relative_links_lead_to_a_file_and_a_heading(page: Path) -> None:
         assert target.exists(), f"{page.name} links to {link}, which does not exist"
         if anchor:
             assert anchor in anchors(target.read_text("utf-8")), f"{page.name} links to {link}, but there is no such heading"
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES} - {ROOT / "docs/cli.md"}), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_commands_are_those_of_the_command_line(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verbs, options and keys; what they do, the tests of each verb say."""
+    monkeypatch.chdir(ROOT)
+    for line in re.findall(r"^(?:    )?(ctrsink [a-z].*)$", page.read_text("utf-8").replace("\\\n", " "), re.MULTILINE):
+        args, rest = _parser().parse_known_args(shlex.split(line.replace('"$LLAMA"', ""), comments=True)[1:])
+        assert [word for word in rest if "=" not in word] == [], line
+        config = getattr(args, "config", "")
+        if config.startswith("configs/studies/"):
+            load_study(config)
+        elif config.startswith("configs/") and "FAMILY" not in config:
+            load_run(config, [*args.overrides, *rest])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
