@@ -28,6 +28,7 @@ NAMES = {
     "deepspeed.utils.tensor_fragment:safe_get_local_optimizer_state": "engine",
     "deepspeed.utils.tensor_fragment:safe_set_local_optimizer_state": "engine",
     "deepspeed.utils.tensor_fragment:safe_set_full_optimizer_state": "engine",
+    "deepspeed.utils.tensor_fragment:safe_set_local_fp32_param": "engine",
     f"{ZERO_12}._lazy_init_hp_params_optimizer_state": "engine, native",
     f"{ZERO_12}.scaled_global_norm": "stage_tables",
     f"{ZERO_3}._get_norm_groups": "stage_tables",

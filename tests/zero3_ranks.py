@@ -58,6 +58,8 @@ class Ranks:
         yield {"case": "large"} | self.large()
         for name, zero, cuts in (("zero2", 2, ()), ("zero3", 3, ()), ("cut", 3, CUTS)):
             yield {"case": name} | self.trained(name, cuts, zero_stage=zero)
+        for name, cuts in (("narrow", ()), ("narrow cut", CUTS)):
+            yield {"case": name} | self.trained(name, cuts, precision="bf16", weights="bf16")
         from ctrsink.train.checkpoint import saving
 
         saving.AT_ONCE = 0

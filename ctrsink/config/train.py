@@ -79,6 +79,9 @@ class TrainSpec(Section):
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """`bf16`: frozen weights and matrix products in bfloat16, trainable parameters stay fp32. `auto`: bf16 where every worker's
     device has instructions for it, else fp32; a run keeps what it began in."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """What trained weights are held, and under ZeRO sent, in. `bf16`: where a stage trains a backbone in `precision: bf16`, Adam
+    steps fp32 copies that are shared out over the workers, and checkpoints hold these; needs `zero_stage` 1 to 3."""
     tf32: bool = False
     """On CUDA, fp32 matrix products read ten bits of the mantissa instead of 23 (TensorFloat-32): several times faster on cards
     from Ampere on. What `precision: bf16` computes in bfloat16 does not change."""
@@ -108,6 +111,14 @@ class TrainSpec(Section):
     def _offload_is_sharded(self) -> "TrainSpec":
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1, 2 or 3: ZeRO 0 keeps everything on the device")
+        return self
+
+    @model_validator(mode="after")
+    def _narrow_weights_have_masters(self) -> "TrainSpec":
+        if self.weights == "bf16" and self.zero_stage == 0:
+            raise ValueError("weights bf16 needs zero_stage 1, 2 or 3: ZeRO 0 has no fp32 copies, and bf16 rounds updates away")
+        if self.weights == "bf16" and self.precision == "fp32":
+            raise ValueError("weights bf16 needs precision bf16 or auto: fp32 multiplies in what it would have to widen again")
         return self
 
     @model_validator(mode="after")

@@ -48,7 +48,8 @@ def held(weights: Weights, zero_stage: int, world: int, offload: bool = False, o
         overlap: the engine reduces while it computes (on CUDA), with two buckets.
     """
     trained, parted = weights.trained, -(-weights.trained // world)
-    bucket = GRADIENT * min(trained, MOST_IN_BUCKET)
+    # In the type of the weights; what gradients are added up in is fp32 whatever that is.
+    bucket = weights.trained_bytes // max(trained, 1) * min(trained, MOST_IN_BUCKET)
     static = {"weights": weights.bytes}
     step: dict[str, int] = {}
     # On CUDA AdamW steps all weights at a time, with a root of each second moment.

@@ -36,6 +36,6 @@ def estimated(
     family = family_of(spec.model.family)
     shape = family.shape(family.portable(spec.model), facts, precision).train()
     set_trainable(shape, trained_until(spec, stage))  # what was trained once stays in fp32
-    weights = weights_of(shape, stage.trainable)
+    weights = weights_of(shape, stage.trainable, spec.train.weights)
     flops = None if sample is None else shape.flop_count(stage.learns)(shape.drawn(sample, stage.learns, 0))
     return StageEstimate(weights, activations_of(shape, source, stage.learns), flops)

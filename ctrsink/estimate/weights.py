@@ -40,9 +40,13 @@ class Weights:
         return sum(rows * width for rows, width in self.tables)
 
 
-def weights_of(module: CTRModule, trainable: tuple[str, ...]) -> Weights:
-    """Count a module, best one of `Family.shape`; afterwards it is as `trainable` says, in requires_grad and types."""
-    set_trainable(module, trainable)
+def weights_of(module: CTRModule, trainable: tuple[str, ...], held_in: str = "fp32") -> Weights:
+    """Count a module, best one of `Family.shape`; afterwards it is as `trainable` says, in requires_grad and types.
+
+    Args:
+        held_in: `train.weights`.
+    """
+    set_trainable(module, trainable, held_in)
     groups: dict[str, int] = {}
     counts, sizes = {True: 0, False: 0}, {True: 0, False: 0}
     persistent = largest = 0

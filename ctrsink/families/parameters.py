@@ -25,10 +25,21 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor]) ->
         named[name].data = value.clone()
 
 
-def set_trainable(model: CTRModule, trainable: tuple[str, ...]) -> None:
-    """Freeze everything else; what is trained is held in fp32 whatever the precision of the rest."""
+def trained_in(model: CTRModule, trainable: tuple[str, ...], weights: str) -> torch.dtype:
+    """What a stage holds all of its trained weights in: bfloat16 where it trains a large group of a model that multiplies in it.
+
+    Args:
+        weights: `train.weights`.
+    """
+    large = not set(trainable).isdisjoint(model.large)
+    return DTYPES[weights if large and model.mixed_precision else "fp32"]
+
+
+def set_trainable(model: CTRModule, trainable: tuple[str, ...], weights: str = "fp32") -> None:
+    """Freeze everything else; what is trained is held as `trained_in` says, whatever the precision of the rest."""
+    dtype = trained_in(model, trainable, weights)
     for name, parameter in model.named_parameters():
         trained = model.trained_as(name, trainable) is not None
         parameter.requires_grad_(trained)
         if trained:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)

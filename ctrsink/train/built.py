@@ -54,7 +54,7 @@ def _sharded(
         with parts if topology.world > 1 else nullcontext():
             model = family_of(spec.model.family).build(spec.model, facts, spec.seed, precision)
             load_parameters(model, parameters)
-            set_trainable(model, stage.trainable)
+            set_trainable(model, stage.trainable, spec.train.weights)
         first: Any = None
         config = deepspeed_config(spec, {name: p for name, p in model.named_parameters() if p.requires_grad})
         for parameter in model.parameters():

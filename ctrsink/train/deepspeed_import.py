@@ -11,11 +11,12 @@ if _NO_MLFLOW:
 try:
     import deepspeed
     from deepspeed.runtime.utils import combine_grad_norm_groups
-    from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
     from deepspeed.utils.tensor_fragment import (
         safe_get_local_fp32_param,
         safe_get_local_optimizer_state,
         safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
 finally:
@@ -35,6 +36,8 @@ __all__ = [
     "safe_get_full_optimizer_state",
     "safe_get_local_fp32_param",
     "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
     "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
     "safe_set_local_optimizer_state",
 ]

@@ -24,7 +24,9 @@ from ctrsink.train.deepspeed_import import (
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from ctrsink.train.feed import fed, placed
@@ -67,6 +69,7 @@ class Engine:
         model: its trainable parameters already hold the values to start from.
         state: moments and step counts to go on with; those of groups that this stage does not train are ignored.
         held: this rank's rows of sharded tables to go on with; None: a new run's.
+        masters: values, in fp32, that the model was given: where it holds them rounded, Adam goes on with these.
     """
 
     def __init__(
@@ -77,11 +80,12 @@ class Engine:
         topology: Topology,
         state: EngineState | None,
         held: Mapping[str, Share] | None = None,
+        masters: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.model, self.topology, self.zero_stage = model, topology, spec.train.zero_stage
         self.trainable, self.clip_norm, self._offload = stage.trainable, spec.train.clip_norm, spec.train.offload
         self.tables = StageTables(model, stage, topology, held)
-        set_trainable(model, stage.trainable)
+        set_trainable(model, stage.trainable, spec.train.weights)
         trained = parameter_groups(model, stage.trainable, spec.train.weight_decay)
         self._group_names = [g["name"] for g in trained]
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -107,6 +111,9 @@ class Engine:
         self._create_moments()
         if state is not None:
             self.load(state)
+        for name, parameter in self.named.items():
+            if parameter.dtype != torch.float32 and masters is not None and name in masters:
+                self._set_master(parameter, masters[name].to(topology.device))
 
     def forward(self, batch: Batch, objective: Objective) -> Out:
         """See CTRModule.forward; every rank must call it equally often."""
@@ -313,10 +320,19 @@ class Engine:
         elif self.zero_stage < 3:
             safe_set_full_optimizer_state(parameter, value, key)
         else:
-            # DeepSpeed's own setter for whole values fails where the ranks do not divide the parameter.
-            local = safe_get_local_optimizer_state(parameter, key).numel()
-            padded = nn.functional.pad(value.flatten(), (0, local * self.topology.world - value.numel()))
-            safe_set_local_optimizer_state(parameter, padded.narrow(0, local * self.topology.rank, local), key)
+            local = self._part(value, safe_get_local_optimizer_state(parameter, key).numel())
+            safe_set_local_optimizer_state(parameter, local, key)
+
+    def _set_master(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        if self.zero_stage < 3:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_local_fp32_param(parameter, self._part(value, safe_get_local_fp32_param(parameter).numel()))
+
+    def _part(self, value: torch.Tensor, size: int) -> torch.Tensor:
+        """This rank's, as ZeRO-3 cuts it; DeepSpeed's own setters for whole values fail where the ranks do not divide it."""
+        padded = nn.functional.pad(value.flatten(), (0, size * self.topology.world - value.numel()))
+        return padded.narrow(0, size * self.topology.rank, size)
 
 
 def _shared(parameter: Any, part: torch.Tensor, topology: Topology) -> Source:

@@ -276,7 +276,7 @@ class Trainer:
             gc.collect()
         progress = self.progress
         model = built(self.spec, stage, self.facts, self.topology, progress.precision, progress.parameters)
-        self.engine = Engine(model, self.spec, stage, self.topology, progress.state, progress.tables)
+        self.engine = Engine(model, self.spec, stage, self.topology, progress.state, progress.tables, progress.parameters)
         progress.parameters = self.engine.left_alone(progress.parameters)
         progress.state = progress.tables = None
         if self.shards is not None:

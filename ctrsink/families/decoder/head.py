@@ -4,8 +4,23 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 STATE_WIDTH = 32
+
+
+class WideLinear(nn.Linear):
+    """Computes in fp32, whatever its weights are held in."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.linear(input, self.weight.float(), self.bias.float())
+
+
+class WideNorm(nn.LayerNorm):
+    """Computes in fp32, whatever its weights are held in."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(input, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class ClickHead(nn.Module):
@@ -13,8 +28,8 @@ class ClickHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, 1)
+        self.norm = WideNorm(hidden_size)
+        self.linear = WideLinear(hidden_size, 1)
 
     def forward(self, states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T]; `numbers` are not read."""
@@ -33,18 +48,18 @@ class JointHead(nn.Module):
 
     def __init__(self, hidden_size: int, numbers: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.project = nn.Linear(hidden_size, STATE_WIDTH)
+        self.norm = WideNorm(hidden_size)
+        self.project = WideLinear(hidden_size, STATE_WIDTH)
         nn.init.normal_(self.project.weight, std=0.1 / math.sqrt(hidden_size))
         nn.init.zeros_(self.project.bias)
         self.layers = nn.Sequential(
-            nn.Linear(numbers + STATE_WIDTH, 64),
+            WideLinear(numbers + STATE_WIDTH, 64),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(64, 32),
+            WideLinear(64, 32),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(32, 1),
+            WideLinear(32, 1),
         )
 
     def forward(self, states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

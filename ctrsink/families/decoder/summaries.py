@@ -13,4 +13,4 @@ class SummaryBias(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """[H]; a tensor of its own, which outlives gathered weights."""
-        return self.weight.clone()
+        return self.weight.to(torch.float32, copy=True)
