@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from cluster.local.seaweed import SeaweedServer
 from ctrsink import storage
+from ctrsink.config.data import TextSpec
 from ctrsink.dataset import cache as caches
 from ctrsink.prepare import lookup as lookups
+from ctrsink.prepare.items import Items
 from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.results import read_named, write_named
 
@@ -99,3 +101,22 @@ def test_a_task_holds_what_its_shard_mentions_and_not_the_catalogue(tmp_path: Pa
     assert of_second == str(list(range(1010, 1020)))
     assert int(held) < size / 5
     assert read_named(tokens).column("tokens").chunk(0).equals(lists)
+
+
+def test_the_process_that_starts_the_tasks_holds_no_item(tmp_path: Path) -> None:
+    """The item table lies in a file that is mapped, and its bytes are never in memory at once."""
+    before = pa.total_allocated_bytes()
+    names = [f"item number {n}" for n in range(ITEMS // 4)]
+    items = Items.of(pa.table({"item": names, "title": [f"A thing called {name}" for name in names]}), TextSpec(item="{title}"))
+    expected = items.table.slice(70_000, 2).to_pylist()  # beyond the texts that are rendered at a time
+    assert expected[0] == {
+        "id": names[70_000],
+        "title": f"A thing called {names[70_000]}",
+        "text": f"A thing called {names[70_000]}",
+    }
+    items = items.mapped(str(tmp_path))
+    assert pa.total_allocated_bytes() - before < 2**20 < items.table.nbytes
+    assert items.table.slice(70_000, 2).to_pylist() == expected
+    assert next(items.vocabulary_texts()) == expected[0]["text"].replace(names[70_000], names[0])
+    (file,) = tmp_path.iterdir()
+    assert file.stem == f"items-{storage.sha256(file.read_bytes())[:16]}"

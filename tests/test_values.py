@@ -39,7 +39,7 @@ def prepared_texts(path: Path) -> list[str]:
     source = open_source(SourceSpec(kind="table", path="-", items=str(path)), ["value"])
     items = source.items()
     assert items is not None
-    return Items.of(items, TEMPLATE).texts
+    return Items.of(items, TEMPLATE).table.column("text").to_pylist()
 
 
 def request_texts(values: list[Any]) -> list[str]:

@@ -1,5 +1,7 @@
 """Arrow tables as bytes, the same bytes for the same table, and columns as numpy arrays."""
 
+import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,13 +36,33 @@ def from_parquet(content: bytes, columns: list[str] | None = None, threads: bool
     return pq.read_table(pa.BufferReader(content), columns=columns, use_threads=threads)
 
 
-def to_ipc(table: pa.Table, packed: bool = True) -> bytes:
-    """An Arrow stream; one that is not `packed` can be mapped."""
+def to_ipc(table: pa.Table) -> bytes:
+    """A packed Arrow stream."""
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="lz4" if packed else None)
-    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
         writer.write_table(table.combine_chunks())
     return sink.getvalue().to_pybytes()
+
+
+def write_ipc(table: pa.Table, write: Callable[[memoryview], object]) -> None:
+    """Hand the pieces of an Arrow stream that can be mapped to `write`, one behind another."""
+    with pa.ipc.new_stream(_Sink(write), table.schema, options=pa.ipc.IpcWriteOptions(compression=None)) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+class _Sink(io.RawIOBase):
+    """What Arrow takes for a file, in pieces that are soon written."""
+
+    def __init__(self, write: Callable[[memoryview], object]) -> None:
+        super().__init__()
+        self._write = write
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self._write(memoryview(content))
+        return len(content)
 
 
 def pack(vectors: np.ndarray) -> pa.Array:

@@ -1,8 +1,8 @@
 """The item table of a data set and the tokens of every item, each tokenised once."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from ctrsink.features.fields import field_ids
 from ctrsink.prepare import tokenize
 from ctrsink.prepare.lookup import Lookup
 from ctrsink.prepare.render import item_texts, template_fields
-from ctrsink.prepare.results import write_named
+from ctrsink.prepare.results import read_named, write_named
 
 log = logging.getLogger("ctrsink.data")
 _NAMED = 5  # items, in a message
@@ -63,15 +63,14 @@ class Items:
     def ids(self) -> pa.Array:
         return self.table.column("id").combine_chunks()
 
-    @property
-    def texts(self) -> list[str]:
-        return self.table.column("text").to_pylist()
-
-    def vocabulary_texts(self) -> list[str]:
-        """What a vocabulary is trained on: the texts, each cut where it has a word without end, which a warning names."""
-        texts = self.texts
-        cut = [tokenize.until_endless_word(text) for text in texts]
-        longer = [number for number, text in enumerate(texts) if len(cut[number]) < len(text)]
+    def vocabulary_texts(self) -> Iterator[str]:
+        """What a vocabulary is trained on: the texts, each cut where it has a word without end, which a warning at last names."""
+        longer: list[int] = []
+        for number, text in enumerate(self._texts()):
+            cut = tokenize.until_endless_word(text)
+            if len(cut) < len(text):
+                longer.append(number)
+            yield cut
         if longer:
             named = ", ".join(repr(self.ids[number].as_py()) for number in longer[:_NAMED])
             more = f" and {len(longer) - _NAMED} more" if len(longer) > _NAMED else ""
@@ -81,13 +80,22 @@ class Items:
                 more,
                 tokenize.LONGEST_WORD,
             )
-        return cut
+
+    def _texts(self) -> Iterator[str]:
+        for start in range(0, self.table.num_rows, _CHUNK):
+            yield from self.table.column("text").slice(start, _CHUNK).to_pylist()
 
     @classmethod
     def of(cls, table: pa.Table, text: TextSpec) -> "Items":
         """Those of an item table (see check_items), with their texts rendered."""
         fields = {name: table.column(name) for name in table.column_names if name not in ("item", "id", "text")}
-        return cls(pa.table({"id": table.column("item"), **fields, "text": pa.array(item_texts(text.item, table), pa.string())}))
+        pieces = (table.slice(start, _CHUNK) for start in range(0, max(table.num_rows, 1), _CHUNK))
+        texts = [pa.array(item_texts(text.item, piece), pa.string()) for piece in pieces]
+        return cls(pa.table({"id": table.column("item"), **fields, "text": pa.chunked_array(texts)}))
+
+    def mapped(self, folder: str) -> "Items":
+        """The same, in a file below `folder` that is mapped: this process holds no item."""
+        return Items(read_named(write_named(folder, "items", self.table)))
 
     def extended(self, table: pa.Table, text: TextSpec) -> "Items":
         """These, which keep their numbers and texts, and behind them the new ones of an item table.
@@ -107,13 +115,9 @@ class Items:
         other = Items.of(new, text).table.select(self.table.column_names)
         return Items(pa.concat_tables([self.table, other]).combine_chunks())
 
-    @cached_property
-    def lookup(self) -> Lookup:
-        return Lookup.of(self.ids)
-
     def write_ids(self, folder: str) -> str:
         """Write the lookup below `folder`; returns the file, whose name depends on the content."""
-        return write_named(folder, "ids", self.lookup.table())
+        return write_named(folder, "ids", Lookup.of(self.ids).table())
 
     def write_tokens(self, folder: str, tokenizer: PreTrainedTokenizerBase, text: TextSpec) -> str:
         """Write the token ids of all items, each cut to `text.max_item_tokens`; returns the file, named by its content.
@@ -181,9 +185,16 @@ class Items:
 
     def write_fields(self, folder: str, fields: tuple[FieldSpec, ...]) -> str:
         """Write the values of all items in `fields`, as numbers; returns the file, whose name depends on the content."""
-        cells = [(field, one_form(self.table.column(field.column).combine_chunks()).to_pylist()) for field in fields]
-        rows = (
-            [number for field, column in cells for number in field_ids(field.column, field.separator, column[row])]
-            for row in range(self.table.num_rows)
-        )
-        return write_named(folder, "fields", pa.table({"fields": pa.array(rows, TOKENS_SCHEMA.field("fields").type)}))
+        kind = TOKENS_SCHEMA.field("fields").type
+        pieces = (self.table.slice(start, _CHUNK) for start in range(0, self.table.num_rows, _CHUNK))
+        chunks = [pa.array(_field_rows(piece, fields), kind) for piece in pieces]
+        return write_named(folder, "fields", pa.table({"fields": pa.chunked_array(chunks, kind)}))
+
+
+def _field_rows(items: pa.Table, fields: tuple[FieldSpec, ...]) -> list[list[int]]:
+    """The values of some items in all `fields`, as numbers."""
+    cells = [(field, one_form(items.column(field.column).combine_chunks()).to_pylist()) for field in fields]
+    return [
+        [number for field, column in cells for number in field_ids(field.column, field.separator, column[row])]
+        for row in range(items.num_rows)
+    ]

@@ -15,14 +15,18 @@ from ctrsink.prepare.items import Items
 from ctrsink.prepare.job import Job
 from ctrsink.prepare.moments import Moments
 from ctrsink.prepare.neighbours import Pairing, cut_items, mean_square
-from ctrsink.prepare.partition import Partition
+from ctrsink.prepare.partition import Partition, read_lookup
 from ctrsink.prepare.repeats import Repeats
 from ctrsink.prepare.results import read_named, write_named
 from ctrsink.prepare.statistics import Received, Rule, counts_in, totals_as_counts
 
 
-def received_of(job: Job, partition: Partition, repeats: Repeats | None, items: Items) -> Received:
-    """How items were received in the whole log, and in what the data set held before."""
+def received_of(job: Job, partition: Partition, repeats: Repeats | None, ids: str) -> Received:
+    """How items were received in the whole log, and in what the data set held before.
+
+    Args:
+        ids: file of the lookup of all items.
+    """
     before = None
     if job.base is not None:
         entry = job.base.statistics
@@ -30,7 +34,7 @@ def received_of(job: Job, partition: Partition, repeats: Repeats | None, items: 
     counts = counts_in(partition.folder, len(partition.blocks))
     if repeats is not None:  # what is dropped was counted with the others
         counts = chain(counts, counts_in(repeats.folder, len(repeats.ranges)))
-    return Received.of(counts, items.lookup, before)
+    return Received.of(counts, read_lookup(ids), before)
 
 
 def write_groups(job: Job, items: Items, received: Received) -> dict[str, tuple[str, str]]:

@@ -1,12 +1,13 @@
 """Where the results of tasks lie: a file per task and kind of result, and tables of all items, named by what they hold."""
 
+import hashlib
 from functools import lru_cache
 
 import pyarrow as pa
 
 from ctrsink import storage
 from ctrsink.config.data import CacheSpec
-from ctrsink.dataset.arrow import to_ipc
+from ctrsink.dataset.arrow import write_ipc
 from ctrsink.dataset.cache import Cache
 
 
@@ -21,10 +22,15 @@ def numbers_of(folder: str, kind: str) -> set[int]:
 
 
 def write_named(folder: str, name: str, table: pa.Table) -> str:
-    """Write a table that all tasks read, not packed, so that it can be mapped; returns the file, named by its content."""
-    content = to_ipc(table, packed=False)
-    path = storage.join(folder, f"{name}-{storage.sha256(content)[:16]}.arrow")
-    storage.write_bytes(path, content)
+    """Write a table that all tasks read, not packed, so that it can be mapped; returns the file, named by its content.
+
+    It is made bytes twice, for the name and for the file, because memory never holds these bytes at once.
+    """
+    digest = hashlib.sha256()
+    write_ipc(table, digest.update)
+    path = storage.join(folder, f"{name}-{digest.hexdigest()[:16]}.arrow")
+    with storage.writing(path) as write:
+        write_ipc(table, write)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import chain
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,9 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
         old = Items(from_parquet(read_file(job.to, base.items)))
         items = old if listed is None else old.extended(listed, spec.text)
     (items or Items.of(pa.table({"item": pa.array([], pa.string())}), spec.text)).check(spec)
+    items = items and items.mapped(job.work)
     welcome = items.write_ids(job.work) if items is not None and listed is not None else None
+    known, listed = listed is not None, None  # this process is to hold no item
     versions = {block.file: storage.info(block.file) for block in blocks}
     cut = slices(sum(info.bytes for info in versions.values()) / _ROW_BYTES / spec.shard_events)
     label_rule = (spec.text, spec.positive_from, spec.statistics, logged)
@@ -83,16 +86,16 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     counts = count_splits(surveys(), times)
     splits.check_splits(counts, spec.split, totals.first_time, totals.last_time)
 
-    if listed is None:
+    if not known:
         found = pa.table({"item": pa.array(sorted(totals.items), pa.string())})
-        items = Items.of(found, spec.text) if items is None else items.extended(found, spec.text)
+        items = (Items.of(found, spec.text) if items is None else items.extended(found, spec.text)).mapped(job.work)
     assert items is not None
     texts = feedback_table(spec.text, base.feedback_texts if base else (), totals.feedback)
-    tokenizer = tokenizer or tokenize.make_tokenizer(spec.tokenizer, [*items.vocabulary_texts(), *texts])
+    tokenizer = tokenizer or tokenize.make_tokenizer(spec.tokenizer, chain(items.vocabulary_texts(), texts))
     ids = items.write_ids(job.work)
     tokens = items.write_tokens(job.work, tokenizer, spec.text)
     fields = items.write_fields(job.work, spec.statistics.fields)
-    received = received_of(job, partition, repeats, items)
+    received = received_of(job, partition, repeats, ids)
     received_path = write_named(job.work, "received", received.to_table())
     values = items.write_values(job.work, tuple(column for column in told if not column.by_event))
     groups = write_groups(job, items, received)
