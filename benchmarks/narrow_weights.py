@@ -1,8 +1,7 @@
-"""What `train.weights: bf16` changes: loss by loss beside fp32 weights, and whether a run that is cut goes on to the bit.
+"""What `train.weights: bf16` changes: loss by loss beside fp32 weights.
 
-The same run of a tiny Llama, all of it trained in `train.precision: bf16`, on a made-up log: with fp32 weights, with bf16 weights
-under ZeRO 2 and 3, and with bf16 weights cut in the middle and taken up again. A second seed with fp32 weights shows how much any
-two runs differ.
+The same run of a tiny Llama, all of it trained in `train.precision: bf16`, on a made-up log: with fp32 weights, and with bf16
+weights under ZeRO 2 and 3.
 """
 
 import argparse
@@ -16,14 +15,11 @@ import numpy as np
 from benchmarks.report import machine, machine_line, markdown
 from ctrsink import strict_json
 
-_SAME = {True: "bitwise", False: "no", None: "-"}
 GROUPS = ["sink", "bias", "head", "backbone"]
 CASES: dict[str, dict[str, Any]] = {
     "fp32, ZeRO 2": {"weights": "fp32", "zero_stage": 2},
     "bf16, ZeRO 2": {"weights": "bf16", "zero_stage": 2},
     "bf16, ZeRO 3": {"weights": "bf16", "zero_stage": 3},
-    "bf16, ZeRO 2, cut": {"weights": "bf16", "zero_stage": 2},
-    "fp32, ZeRO 2, another seed": {"weights": "fp32", "zero_stage": 2},
 }
 
 
@@ -49,21 +45,19 @@ def run(work: Path, steps: int) -> list[dict[str, Any]]:
     synth(str(work / "raw"), 10_000, 400, 200, 0, "csv")
     first = spec_of(work, "data", steps)
     prepare(first.prepare, first.data.uri)
-    curves, rows = {}, []
+    rows: list[dict[str, Any]] = []
+    wide = np.empty(0)
     for name, train in CASES.items():
-        spec = spec_of(work, name, steps, seed=int("seed" in name), train=train)
-        if "cut" in name:
-            start(spec, stop_after=steps // 2)
-        result = start(spec, resume="cut" in name)
+        spec = spec_of(work, name, steps, train=train)
+        result = start(spec)
         losses = np.array([row["loss"] for row in read_metrics(spec.run_dir)])
-        curves[name] = losses
-        apart = np.abs(losses - curves["fp32, ZeRO 2"])
-        tail = losses[-steps // 4 :].mean()
-        test = result["evaluation"]["test"]
-        rows.append({"case": name, "last": tail, "mean": apart.mean(), "most": apart.max(), "auc": test["auc"]})
+        if not rows:
+            wide = losses
+        apart, auc = np.abs(losses - wide), result["evaluation"]["test"]["auc"]
+        last = losses[-steps // 4 :].mean()
+        rows.append({"case": name, "last": last, "mean": apart.mean(), "most": apart.max(), "auc": auc})
         print(*rows[-1].values(), file=sys.stderr, flush=True)
-    same = bool((curves["bf16, ZeRO 2, cut"] == curves["bf16, ZeRO 2"]).all())
-    return [row | {"same": same if "cut" in row["case"] else None} for row in rows]
+    return rows
 
 
 def spec_of(work: Path, name: str, steps: int, **changes: Any) -> Any:
@@ -95,22 +89,8 @@ def spec_of(work: Path, name: str, steps: int, **changes: Any) -> Any:
 
 def text(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    header = (
-        "trained weights",
-        "loss, last quarter",
-        "apart, mean",
-        "apart, most",
-        "test AUC",
-        "as if not cut",
-    )
-    rows = [
-        (
-            r["case"],
-            *(f"{r[k]:.4f}" for k in ("last", "mean", "most", "auc")),
-            {True: "bitwise", False: "no", None: "-"}[r["same"]],
-        )
-        for r in report["rows"]
-    ]
+    header = ("trained weights", "loss, last quarter", "apart, mean", "apart, most", "test AUC")
+    rows = [(row["case"], *(f"{row[key]:.4f}" for key in ("last", "mean", "most", "auc"))) for row in report["rows"]]
     return f"{machine_line(report['machine'])}. {report['steps']} steps.\n\n{markdown(header, rows)}"
 
 

@@ -80,7 +80,6 @@ def test_a_weight_takes_two_bytes_and_what_steps_it_as_much_as_before(data: str)
         "moments": -(-weights.trained // 4) * MOMENTS,
     }
     assert held(weights, 1, 4).step["gradients"] == GRADIENT * weights.trained
-    assert held(weights, 2, 4).step["buckets"] == 2 * weights.trained
     assert weights_of(shape, FULL[:3], spec.train.weights).trained_bytes == 4 * sum(weights.groups[name] for name in FULL[:3])
 
 

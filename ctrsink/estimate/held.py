@@ -14,6 +14,9 @@ MASTER, MOMENTS, GRADIENT = 4, 8, 4
 in the type that they have in the model, see Weights."""
 MOST_IN_BUCKET = 200_000_000
 """Numbers of a reduction bucket at most, see engine.deepspeed_config."""
+HOLES = 0.5
+"""On a CPU, of what comes and goes in a step: what glibc keeps beside it, between tensors of other sizes. Measured for three
+sizes, docs/plan.md; none of it is there where every large tensor has pages of its own."""
 LIVE = 1_000_000_000
 """Numbers that ZeRO-3 keeps gathered at a time, at most (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
@@ -41,6 +44,11 @@ class Held:
         return self.device + max(activations, sum(self.after.values()))
 
 
+def resident(static: float, peak: float) -> float:
+    """Bytes that a process on a CPU grows by: of a model that holds `static` between two steps, `peak` at the fullest moment."""
+    return static + (1 + HOLES) * (peak - static)
+
+
 def held(weights: Weights, zero_stage: int, world: int, offload: bool = False, overlap: bool = False) -> Held:
     """What the fullest of `world` ranks holds.
 
@@ -48,8 +56,7 @@ def held(weights: Weights, zero_stage: int, world: int, offload: bool = False, o
         overlap: the engine reduces while it computes (on CUDA), with two buckets.
     """
     trained, parted = weights.trained, -(-weights.trained // world)
-    # In the type of the weights; what gradients are added up in is fp32 whatever that is.
-    bucket = weights.trained_bytes // max(trained, 1) * min(trained, MOST_IN_BUCKET)
+    bucket = GRADIENT * min(trained, MOST_IN_BUCKET)
     static = {"weights": weights.bytes}
     step: dict[str, int] = {}
     # On CUDA AdamW steps all weights at a time, with a root of each second moment.
@@ -74,6 +81,8 @@ def held(weights: Weights, zero_stage: int, world: int, offload: bool = False, o
         }
         whole = min(weights.bytes, round(LIVE * weights.bytes / max(weights.trained + weights.frozen, 1)))
         step["gathered"] = max(0, whole - weights.persistent_bytes)
+        # Weights are gathered many at a time, and what a module works with are copies of its own: here of two matrices.
+        step["copies"] = min(2 * weights.largest_bytes, step["gathered"])
         step["buckets"] = bucket  # a copy in the order of the ranks, which is reduced
     host: dict[str, int] = {}
     if offload:

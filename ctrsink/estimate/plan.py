@@ -12,7 +12,7 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.estimate.budget import tokens_within
 from ctrsink.estimate.devices import Device
-from ctrsink.estimate.held import Held, held
+from ctrsink.estimate.held import Held, held, resident
 from ctrsink.estimate.host import data_bytes, host_memory, nbytes, read_in_epoch
 from ctrsink.estimate.stage import StageEstimate, estimated
 from ctrsink.estimate.traffic import sent
@@ -120,6 +120,8 @@ class Planner:
         step = self._step(weights, each * batch * total / place.world, place, sum(moved.values()))
         steps = math.ceil(self.pieces / batch)
         peak = own.peak(line.bytes(fullest))
+        if not place.gpu:
+            peak = resident(sum(own.static.values()), peak)
         found = {
             "stage": stage.name,
             "parameters": {

@@ -94,7 +94,7 @@ class Items:
         return cls(pa.table({"id": table.column("item"), **fields, "text": pa.chunked_array(texts)}))
 
     def mapped(self, folder: str) -> "Items":
-        """The same, in a file below `folder` that is mapped: this process holds no item."""
+        """The same, in a file below `folder` that is mapped, and not held."""
         return Items(read_named(write_named(folder, "items", self.table)))
 
     def extended(self, table: pa.Table, text: TextSpec) -> "Items":

@@ -60,7 +60,7 @@ def run_steps(job: Job, on_bad_row: OnBadRow) -> Manifest:
     (items or Items.of(pa.table({"item": pa.array([], pa.string())}), spec.text)).check(spec)
     items = items and items.mapped(job.work)
     welcome = items.write_ids(job.work) if items is not None and listed is not None else None
-    known, listed = listed is not None, None  # this process is to hold no item
+    known, listed = listed is not None, None  # from here on the table is a mapped file
     versions = {block.file: storage.info(block.file) for block in blocks}
     cut = slices(sum(info.bytes for info in versions.values()) / _ROW_BYTES / spec.shard_events)
     label_rule = (spec.text, spec.positive_from, spec.statistics, logged)
