@@ -1,6 +1,6 @@
 """Parameters of a model of any family: values put in, groups frozen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -11,8 +11,11 @@ from ctrsink.families.protocol import CTRModule
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
+def load_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor], copied: bool = True) -> None:
     """Put checkpointed values into `model`, in fp32.
+
+    Args:
+        copied: each into memory of its own; else they are the model's from then on.
 
     Raises:
         InputError: a name does not exist there, or has another shape.
@@ -22,7 +25,12 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor]) ->
         if name not in named or named[name].shape != value.shape:
             found = tuple(named[name].shape) if name in named else "absent"
             raise InputError(f"the checkpoint does not fit the model: {name} is {tuple(value.shape)} there and {found} here")
-        named[name].data = value.clone()
+        named[name].data = value.clone() if copied else value
+
+
+def stored(module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    """What is stored of a module, by name; nothing is copied."""
+    return {name: value.detach for name, value in module.state_dict().items()}
 
 
 def trained_in(model: CTRModule, trainable: tuple[str, ...], weights: str) -> torch.dtype:

@@ -1,6 +1,6 @@
 """A run's folder becomes the model it trained, in fp32 on the CPU; neither Ray nor DeepSpeed is needed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ctrsink.config import RunSpec
 from ctrsink.config.stages import Objective, StageSpec
@@ -15,7 +15,8 @@ from ctrsink.families.registry import family_of, source_of
 from ctrsink.prepare.tokenize import load_tokenizer
 from ctrsink.run.folder import identities, read_run
 from ctrsink.tables.embedding import share_out
-from ctrsink.train.checkpoint.checkpoint import Checkpoint, Step, find_checkpoint, require_data
+from ctrsink.train.checkpoint.checkpoint import PARAMETERS, Checkpoint, Step, find_checkpoint, require_data
+from ctrsink.train.checkpoint.tensor_file import mapped
 from ctrsink.train.stages import StageController
 
 
@@ -29,7 +30,8 @@ class TrainedRun:
     checkpoint: Checkpoint
     facts: Facts
     model: CTRModule
-    """In evaluation mode; LoRA not merged, sharded tables whole in this process."""
+    """In evaluation mode; LoRA not merged, sharded tables whole in this process. What was trained is mapped from the checkpoint's
+    file, and may be written to: that goes to memory."""
     objective: Objective
     """That of the stage which made the checkpoint."""
 
@@ -47,13 +49,15 @@ def restore_run(run_dir: str, step: Step = None) -> TrainedRun:
     dataset = Dataset.of(spec.data)
     require_data(run_dir, checkpoint, identities(spec, dataset.manifest), spec.data.uri)
     family = family_of(spec.model.family)
+    assert checkpoint.here is not None
+    checkpoint = replace(checkpoint, parameters=mapped(checkpoint.here.path / PARAMETERS))
     checkpoint = checkpoint.under_present_names(family.earlier_names)
     layout = family.layout(spec.data, spec.model, dataset.manifest)
     facts = Facts(len(load_tokenizer(spec.data.uri)))
     precision = checkpoint.precision or spec.train.precision  # frozen weights were rounded to it
     model = family.build(family.portable(spec.model), facts, spec.seed, precision).float()
     model.mixed_precision = False
-    load_parameters(model, checkpoint.parameters)
+    load_parameters(model, checkpoint.parameters, copied=False)
     share_out(model, Topology(), checkpoint.tables)
     controller = StageController(spec, sum(source_of(dataset, "train", layout).per_shard))
     controller.load_state_dict(checkpoint.controller)

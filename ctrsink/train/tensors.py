@@ -12,7 +12,8 @@ class Source:
 
     shape: torch.Size
     make: Callable[[], torch.Tensor]
-    """Makes the tensor, fp32 and on the CPU; where ranks hold parts of it, collective."""
+    """Makes the tensor, on the CPU; where ranks hold parts of it, collective."""
+    dtype: torch.dtype = torch.float32
 
 
 class Tensors(Mapping[str, torch.Tensor]):
@@ -39,7 +40,7 @@ class Tensors(Mapping[str, torch.Tensor]):
     @property
     def bytes(self) -> int:
         """Of all of them."""
-        return sum(4 * source.shape.numel() for source in self.sources.values())
+        return sum(source.dtype.itemsize * source.shape.numel() for source in self.sources.values())
 
 
 def joined(earlier: Mapping[str, torch.Tensor], later: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -71,4 +72,4 @@ def in_memory(tensors: Mapping[str, torch.Tensor], wanted: bool) -> dict[str, to
 def _sources(tensors: Mapping[str, torch.Tensor]) -> dict[str, Source]:
     if isinstance(tensors, Tensors):
         return tensors.sources
-    return {name: Source(tensor.shape, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+    return {name: Source(tensor.shape, lambda tensor=tensor: tensor, tensor.dtype) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Named fp32 tensors as one buffer in the safetensors format, for a thread beside the one that trains."""
+"""Named tensors in the safetensors format, in pieces or as one buffer, for a thread beside the one that trains."""
 
 import json
 import os
@@ -13,6 +13,9 @@ import torch
 from ctrsink.errors import RunError
 from ctrsink.train.tensors import Source, Tensors
 
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+"""What the format calls them."""
+
 
 def to_safetensors(tensors: Mapping[str, torch.Tensor]) -> memoryview:
     """The bytes that `safetensors.torch.load` reads; one copy of the tensors, and Python runs on while it is made.
@@ -26,7 +29,7 @@ def to_safetensors(tensors: Mapping[str, torch.Tensor]) -> memoryview:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} is {tensor.dtype}, not float32")
-    head, places = _head({name: tensor.shape for name, tensor in tensors.items()})
+    head, places = _head({name: Source(tensor.shape, tensor.detach) for name, tensor in tensors.items()})
     whole = torch.empty(len(head) + max((end for _, end in places.values()), default=0), dtype=torch.uint8)
     whole[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
     values = whole[len(head) :]
@@ -36,11 +39,18 @@ def to_safetensors(tensors: Mapping[str, torch.Tensor]) -> memoryview:
     return whole.numpy().data
 
 
-def pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
-    """The same bytes in pieces, a tensor each, which is made when its turn comes."""
-    head, _ = _head({name: source.shape for name, source in tensors.sources.items()})
+def pieces(tensors: Tensors, told: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """The same bytes in pieces, a tensor each, which is made when its turn comes; of any type in `_DTYPES`.
+
+    Args:
+        told: what the header says of the whole file, `__metadata__` of the format.
+    """
+    head, _ = _head(tensors.sources, told)
     yield head
-    for tensor in tensors.values():
+    for name, source in tensors.sources.items():
+        tensor = source.make()
+        if (tensor.shape, tensor.dtype) != (source.shape, source.dtype):
+            raise TypeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {source.dtype} {tuple(source.shape)}")
         yield _bytes_of(tensor).numpy().data
 
 
@@ -50,18 +60,40 @@ def opened(path: Path) -> Tensors:
     Raises:
         ValueError: it is no such file.
     """
+    file, places = _places(path)
+    return Tensors({name: Source(shape, partial(_read, file, start, shape)) for name, (start, shape) in places.items()})
+
+
+def mapped(path: Path) -> Tensors:
+    """The same without memory of their own: pages of the file, which the system reads when they are used and may drop again.
+
+    What is written to such a tensor goes to a copy of the page, never to the file.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    file, places = _places(path)
+    file.close()
+    whole: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    return Tensors({name: Source(shape, partial(_view, whole, start, shape)) for name, (start, shape) in places.items()})
+
+
+def _view(whole: torch.UntypedStorage, start: int, shape: torch.Size) -> torch.Tensor:
+    # The header is a multiple of 8 bytes.
+    return torch.empty(0).set_(whole, start // 4, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _places(path: Path) -> tuple[FileIO, dict[str, tuple[int, torch.Size]]]:
+    """Where in the file each tensor starts, and its shape."""
     file = path.open("rb", buffering=0)
     size = int.from_bytes(file.read(8), "little")
     if size > path.stat().st_size:
         raise ValueError(f"{path} has no header")
     header: dict[str, dict[str, Any]] = json.loads(file.read(size))
-    sources = {}
     for name, entry in header.items():
         if entry["dtype"] != "F32":
             raise ValueError(f"{name} is {entry['dtype']}, not F32")
-        shape = torch.Size(entry["shape"])
-        sources[name] = Source(shape, partial(_read, file, 8 + size + entry["data_offsets"][0], shape))
-    return Tensors(sources)
+    return file, {name: (8 + size + entry["data_offsets"][0], torch.Size(entry["shape"])) for name, entry in header.items()}
 
 
 def _read(file: FileIO, start: int, shape: torch.Size) -> torch.Tensor:
@@ -75,13 +107,16 @@ def _read(file: FileIO, start: int, shape: torch.Size) -> torch.Tensor:
     return tensor
 
 
-def _head(shapes: dict[str, torch.Size]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _head(sources: Mapping[str, Source], told: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """What stands before the values, and where among these each tensor lies."""
     places, end = {}, 0
-    for name, shape in shapes.items():
-        places[name] = end, end + 4 * shape.numel()
+    for name, source in sources.items():
+        places[name] = end, end + source.dtype.itemsize * source.shape.numel()
         end = places[name][1]
-    header = {name: {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": list(place)} for name, place in places.items()}
+    header: dict[str, Any] = {"__metadata__": dict(told)} if told else {}
+    for name, place in places.items():
+        of = sources[name]
+        header[name] = {"dtype": _DTYPES[of.dtype], "shape": list(of.shape), "data_offsets": list(place)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
