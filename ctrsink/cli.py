@@ -128,7 +128,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     read_run(args.run_dir)
     from ctrsink.export.package import export_run
 
-    return export_run(args.run_dir, args.to, args.dtype, args.checkpoint)
+    return export_run(args.run_dir, args.to, args.dtype, args.checkpoint, args.form)
 
 
 def _score(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _score(args: argparse.Namespace) -> dict[str, Any]:
     require_model(args.model)
     from ctrsink.serve.scorer import score_lines
 
-    counts = score_lines(args.model, lines, args.output, args.on_bad_request)
+    counts = score_lines(args.model, lines, args.output, args.on_bad_request, args.base)
     if args.output is not None or args.json:
         return counts
     print(", ".join(f"{key}: {value}" for key, value in counts.items()), file=sys.stderr)  # stdout is the scores'
@@ -235,14 +235,22 @@ def _parser() -> argparse.ArgumentParser:
         help="sample of the look into a run (default: 64); 0: no look",
     )
 
-    export = add_verb(verbs, "export", _export, "write the merged model of a run as a folder that scores by itself")
+    export = add_verb(verbs, "export", _export, "write the model of a run as a folder that scores by itself")
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     export.add_argument("--to", required=True, metavar="URI")
+    export.add_argument(
+        "--form",
+        choices=["merged", "adapter", "plain"],
+        default="merged",
+        help="merged: the folder stands alone; adapter: LoRA in PEFT's files, for the base it was trained on; plain: a model "
+        "without sinks as one that transformers alone scores with",
+    )
     export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     export.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
     score = add_verb(verbs, "score", _score, "click probabilities for requests, one JSON object a line")
     score.add_argument("--model", required=True, metavar="DIR")
+    score.add_argument("--base", metavar="DIR", help="of an adapter; default: where it says, or the Hugging Face cache")
     score.add_argument("--input", required=True, metavar="FILE")
     score.add_argument("--output", metavar="FILE", help="default: stdout")
     score.add_argument(

@@ -45,6 +45,14 @@ def run_benchmark(repository: Path, name: str, *arguments: object) -> dict[str, 
 
 
 @pytest.mark.slow
+def test_export_memory_tells_peaks_beside_the_bytes_of_the_folder(repository: Path) -> None:
+    report = run_benchmark(repository, "export_memory", "--shapes", "test", "--trained", "LoRA, pretrained")
+    (row,) = report["rows"]
+    assert row["model"] > 0.1
+    assert 0 < row["anonymous"] < row["peak"]
+
+
+@pytest.mark.slow
 def test_data_stream_tells_speed_first_batch_bytes_and_memory(tmp_path: Path, repository: Path) -> None:
     sizes = ["--events", 3000, "--repeats", 1, "--workers", 0, "--warmup", 2, "--seconds", 0.2, "--memory-batches", 2, 8]
     report = run_benchmark(repository, "data_stream", *sizes, "--sinks", "on", "--work", tmp_path)

@@ -1,29 +1,31 @@
-"""An exported folder is whole, says what it is, loads through transformers' auto classes, and only with our classes."""
+"""An exported folder is whole, says what it is, and computes what was trained, or it does not appear."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import ctrsink.serve  # makes the model type known
 from ctrsink import storage
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.evaluate.prediction_file import FOLDER
+from ctrsink.export import forms
 from ctrsink.export.package import export_run, portable
-from ctrsink.families.decoder.merge import merge_lora
-from ctrsink.families.registry import source_of
-from ctrsink.prepare.tokenize import fingerprint
+from ctrsink.families.decoder.merge import merged_weights
+from ctrsink.families.registry import family_of, source_of
+from ctrsink.prepare.tokenize import fingerprint, load_tokenizer
+from ctrsink.train.checkpoint.checkpoint import find_checkpoint, save_checkpoint
 from ctrsink.train.restore import restore_run
+from ctrsink.train.tensors import Tensors
 from tests.builders import layout_on
 from tests.conftest import BUCKET
-from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
+from tests.serving_fixtures import LLAMA, Prepared, prepared, run_spec, write_run
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +43,13 @@ def test_merged_lora_computes_the_same_with_plain_layers(data: Prepared, tmp_pat
         for name, parameter in run.model.named_parameters():
             if "lora_B" in name:
                 assert parameter.abs().sum() > 0
-        merged = merge_lora(run.model)
-        plain = run.model(batch, run.objective).logits
-    assert merged == 2 * 7  # two layers of seven adapted maps
-    assert not [name for name, _ in run.model.named_parameters() if "lora" in name or "base_layer" in name]
-    torch.testing.assert_close(plain, adapted, atol=1e-5, rtol=0)
+        weights, layers = merged_weights(run.model)
+        assert layers == 2 * 7  # two layers of seven adapted maps
+        unadapted = run.spec.model.model_copy(update={"lora": None})
+        plain = family_of("decoder").build(unadapted, run.facts, 0).eval()
+        plain.load_state_dict({name: make() for name, make in weights.items()})
+        torch.testing.assert_close(plain(batch, run.objective).logits, adapted, atol=1e-5, rtol=0)
+        assert torch.equal(run.model(batch, run.objective).logits, adapted)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -86,16 +90,6 @@ def test_the_exported_tokenizer_has_names_that_transformers_4_knows_and_gives_th
         "additional_special_tokens": ["<|x|>"],
         "pad_token": "<pad>",
     }
-
-
-def test_plain_transformers_refuses_the_folder(data: Prepared, tmp_path: Path) -> None:
-    spec = run_spec(data, str(tmp_path / "run"))
-    write_run(spec)
-    export_run(spec.run_dir, str(tmp_path / "out"))
-    program = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path / 'out')!r})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
-    assert done.returncode != 0
-    assert "model type `ctrsink`" in done.stderr
 
 
 def test_full_training_and_models_without_sinks_are_exported_too(data: Prepared, tmp_path: Path) -> None:
@@ -197,3 +191,99 @@ def test_run_and_export_on_s3(data: Prepared, tmp_path: Path, s3_server: object)
     dataset = Dataset(data.uri)
     assert layout_on(spec.data, spec.model, dataset.manifest) == scorer.layout
     assert len(scorer.score(ctrsink.serve.request_of(dataset, 0, 3, [0, 1, 2]))) == 3
+
+
+def test_a_pretrained_base_that_was_trained_whole_is_exported(data: Prepared, tmp_path: Path) -> None:
+    """Of the base nothing is left but its form: the run's weights are exported, and the base may go."""
+    torch.manual_seed(5)
+    fields = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    tokenizer = load_tokenizer(data.uri)
+    AutoModel.from_config(AutoConfig.for_model("llama", **fields, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "base")
+    pretrained = {"backbone": {"path": str(tmp_path / "base")}}
+    spec = run_spec(data, str(tmp_path / "run"), ("sink", "bias", "head", "backbone"), pretrained)
+    write_run(spec)
+    run = restore_run(spec.run_dir)
+    batch = source_of(run.dataset, "test", run.layout).build(torch.arange(4).numpy())
+    with torch.no_grad():
+        expected = run.model(batch, run.objective).logits
+    done = export_run(spec.run_dir, str(tmp_path / "out"))
+    assert (done["merged_layers"], done["form"]) == (0, "merged")
+    assert done["difference"] <= 1e-5
+    shutil.rmtree(tmp_path / "base")
+    with torch.no_grad():
+        torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "out")(batch), expected, atol=1e-5, rtol=0)
+    files = [path for path in (tmp_path / "out").iterdir() if path.suffix in {".md", ".json"}]
+    assert [path.name for path in files if str(tmp_path) in path.read_text()] == []
+
+
+def test_what_computes_something_else_is_refused_and_leaves_nothing(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit of one weight that a disk, or a bug, has changed."""
+    spec = run_spec(data, str(tmp_path / "run"))
+    write_run(spec)
+    write = forms.write_weights
+
+    def changed(folder: Path, tensors: Tensors) -> None:
+        write(folder, tensors)
+        weights = load_file(folder / "model.safetensors")
+        weights["ctr.backbone.layers.1.mlp.up_proj.weight"][:, 3] += 0.05
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(forms, "write_weights", changed)
+    with pytest.raises(
+        InputError, match=r"a logit x differs by \S+ of 1 \+ \|x\|, and 1e-05 is allowed in fp32; nothing was kept$"
+    ):
+        export_run(spec.run_dir, str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_model_that_bf16_changes_too_much_is_refused_in_it(data: Prepared, tmp_path: Path) -> None:
+    spec = run_spec(data, str(tmp_path / "run"), ("sink", "bias", "head", "backbone"))
+    write_run(spec)
+    checkpoint = find_checkpoint(spec.run_dir)
+    checkpoint.step = 6
+    checkpoint.parameters = dict(checkpoint.parameters)
+    for layer in range(2):  # attention so sharp that a rounded logit moves all of it
+        checkpoint.parameters[f"backbone.layers.{layer}.self_attn.q_proj.weight"] *= 100
+    save_checkpoint(spec.run_dir, checkpoint)
+    with pytest.raises(InputError, match=r"0\.05 is allowed in bf16; nothing was kept; export it with --dtype fp32"):
+        export_run(spec.run_dir, str(tmp_path / "out"), "bf16")
+    assert not (tmp_path / "out").exists()
+    assert export_run(spec.run_dir, str(tmp_path / "out"))["step"] == 6
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_large_model_is_written_in_shards(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Literal["fp32", "bf16"]
+) -> None:
+    spec = run_spec(data, str(tmp_path / "run"))
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "one"), dtype)
+    monkeypatch.setattr("ctrsink.export.weights.SHARD_BYTES", 30_000)
+    done = export_run(spec.run_dir, str(tmp_path / "several"), dtype)
+    files = sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_bytes())
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert index["weight_map"].keys() == whole.keys()
+    for name in files:
+        for key, value in load_file(tmp_path / "several" / name).items():
+            assert index["weight_map"][key] == name
+            assert torch.equal(value, whole[key])
+    assert sum(value.numel() for value in whole.values()) == done["parameters"]
+    scorers = [ctrsink.serve.Scorer.load(str(tmp_path / name)) for name in ("one", "several")]
+    request = ctrsink.serve.request_of(Dataset(data.uri), 0, 3, [0, 1, 2])
+    assert scorers[0].score(request) == scorers[1].score(request)
+
+
+def test_restored_weights_are_mapped_and_writing_to_them_leaves_the_checkpoint_as_it_is(data: Prepared, tmp_path: Path) -> None:
+    spec = run_spec(data, str(tmp_path / "run"))
+    write_run(spec)
+    path = next((tmp_path / "run").rglob("parameters.safetensors"))
+    before = path.read_bytes()
+    run = restore_run(spec.run_dir)
+    for name in run.checkpoint.parameters:
+        run.model.get_parameter(name).data.zero_()
+    assert path.read_bytes() == before
+    assert str(path) in Path("/proc/self/maps").read_text()

@@ -97,7 +97,7 @@ def test_a_trained_model_scores_what_evaluation_measured(name: str, examples: st
     model = AutoModel.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(batch), run.model(batch, run.objective).logits)
-    assert f"ctrsink-{name}" in (tmp_path / "model/config.json").read_text()
+    assert f'"ctrsink-{name} (import ctrsink first)"' in (tmp_path / "model/config.json").read_text()
 
 
 def test_pretraining_is_measured_by_what_it_foretells(data: str, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_an_id_that_no_batch_held_scores_as_the_unknown_in_the_run_and_exported(
     # In training it has a row of its own, which may learn.
     table = model.embedding.table("item_id").weight
     assert not torch.equal(table[never[0]], table[0])
-    plain, _ = family.merged(model, spec)
+    plain = family.merged(model, spec).section
     again = family.rebuilt(plain, FACTS).eval()
     again.load_state_dict(model.state_dict())
     for exported in (model, again):
@@ -186,7 +186,7 @@ def test_where_training_hid_no_id_each_scores_by_its_own_row(name: str) -> None:
     asked = [with_item(batch, side, value) for side in ("signals", "target_signals") for value in (0, *never)]
     found = [logits(model, given) for given in asked]
     assert not any(torch.equal(one, other) for place, one in enumerate(found) for other in found[:place])
-    plain, _ = family.merged(model, spec)
+    plain = family.merged(model, spec).section
     again = family.rebuilt(plain, FACTS).eval()
     again.load_state_dict(model.state_dict())
     assert all(torch.equal(logits(again, given), score) for given, score in zip(asked, found, strict=True))

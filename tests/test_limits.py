@@ -115,7 +115,7 @@ def test_frequencies_of_an_exported_model_are_those_that_were_trained(tmp_path: 
     model, batch = tiny_model(spec), random_batch(3, layout_of(), (6, 1))
     with torch.inference_mode():
         expected = model(batch, ALL).logits
-        plain, _ = family_of("decoder").merged(model, spec)
+        plain = family_of("decoder").merged(model, spec).section
         config, kind = CLASSES["decoder"]
         exported = kind(config(model=plain, facts={"vocabulary": VOCABULARY}, objective=ALL.model_dump(mode="json")))
         exported.ctr.load_state_dict(model.state_dict())

@@ -314,7 +314,7 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("model.safetensors", lambda b: b[: len(b) // 2], "is damaged"),
         ("tokenizer.json", lambda b: b.replace(b'"add_prefix_space":false', b'"add_prefix_space":true').replace(
             b'"add_prefix_space": false', b'"add_prefix_space": true'), "not the one the model was trained with"),
-        ("config.json", lambda b: b.replace(b'"ctrsink"', b'"llama"'), "of type llama"),
+        ("config.json", lambda b: edited(b, model_type="llama"), "of type llama"),
         ("config.json", lambda b: b.replace(b"ctrsink-model/4", b"ctrsink-model/9"), "has the format ctrsink-model/9"),
         ("config.json", lambda b: b.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'), "do not fit"),
         ("config.json", lambda b: b[:-9], "config.json is damaged"),
@@ -328,6 +328,7 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("config.json", lambda b: edited(b, model={"family": "din"}), "parts are of different families, model_type is ctrsink"),
         ("config.json", lambda b: edited(b, facts={"vocabulary": "many"}), "damaged .facts: "),
         ("config.json", lambda b: within(b, "objective", kind="clik"), "damaged .objective: kind: 'clik' is not allowed"),
+        ("config.json", lambda b: edited(b, base={"precision": "fp32"}), "damaged .base: "),
     ):  # fmt: skip
         folder = tmp_path / "copy"
         folder.mkdir(exist_ok=True)

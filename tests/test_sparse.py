@@ -229,7 +229,7 @@ def test_one_model_of_one_seed_from_its_section_alone() -> None:
     family, spec = family_of("sparse"), tiny_spec()
     one, two = family.build(spec, FACTS, 3), family.build(spec, FACTS, 3)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    plain, _ = family.merged(one, spec)
+    plain = family.merged(one, spec).section
     again = family.rebuilt(plain, FACTS)
     again.load_state_dict(one.state_dict())
     batch = a_batch(some_users(), tiny_layout(spec))

@@ -222,7 +222,7 @@ def test_tables_that_targets_alone_have_learn_where_all_pre_training_is_frozen(f
 def test_an_exported_section_builds_the_same_model() -> None:
     spec = spec_of(queries=2, share_keys=False)
     model, batch = model_of(spec, seed=4), batch_of([5, 2], [2, 2], spec)
-    plain, layers = FAMILY.merged(model, spec)
+    plain, _, layers = FAMILY.merged(model, spec)
     assert layers == 0
     family = family_of("srp")
     again = family.rebuilt(plain, FACTS).eval()

@@ -16,27 +16,28 @@ from ctrsink.train.restore import TrainedRun
 CARD_NAME = "README.md"
 
 
-def model_card(run: TrainedRun, dtype: str) -> str:
-    """Markdown with a YAML head; no path and no host of the machine that trained it appears in it."""
+def model_card(run: TrainedRun, facts: list[str], use: str | None = None) -> str:
+    """Markdown with a YAML head; no path and no host of the machine that trained it appears in it.
+
+    Args:
+        facts: sentences on the files beside it.
+        use: how they are used, where that is not by this library.
+    """
     sections = [
         "---\nlibrary_name: ctrsink\ntags: [click-through-rate, recommendation]\n---",
-        f"# {run.spec.name}\n\n{_summary(run, dtype)}",
+        f"# {run.spec.name}\n\n{_summary(run, facts)}",
         f"## Data\n\n{_data(run)}",
         f"## Training\n\n{_training(run)}",
         f"## Metrics\n\n{_metrics(run)}",
-        f"## Use\n\n{_use(run)}{_needs(run)}",
+        f"## Use\n\n{use or _use(run) + _needs(run)}",
         f"## Limits\n\n{_limits(run)}",
         f"## Licence\n\n{_licence(run.spec)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _summary(run: TrainedRun, dtype: str) -> str:
-    parts = family_of(run.spec.model.family).described(run.model, run.spec.model, run.layout)
-    parts.append(
-        f"{sum(p.numel() for p in run.model.parameters()):,} parameters; stored in {dtype} as far as the family narrows them."
-    )
-    return " ".join(parts)
+def _summary(run: TrainedRun, facts: list[str]) -> str:
+    return " ".join([*family_of(run.spec.model.family).described(run.model, run.spec.model, run.layout), *facts])
 
 
 def _data(run: TrainedRun) -> str:
@@ -144,7 +145,7 @@ scorer.score({"history": [{"item": {...}, "feedback": 4, "timestamp": 1}], "cand
 ```
 
 {items}; timestamps are seconds. From a shell, one request a line:
-`ctrsink score --model path/to/this/folder --input requests.jsonl`. After `import ctrsink.serve` the folder also loads through
+`ctrsink score --model path/to/this/folder --input requests.jsonl`. After `import ctrsink` the folder also loads through
 `transformers.AutoModel`; without it transformers refuses the model type, because a plain backbone would score wrongly."""
 
 

@@ -1,16 +1,17 @@
 """An exported model of any family as a transformers class with its own `model_type`: a plain load is right or fails.
 
-Importing this module registers the classes of all families with AutoConfig and AutoModel; it needs neither PEFT nor anything of
-training.
+Importing this module registers the classes of all families with AutoConfig and AutoModel, and `import ctrsink` has it imported
+with them (`ctrsink.auto_classes`); it needs neither PEFT nor anything of training.
 """
 
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from ctrsink.config.model import FIRST_FAMILY
 from ctrsink.config.stages import Objective
+from ctrsink.families.adapter import based, put, section_of
 from ctrsink.families.facts import Facts
 from ctrsink.families.registry import FAMILIES, family_of
 from ctrsink.sequences.batch import Batch
@@ -42,10 +43,14 @@ class ExportedConfig(PretrainedConfig):
     """What is needed of items, see `ctrsink.serve.knowledge`; None where no signal is of items."""
     encoder: dict[str, Any] | None = None
     """`max_tokens` and `fingerprint` of the text encoder in the folder `encoder`, where sequences depend on items' vectors."""
+    names: dict[str, str] | None = None
+    """Of a plain decoder: what its weights' names begin with, and what those of the class here begin with instead."""
+    base: dict[str, Any] | None = None
+    """Of an adapter: `precision` and `fingerprint` of the weights that it is for, see `ctrsink.families.adapter`."""
 
 
 class ExportedModel(PreTrainedModel):
-    """Batch -> logits [T]; the weights are those of the family's module, merged."""
+    """Batch -> logits [T]; the weights are those of the family's module, merged or, of an adapter, beside those of its base."""
 
     config_class = ExportedConfig
     main_input_name = "batch"
@@ -54,13 +59,34 @@ class ExportedModel(PreTrainedModel):
 
     def __init__(self, config: ExportedConfig) -> None:
         super().__init__(config)
-        family = family_of(config.family)
-        self.ctr = family.rebuilt(config.model or {}, Facts((config.facts or {}).get("vocabulary", 0)))
+        family, facts = family_of(config.family), Facts((config.facts or {}).get("vocabulary", 0))
+        self.ctr = family.rebuilt(config.model or {}, facts) if config.base is None else based(config, facts)
         self.objective = Objective.model_validate(config.objective)
         narrow = {name for name, _ in self.ctr.named_children() if family.narrowed(f"{name}.")}
         self._keep_in_fp32_modules_strict = [f"ctr.{name}" for name, _ in self.ctr.named_children() if name not in narrow]
         self._narrow = next(iter(narrow), None)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **given: Any) -> Any:
+        """As transformers has it; and of a folder with an adapter, which is read in fp32.
+
+        Args:
+            base: local folder of the adapter's base; by default where its configuration has it, on this machine.
+
+        Raises:
+            InputError: see `ctrsink.families.adapter`.
+        """
+        base = given.pop("base", None)
+        of: Any = cls.config_class
+        found: Any = given.get("config") or of.from_pretrained(pretrained_model_name_or_path)
+        if found.base is None:
+            given |= {"key_mapping": found.names} if found.names else {}
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **given)
+        found.model = family_of(found.family).on_base(section_of(found), base).model_dump(mode="json")
+        model = cls(found)
+        put(model.ctr, found, pretrained_model_name_or_path)
+        return model.eval()
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [T] in fp32, computed as in training: a model whose weights are bfloat16 runs under autocast."""
@@ -71,9 +97,14 @@ class ExportedModel(PreTrainedModel):
         return logits
 
 
-def model_type_of(family: str) -> str:
-    """What `model_type` says in config.json."""
+def name_of(family: str) -> str:
+    """What `model_type` said in config.json until it said more."""
     return "ctrsink" if family == FIRST_FAMILY else f"ctrsink-{family}"
+
+
+def model_type_of(family: str) -> str:
+    """What `model_type` says in config.json: of all that stands there, what transformers shows where it is not known."""
+    return f"{name_of(family)} (import ctrsink first)"
 
 
 def _classes(family: str) -> tuple[type[ExportedConfig], type[ExportedModel]]:
@@ -88,4 +119,5 @@ CLASSES = {family: _classes(family) for family in FAMILIES}
 """The configuration and the model of each family."""
 for _config, _model in CLASSES.values():
     AutoConfig.register(_config.model_type, _config)
+    CONFIG_MAPPING.register(name_of(_config.family), _config)
     AutoModel.register(_config, _model)

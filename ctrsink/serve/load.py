@@ -20,8 +20,9 @@ from ctrsink.config.stages import Objective
 from ctrsink.config.tree import shown
 from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError, first_line
+from ctrsink.families.adapter import Base
 from ctrsink.families.facts import Facts
-from ctrsink.families.hf import CLASSES, FORMAT, ExportedModel, model_type_of
+from ctrsink.families.hf import CLASSES, FORMAT, ExportedModel, model_type_of, name_of
 from ctrsink.families.registry import FAMILIES
 from ctrsink.prepare.encoder import FOLDER, Encoder, folder_fingerprint
 from ctrsink.prepare.tokenize import fingerprint
@@ -39,8 +40,9 @@ _SECTIONS: dict[str, Any] = {
     "feedback_texts": list[str],
     "knowledge": dict[str, Any],
     "encoder": dict[str, Any],
+    "base": Base,
 }
-_FAMILIES = {model_type_of(family): family for family in FAMILIES}
+_FAMILIES = {kind: family for family in FAMILIES for kind in (model_type_of(family), name_of(family))}
 
 
 @dataclass(frozen=True)
@@ -56,29 +58,46 @@ class Loaded:
     """What is known of items, where signals depend on it."""
 
 
-def load_model(uri: str, device: str = "cpu") -> Loaded:
+def load_model(uri: str, device: str = "cpu", base: str | None = None) -> Loaded:
     """The model in the folder `uri`, local or s3://.
 
+    Args:
+        base: local folder of an adapter's base; by default where the adapter says, in a folder or in the Hugging Face cache.
+
     Raises:
-        InputError: `uri` holds no exported model, one of another format, or one that is damaged.
+        InputError: `uri` holds no exported model, one of another format, or one that is damaged; or an adapter whose base is not
+            to be had, or another.
     """
     with _local_copy(uri) as folder:
-        model_class = CLASSES[_check_config(uri, folder)][1]
+        config = _read_config(uri, folder)
         try:
-            loaded = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+            model = _model(uri, folder, config, base)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise InputError(f"the model {uri} is damaged ({first_line(error)}): export it again") from None
-        model, found = loaded  # pyright: ignore[reportGeneralTypeIssues]
         encoder = _encoder(uri, folder, model.config.encoder, device)
         knowledge = _knowledge(uri, folder, model.config.knowledge)
+    if fingerprint(tokenizer) != model.config.tokenizer_fingerprint:
+        raise InputError(f"the tokenizer in {uri} is not the one the model was trained with: export it again")
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return Loaded(model.eval(), tokenizer, encoder, knowledge)
+
+
+def _model(uri: str, folder: Path, plain: dict[str, Any], base: str | None) -> ExportedModel:
+    config_class, model_class = CLASSES[_FAMILIES[plain["model_type"]]]
+    config = config_class.from_dict(plain)
+    if config.base is not None:
+        return model_class.from_pretrained(folder, config=config, base=base)
+    if base is not None:
+        raise InputError(f"{uri} holds all its weights, and is no adapter: leave out --base")
+    model, found = model_class.from_pretrained(
+        folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
             name = sorted(map(str, found[kind]))[0]
             raise InputError(f"the weights of the model {uri} do not fit its configuration ({kind} {name}): export it again")
-    if fingerprint(tokenizer) != model.config.tokenizer_fingerprint:
-        raise InputError(f"the tokenizer in {uri} is not the one the model was trained with: export it again")
-    return Loaded(model.to(device).eval(), tokenizer, encoder, knowledge)
+    return model
 
 
 def _knowledge(uri: str, folder: Path, plain: dict[str, Any] | None) -> Knowledge | None:
@@ -99,14 +118,16 @@ def _encoder(uri: str, folder: Path, entry: dict[str, Any] | None, device: str) 
     return Encoder(folder / FOLDER, entry["max_tokens"], f"{uri}/{FOLDER}", device)
 
 
-def _check_config(uri: str, folder: Path) -> str:
-    """The family of the model."""
+def _read_config(uri: str, folder: Path) -> dict[str, Any]:
+    """The configuration, checked; of a plain decoder what stands in it under our name."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except FileNotFoundError:
         raise InputError(f"{uri} holds no model: write one there with `ctrsink export`") from None
     except ValueError:
         raise InputError(f"{uri}/config.json is damaged: export the model again") from None
+    if isinstance(config, dict):
+        config = config.get("ctrsink", config)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in _FAMILIES:
         raise InputError(f"{uri} holds a model of type {kind}, not one that `ctrsink export` wrote")
@@ -114,7 +135,7 @@ def _check_config(uri: str, folder: Path) -> str:
         raise InputError(f"{uri} has the format {config.get('format')}, this version reads {FORMAT}: export the model again")
     if (problem := _problem(config, _FAMILIES[kind])) is not None:
         raise InputError(f"{uri}/config.json is damaged ({problem}): export the model again")
-    return _FAMILIES[kind]
+    return config
 
 
 def _problem(config: dict[str, Any], family: str) -> str | None:

@@ -61,13 +61,13 @@ class Scorer:
         self.prefix = np.array(config.prefix_tokens, np.int64)
 
     @classmethod
-    def load(cls, folder: str, device: str = "cpu") -> "Scorer":
-        """The scorer of the model that `ctrsink export` wrote to `folder`, local or s3://.
+    def load(cls, folder: str, device: str = "cpu", base: str | None = None) -> "Scorer":
+        """The scorer of the model that `ctrsink export` wrote to `folder`, local or s3://; `base`: see load_model.
 
         Raises:
-            InputError: there is no such model, or it is damaged.
+            InputError: there is no such model, or it is damaged, or an adapter without its base.
         """
-        return cls(load_model(folder, device))
+        return cls(load_model(folder, device, base))
 
     def score(self, request: dict[str, Any]) -> list[float]:
         """The probability of a click for each of the request's candidates, in their order; see Request for its keys.
@@ -179,9 +179,13 @@ def score_file(folder: str, input_path: str, output: str | None = None, on_bad_r
 
 
 def score_lines(
-    folder: str, lines: list[RequestLine], output: str | None = None, on_bad_request: OnBadRequest = "fail"
+    folder: str,
+    lines: list[RequestLine],
+    output: str | None = None,
+    on_bad_request: OnBadRequest = "fail",
+    base: str | None = None,
 ) -> dict[str, Any]:
-    """Score the requests of a file with the model in `folder`.
+    """Score the requests of a file with the model in `folder`; `base`: see load_model.
 
     Writes one line per request, `{"probabilities": [...]}` and the request's `id` if it has one, to `output` (a file, local or
     s3://) or to stdout; all at the end, so that bad input leaves nothing behind. A request that is skipped has a line too, with
@@ -193,7 +197,7 @@ def score_lines(
     Raises:
         InputError: a request cannot be scored; the message names its line. Or none of them can.
     """
-    scorer = Scorer.load(folder)
+    scorer = Scorer.load(folder, base=base)
     problems: dict[int, str] = {number: line.problem for number, line in enumerate(lines) if line.problem is not None}
     requests: dict[int, Request] = {}
     rows: dict[int, dict[str, Any]] = {}

@@ -148,6 +148,10 @@ class DecoderSpec(FamilySpec):
     """null: none, as it must be where `sinks` is null."""
     target: TargetSpec | None = None
     """null: a target is its text alone."""
+    head: Literal["norm", "linear"] = "norm"
+    """From a target's last state to its logit: a layer norm of its own and a linear map, or the map alone, without a constant.
+    With `linear`, a model without sinks and told targets can be exported as a plain decoder that transformers alone scores with
+    (`ctrsink export --form plain`)."""
     similarity: Literal["neighbours", "vectors"] | None = None
     """A learned bias from targets to the sinks of similar items, per head. `neighbours`: by what users thought of both
     (`prepare.neighbours`). `vectors`: by their texts (`prepare.encoder`). null: none."""
@@ -186,6 +190,12 @@ class DecoderSpec(FamilySpec):
             raise ValueError("temporal acts from targets to sinks: set it to false where sinks is null")
         if self.similarity is not None and self.sinks is None:
             raise ValueError("similarity acts from targets to sinks: set it to null where sinks is null")
+        return self
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> "DecoderSpec":
+        if self.head == "linear" and self.target is not None and self.target.numbers:
+            raise ValueError("numbers of a target have a head of their own: set head to norm, or leave them out of target")
         return self
 
     @model_validator(mode="after")

@@ -166,9 +166,8 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
     # PEFT is content when one of several names exists, and would leave the layers of the others as they are.
     if wrong := [target for target in targets if not _is_adaptable(backbone, target)]:
         raise InputError(f"model.lora.targets {wrong}: the linear layers of {type(backbone).__name__} are {', '.join(found)}")
-    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
-        inject_adapter_in_model(config, backbone)
+        inject_adapter_in_model(lora_config(spec, targets), backbone)
     except ValueError as error:
         raise InputError(f"model.lora.targets {targets}: {first_line(error)}") from None
     for name, parameter in backbone.named_parameters():
@@ -178,6 +177,11 @@ def add_lora(backbone: nn.Module, spec: LoraSpec) -> None:
         if isinstance(module, LoraLayer):
             # PEFT would widen bfloat16 inputs to fp32, only for autocast to narrow them again to what they were.
             module.cast_input_dtype_enabled = False
+
+
+def lora_config(spec: LoraSpec, targets: list[str]) -> LoraConfig:
+    """PEFT's configuration of adapters on the layers `targets`."""
+    return LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _is_adaptable(backbone: nn.Module, target: str) -> bool:

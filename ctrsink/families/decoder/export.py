@@ -9,31 +9,39 @@ from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.model import CTRModel, backend_of
 from ctrsink.families.decoder.supported import guard_length
-from ctrsink.families.protocol import CTRModule
+from ctrsink.families.protocol import CTRModule, Merged
 
 
-def merged(module: CTRModule, model: DecoderSpec) -> tuple[dict[str, Any], int]:
-    """Merge LoRA in place; the section of the model that is left, and layers merged.
+def merged(module: CTRModule, model: DecoderSpec) -> Merged:
+    """See Family.merged.
 
     Raises:
         InputError: the architecture is none of transformers' own.
-        RunError: an adapter holds values that are not finite.
     """
-    from ctrsink.families.decoder.merge import merge_lora  # an exported model is loaded without PEFT
+    from ctrsink.families.decoder.merge import merged_weights  # an exported model is loaded without PEFT
 
     assert isinstance(module, CTRModel)
     config: Any = module.backbone.config
-    fields: dict[str, Any] = config.to_dict()
-    if fields["model_type"] not in CONFIG_MAPPING:
-        raise InputError(
-            f"model.backbone: transformers itself has no architecture {fields['model_type']}, so it cannot be exported"
-        )
-    layers = merge_lora(module)
-    # Where the weights came from is a path of this machine, and their type is that of the exported model.
-    for key in ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype"):
-        fields.pop(key, None)
-    plain = model.model_dump(mode="json") | {"backbone": {"config": fields}, "lora": None, "attention": "sdpa"}
-    return plain | {"trust_remote_code": False, "gradient_checkpointing": False}, layers
+    require_known(config)
+    weights, layers = merged_weights(module)
+    return Merged(portable_section(model) | {"backbone": {"config": plain_fields(config)}, "lora": None}, weights, layers)
+
+
+def require_known(config: Any) -> None:
+    """Raise InputError where the backbone's architecture is none of transformers' own."""
+    if config.model_type not in CONFIG_MAPPING:
+        raise InputError(f"model.backbone: transformers itself has no architecture {config.model_type}, so it cannot be exported")
+
+
+def portable_section(model: DecoderSpec) -> dict[str, Any]:
+    """The section in plain values, without what is of training alone."""
+    return model.model_dump(mode="json") | {"attention": "sdpa", "trust_remote_code": False, "gradient_checkpointing": False}
+
+
+def plain_fields(config: Any) -> dict[str, Any]:
+    """A backbone's configuration; where the weights came from is a path of this machine, their type that of what is exported."""
+    told = ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype")
+    return {key: value for key, value in config.to_dict().items() if key not in told}
 
 
 def rebuilt(plain: dict[str, Any]) -> CTRModel:
@@ -69,5 +77,5 @@ def described(module: CTRModule, model: DecoderSpec, layout: Layout) -> list[str
     if layout.text_history is not None:
         parts.append(f"Of the behaviours before a target's sequence the latest {layout.text_history} have a text.")
     if model.lora is not None:
-        parts.append(f"LoRA of rank {model.lora.rank} was merged into the weights in fp32.")
+        parts.append(f"Trained with LoRA of rank {model.lora.rank}.")
     return parts

@@ -13,7 +13,7 @@ class WideLinear(nn.Linear):
     """Computes in fp32, whatever its weights are held in."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return functional.linear(input, self.weight.float(), self.bias.float())
+        return functional.linear(input, self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class WideNorm(nn.LayerNorm):
@@ -34,6 +34,18 @@ class ClickHead(nn.Module):
     def forward(self, states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T]; `numbers` are not read."""
         return self.linear(self.norm(states)).squeeze(-1)
+
+
+class LinearHead(nn.Module):
+    """A linear map to one logit, without a constant: the `score` of transformers' sequence classification."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = WideLinear(hidden_size, 1, bias=False)
+
+    def forward(self, states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, T]; `numbers` are not read."""
+        return self.linear(states).squeeze(-1)
 
 
 class JointHead(nn.Module):

@@ -18,7 +18,7 @@ from ctrsink.families.decoder.bias import InterSinkBias, attach
 from ctrsink.families.decoder.cost import flop_count
 from ctrsink.families.decoder.embeddings import SignalEmbedding, Table, token_scale
 from ctrsink.families.decoder.groups import group_of, trained_as
-from ctrsink.families.decoder.head import ClickHead, JointHead
+from ctrsink.families.decoder.head import ClickHead, JointHead, LinearHead
 from ctrsink.families.decoder.look import gammas_and_shares
 from ctrsink.families.decoder.readout import read
 from ctrsink.families.decoder.shares import watched
@@ -51,7 +51,7 @@ class CTRModel(CTRModule):
         config: Any = backbone.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         hidden, heads = config.hidden_size, config.num_attention_heads
         self.backbone = backbone
-        self.head = ClickHead(hidden)
+        self.head = ClickHead(hidden) if spec.head == "norm" else LinearHead(hidden)
         self.sinks = self.target = None
         self.biases = nn.ModuleList()
         scale = token_scale(backbone)

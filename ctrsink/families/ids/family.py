@@ -13,7 +13,8 @@ from ctrsink.dataset.layout import Layout, require_signals, scales_of
 from ctrsink.dataset.manifest import Manifest
 from ctrsink.families.facts import Facts, Wording
 from ctrsink.families.foresee import foreseen
-from ctrsink.families.protocol import CTRModule, Family
+from ctrsink.families.parameters import stored
+from ctrsink.families.protocol import CTRModule, Family, Merged
 from ctrsink.features.registry import of_kind
 from ctrsink.sequences import behaviours
 from ctrsink.sequences.columns import Sequences
@@ -82,11 +83,11 @@ class IdsFamily(Family):
 
         return settled(self.build(self.spec.model_validate(plain), facts, 0))
 
-    def merged(self, module: Any, model: Any) -> tuple[dict[str, Any], int]:
+    def merged(self, module: Any, model: Any) -> Merged:
         """Sharded tables become whole ones, and rows that training never met the unknown."""
         module.embedding.settle()
         module.embedding.unshard()
-        return model.model_copy(update={"id_tables": "dense"}).model_dump(mode="json"), 0
+        return Merged(model.model_copy(update={"id_tables": "dense"}).model_dump(mode="json"), stored(module), 0)
 
     def described(self, module: CTRModule, model: Any, layout: Layout) -> list[str]:
         title = " ".join((self.spec.__doc__ or "").split())
