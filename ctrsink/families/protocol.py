@@ -13,6 +13,7 @@ from ctrsink.config.data import DataSpec
 from ctrsink.config.stages import Objective
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.manifest import Manifest
+from ctrsink.errors import InputError
 from ctrsink.families.facts import Facts, Wording
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.columns import Sequences
@@ -39,6 +40,51 @@ class Flops(NamedTuple):
     @property
     def total(self) -> int:
         return self.matrices + self.attention
+
+
+class Merged(NamedTuple):
+    """A trained model with what is trained beside the weights merged into them."""
+
+    section: dict[str, Any]
+    """What that leaves of the section `model`, in plain values."""
+    weights: dict[str, Callable[[], torch.Tensor]]
+    """By the names of the module that `rebuilt` makes; each is made when it is asked for, and need not be kept."""
+    layers: int
+    """How many were merged."""
+
+
+class Adapter(NamedTuple):
+    """A trained model as what was trained beside a base; the tensors are the module's own."""
+
+    base: dict[str, torch.Tensor]
+    """The base's weights, by the module's names."""
+    weights: dict[str, torch.Tensor]
+    """By PEFT's names for them."""
+    own: dict[str, torch.Tensor]
+    """Of what the base has no place for, by the module's names."""
+    config: dict[str, Any]
+    """PEFT's, as in `adapter_config.json`."""
+    section: dict[str, Any]
+    """The section `model`, in plain values."""
+    origin: str
+    """Which base."""
+
+
+class Plain(NamedTuple):
+    """A trained model as one of transformers' own, of which no library but that needs to know."""
+
+    config: dict[str, Any]
+    """What config.json says."""
+    weights: dict[str, Callable[[], torch.Tensor]]
+    """By that model's names; each is made when it is asked for."""
+    shapes: dict[str, torch.Size]
+    """Of these."""
+    names: dict[str, str]
+    """What those begin with, and what the module's begin with instead; as regular expressions."""
+    section: dict[str, Any]
+    """See `Merged.section`."""
+    layers: int
+    """How many LoRA was merged into."""
 
 
 class CTRModule(nn.Module, ABC):
@@ -157,12 +203,43 @@ class Family(ABC):
         """The model of an exported section, see `merged`, before it has its weights."""
 
     @abstractmethod
-    def merged(self, module: CTRModule, model: Any) -> tuple[dict[str, Any], int]:
-        """Merge in place what is trained beside the weights; the section of the model that is left, and layers merged.
+    def merged(self, module: CTRModule, model: Any) -> Merged:
+        """The model as it is exported; `module` must live as long as its weights are asked for, and may be changed.
 
         Raises:
             InputError: it cannot be exported.
         """
+
+    def adapter(self, module: CTRModule, model: Any) -> Adapter:
+        """What was trained beside a pretrained base, in a module that `build` made of the section.
+
+        Raises:
+            InputError: it has no such thing.
+        """
+        raise InputError(f"a model of the family {model.family} has no adapter: leave out --form adapter")
+
+    def plain(self, module: CTRModule, model: Any, objective: Objective, padding: int | None) -> Plain:
+        """The model as one of transformers' own; `module` must live as long as its weights are asked for.
+
+        Args:
+            padding: the tokenizer's token for it.
+
+        Raises:
+            InputError: it computes what none of these does.
+        """
+        raise InputError(f"a model of the family {model.family} is no plain decoder: leave out --form plain")
+
+    def plain_logits(self, folder: str) -> Callable[[Batch], torch.Tensor]:
+        """Logits [T] of batches by transformers alone, from a folder that was written so."""
+        raise NotImplementedError
+
+    def on_base(self, model: Any, path: str | None) -> Any:
+        """The section of an adapter's model, its base in a local folder: `path`, by default where the section has it.
+
+        Raises:
+            InputError: it is not on this machine.
+        """
+        return model
 
     @abstractmethod
     def described(self, module: CTRModule, model: Any, layout: Layout) -> list[str]:

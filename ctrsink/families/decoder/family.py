@@ -11,7 +11,7 @@ from ctrsink.dataset.manifest import Manifest
 from ctrsink.families.decoder.encode import encode
 from ctrsink.families.decoder.layout import check, layout
 from ctrsink.families.facts import Facts, Wording
-from ctrsink.families.protocol import CTRModule, Family
+from ctrsink.families.protocol import Adapter, CTRModule, Family, Merged, Plain
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.columns import Sequences
 from ctrsink.sequences.windows import Cuts
@@ -47,10 +47,30 @@ class DecoderFamily(Family):
         """The backend that every device has."""
         return model.model_copy(update={"attention": "sdpa"})
 
-    def merged(self, module: CTRModule, model: Any) -> tuple[dict[str, Any], int]:
+    def merged(self, module: CTRModule, model: Any) -> Merged:
         from ctrsink.families.decoder.export import merged
 
         return merged(module, model)
+
+    def adapter(self, module: CTRModule, model: Any) -> Adapter:
+        from ctrsink.families.decoder.adapter import adapter
+
+        return adapter(module, model)
+
+    def plain(self, module: CTRModule, model: Any, objective: Objective, padding: int | None) -> Plain:
+        from ctrsink.families.decoder.plain import plain
+
+        return plain(module, model, objective, padding)
+
+    def plain_logits(self, folder: str) -> Callable[[Batch], Any]:
+        from ctrsink.families.decoder.plain import plain_logits
+
+        return plain_logits(folder)
+
+    def on_base(self, model: Any, path: str | None) -> Any:
+        from ctrsink.families.decoder.adapter import on_base
+
+        return on_base(model, path)
 
     def described(self, module: CTRModule, model: Any, layout: Layout) -> list[str]:
         from ctrsink.families.decoder.export import described
