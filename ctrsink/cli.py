@@ -1,7 +1,6 @@
 """The command line, `ctrsink <verb>`: thin; every verb calls one function and prints what it returned."""
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from ctrsink import __version__, logs, strict_json
 from ctrsink.cli_arguments import add_place, add_verb, configured, count, count_or_none, step
 from ctrsink.cli_data import add_data_verbs
+from ctrsink.cli_jobs import add_job_verbs
 from ctrsink.errors import InputError, RunError, first_line
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
@@ -145,12 +145,6 @@ def _score(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-def _submit(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.runtime.submit import submit
-
-    return submit(args.config, args.overrides, args.address, args.working_dir, args.resume)
-
-
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.report.comparison import as_table
     from ctrsink.studies.compare import compare, write_comparison
@@ -257,15 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-bad-request", choices=["fail", "skip"], default="fail", help="skip: its line of the output says what is wrong"
     )
 
-    submit = add_verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
-    configured(submit)
-    submit.add_argument(
-        "--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"), help="of the cluster's job server, http://..."
-    )
-    submit.add_argument(
-        "--working-dir", default=".", metavar="DIR", help="folder that is sent to the cluster; holds the configuration"
-    )
-    submit.add_argument("--resume", action="store_true")
+    add_job_verbs(verbs)
 
     study = add_verb(verbs, "study", _study, "train variants with several seeds and compare them; goes on where it was")
     study.add_argument("--config", required=True, metavar="FILE", help="of the study")

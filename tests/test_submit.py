@@ -67,7 +67,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def submit(config: Path, address: str) -> list[object]:
-    return ["submit", "--config", config, "--working-dir", config.parent, "--address", address]
+    place = ["--working-dir", config.parent, "--address", address]
+    return ["submit", "--config", config, *place, "--allow-unauthenticated"]
 
 
 def test_neither_credentials_nor_what_is_behind_a_link_is_sent(config: Path, server: str, tmp_path: Path) -> None:
@@ -84,8 +85,8 @@ def test_neither_credentials_nor_what_is_behind_a_link_is_sent(config: Path, ser
         (work / name).write_text("kept")
     result = call(*submit(config, server))
     assert result.code == 1
-    assert "links are not followed" in result.err
-    assert "odd [a]*!# name, sub/folder" in result.err
+    assert "stays here (links): odd [a]*!# name, sub/folder" in result.err
+    assert "stays here (credentials): .aws, .env, .env.local, .ssh, a/tls.pem, id_rsa, sub/.aws, sub/.netrc" in result.err
     with zipfile.ZipFile(io.BytesIO(JobServer.sent[0])) as package:
         files = {name: package.read(name) for name in package.namelist() if not name.endswith("/")}
     assert set(files) == {"run.yaml", "sub/kept.txt", "odd a name", "environment.env.py"}
@@ -122,6 +123,28 @@ def test_a_job_that_cannot_be_followed_is_named(config: Path, server: str) -> No
     assert "Traceback" not in result.err
     assert result.err.splitlines()[-1].startswith(f"error: job j1 on {server} can be followed no longer (")
     assert "`ray job logs j1`" in result.err
+
+
+def test_a_server_that_takes_jobs_from_anybody_is_refused(config: Path, server: str) -> None:
+    JobServer.answers["package"] = (200, "[]")  # what is neither of the version nor sent
+    refused(call(*submit(config, server)[:-1]), f"the job server at {server} asks for no token", "--allow-unauthenticated")
+    assert JobServer.sent == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("run_dir=runs/a", "run_dir runs/a is a path in the job's own folder"),
+        ("data.uri=runs/data", "data.uri runs/data is a path in the job's own folder"),
+    ],
+)
+def test_a_place_that_would_be_removed_with_the_job_is_refused(config: Path, server: str, change: str, said: str) -> None:
+    refused(call(*submit(config, server), change), said, "give s3://BUCKET/KEY, or an absolute path")
+    assert JobServer.sent == []
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated(config: Path) -> None:
+    assert "SECRET" not in refused(call(*submit(config, "http://me:SECRET@127.0.0.1:1")), "--address holds a user or a password")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,17 @@ def _overridden(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) ->
     return tree
 
 
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """The absolute path of a configuration that `load_run` reads, and of all that it includes, itself first."""
+    found, todo = [], [Path(path).resolve()]
+    while todo:
+        file = todo.pop()
+        found.append(file)
+        includes = read_yaml(file.read_bytes(), str(file)).get("include", [])
+        todo += [Path(os.path.normpath(file.parent / name)) for name in includes]
+    return found
+
+
 def parse_run(tree: dict[str, Any], origin: str) -> RunSpec:
     """Validate a plain mapping; `origin` is the file that errors name."""
     return _parse(RunSpec, tree, origin)

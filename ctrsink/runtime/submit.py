@@ -1,140 +1,147 @@
-"""`ctrsink submit`: the same as `ray job submit`, and it follows the job to its end."""
+"""`ctrsink submit`: pack what a run needs, start it as a job on a Ray cluster, and follow it to its end."""
 
-import asyncio
-import logging
-import os
-import re
+import hashlib
 import shlex
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
-import requests
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobSubmissionClient
 
-from ctrsink.config import load_run
-from ctrsink.errors import InputError, RunError, first_line
-from ctrsink.runtime.reach import require_answer, told
+from ctrsink import storage
+from ctrsink.config import RunSpec, load_run
+from ctrsink.config.load import files_of
+from ctrsink.errors import InputError, listed
+from ctrsink.runtime.job_server import answering, connected, require_server, require_token
+from ctrsink.runtime.jobs import RUN_DIR, WORK, find, follow, how_to_come_back, require_id
+from ctrsink.runtime.package import Package, mib, readable, require_fits, survey, write_archive
 
-SECRETS = (
-    ".env", ".env.*", ".aws", ".azure", ".boto", ".config", ".docker", ".git", ".git-credentials", ".gnupg", ".huggingface",
-    ".kube", ".netrc", ".npmrc", ".pypirc", ".s3cfg", ".ssh", "*.key", "*.pem", "id_rsa*", "id_ed25519*",
-)  # fmt: skip
-"""Files and folders that programs keep credentials in, as .gitignore would name them; the cluster has its own."""
-_OVERRIDE = "RAY_API_SERVER_ADDRESS"
-log = logging.getLogger("ctrsink.train")
+_TAKE = "take the job"
 
 
-def submit(config: str, overrides: list[str], address: str | None, working_dir: str, resume: bool) -> dict[str, Any]:
-    """Send `working_dir` to the cluster's job server, train there, print its log to stderr until it ends.
+def submit(
+    config: str,
+    overrides: list[str],
+    address: str | None,
+    working_dir: str,
+    resume: bool,
+    submission_id: str | None = None,
+    detach: bool = False,
+    dry_run: bool = False,
+    allow_unauthenticated: bool = False,
+) -> dict[str, Any]:
+    """Send what is needed of `working_dir` to the cluster's job server, train there, print its log to stderr until it ends.
 
-    The configuration is checked here first. Credentials do not travel, nor does anything behind a link: the cluster has its own.
+    The configuration is checked here first. Credentials, data and runs do not travel, nor does anything behind a link.
+
+    Args:
+        submission_id: of the job; where it is there already with the same work, that job is followed.
+        detach: return as soon as the job is taken.
+        dry_run: say what would be sent, and send nothing.
+        allow_unauthenticated: take a cluster that anybody may send jobs to.
 
     Raises:
-        InputError: the configuration is wrong or outside `working_dir`, or the job server cannot be reached or refuses us.
+        InputError: the configuration is wrong, or does not hold on other machines, or is not sent; there is too much to send;
+            the job server cannot be reached or refuses us, or has another work of that id.
         RunError: the job server failed, or the job ended otherwise than well.
     """
-    if not address:
-        raise InputError("--address is missing: the URL of the cluster's job server, for example http://127.0.0.1:8265")
+    if not dry_run:
+        require_server(address)
+    if submission_id is not None:
+        require_id(submission_id)
     spec = load_run(config, overrides)
     root = Path(working_dir).resolve()
-    try:
-        inside = Path(config).resolve().relative_to(root)
-    except ValueError:
-        raise InputError(f"{config} lies outside {root}, the folder that is sent to the cluster: give --working-dir") from None
-    entry = ["python", "-m", "ctrsink", "train", "--config", str(inside), *(["--resume"] if resume else []), *overrides]
-    _require_server(address)
-    links = links_below(root)
-    if links:
-        log.warning("links are not followed, so what is behind them is not sent to the cluster: %s", ", ".join(links[:5]))
-    environment = {"working_dir": str(root), "excludes": [*SECRETS, *map(_pattern, links)]}
-    with _failing_at(address), _asked_alone(address):
-        client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=shlex.join(entry), runtime_env=environment)
+    package = survey(root)
+    inside = _require_sent(package, config)
+    require_fits(package)
+    _tell(package, every=dry_run)
+    if dry_run:
+        return {"files": len(package.files), "bytes": package.size, "left_out": package.left_out}
+    assert address is not None
+    _require_anywhere(spec)
+    if not allow_unauthenticated:
+        require_token(address)
+    entry = ["python", "-m", "ctrsink", "train", "--config", inside, *(["--resume"] if resume else []), *overrides]
+    client = connected(address, _TAKE)
+    job = _start(client, address, package, shlex.join(entry), spec.run_dir, submission_id)
+    if detach:
+        print(how_to_come_back(address, job), file=sys.stderr)
+        return {"job": job, "run_dir": spec.run_dir}
+    status = follow(client, address, job, sys.stderr)
+    return {"job": job, "status": status.value, "run_dir": spec.run_dir}
+
+
+def _start(
+    client: JobSubmissionClient, address: str, package: Package, entry: str, run_dir: str, submission_id: str | None
+) -> str:
+    """The id of the job, which is new or was started with the same work before."""
+    with tempfile.TemporaryDirectory(prefix="ctrsink-submit-") as folder, answering(address, _TAKE):
+        archive = Path(folder, "package.zip")
+        write_archive(package, archive)
+        work = hashlib.sha256(archive.read_bytes() + entry.encode()).hexdigest()
+        if submission_id is not None and _is_there(client, address, submission_id, work):
+            return submission_id
+        sent, metadata = {"working_dir": str(archive)}, {RUN_DIR: run_dir, WORK: work}
+        try:
+            job = client.submit_job(entrypoint=entry, submission_id=submission_id, runtime_env=sent, metadata=metadata)
+        except RuntimeError:
+            # Of two that submit at the same moment one is refused, and finds the other's here.
+            if submission_id is None or not _is_there(client, address, submission_id, work):
+                raise
+            return submission_id
     print(f"job {job} on {address}", file=sys.stderr)
-    try:
-        status = asyncio.run(_follow(client, job))
-        message = "" if status == JobStatus.SUCCEEDED else client.get_job_info(job).message
-    except Exception as error:  # of HTTP, of the job server, of the network: the job itself is there
-        lost = f"{type(error).__name__}: {first_line(error)}"
-        raise RunError(f"job {job} on {address} can be followed no longer ({lost}); `ray job logs {job}` tells of it") from None
-    if status != JobStatus.SUCCEEDED:
-        raise RunError(f"job {job} ended {status}: {message}")
-    return {"job": job, "status": str(status), "run_dir": spec.run_dir}
+    return job
 
 
-def links_below(root: Path) -> list[str]:
-    """Every link below `root`, by its path there, sorted."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        places = (Path(folder, name) for name in (*folders, *files))
-        found += [str(place.relative_to(root)) for place in places if place.is_symlink()]
-    return sorted(found)
+def _is_there(client: JobSubmissionClient, address: str, job: str, work: str) -> bool:
+    """Whether there is a job of that id, with the same work. Raises InputError where it has another."""
+    details = find(client, job)
+    if details is None:
+        return False
+    if (details.metadata or {}).get(WORK) != work:
+        raise InputError(
+            f"job {job} on {address} ({details.status.value}) was started with other files or other arguments: give another "
+            f"--submission-id, or the same work"
+        )
+    print(f"job {job} on {address} is there with this work, {details.status.value}: nothing is started", file=sys.stderr)
+    return True
 
 
-def _pattern(path: str) -> str:
-    """The pattern of .gitignore that matches this path alone."""
-    return "/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", path)
+def _require_sent(package: Package, config: str) -> str:
+    """The path of `config` in the package. Raises InputError unless it and all that it includes are sent."""
+    inside = ""
+    for file in reversed(files_of(config)):  # the configuration itself is the last
+        if not file.is_relative_to(package.root):
+            raise InputError(f"{file} lies outside {package.root}, the folder that is sent to the cluster: give --working-dir")
+        inside = file.relative_to(package.root).as_posix()
+        if inside not in package.files:
+            raise InputError(f"{file} configures the run but is not sent, being a link or ignored: move it or correct .rayignore")
+    return inside
 
 
-def _require_server(address: str) -> None:
-    """Raise InputError unless `address` is a URL at which somebody answers, or which a proxy answers for."""
-    try:
-        parts = urlsplit(address)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        parts, port = SplitResult("", "", "", "", ""), 0
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"--address {address!r} is no URL of a job server: give one such as http://HOST:8265")
-    if parts.scheme in getproxies() and not proxy_bypass(parts.hostname):
-        return
-    try:
-        require_answer(parts.hostname, port)
-    except (OSError, ValueError) as error:
-        reason = told(error) if isinstance(error, OSError) else first_line(error)
-        raise InputError(f"the job server at {address} cannot be reached: {reason}: start the cluster, or correct it") from None
+def _require_anywhere(spec: RunSpec) -> None:
+    """Raise InputError where a path means another place in the job's own folder, which is removed with it."""
+    for key, uri in (("run_dir", spec.run_dir), ("data.uri", spec.data.uri)):
+        if not storage.is_remote(uri) and not Path(uri).is_absolute():
+            raise InputError(
+                f"{key} {uri} is a path in the job's own folder, which holds no data and is removed: give s3://BUCKET/KEY, or "
+                "an absolute path on a disk that every node has"
+            )
+    if spec.model.absolute() != spec.model:
+        raise InputError(
+            "model: a folder of weights is named by a relative path, and weights are not sent: give an absolute path on a disk "
+            "that every node has, or a model of the hub"
+        )
 
 
-@contextmanager
-def _failing_at(address: str) -> Generator[None, None, None]:
-    """Whose fault it is that the job was not taken: ours (InputError) or the server's (RunError)."""
-    try:
-        yield
-    except requests.HTTPError as error:
-        status, reason = error.response.status_code if error.response is not None else 0, first_line(error)
-    except (AuthenticationError, OSError, ValueError, KeyError, RuntimeError) as error:
-        found = re.match(r"Request failed with status code (\d+)", str(error))
-        status, reason = int(found[1]) if found else 0, first_line(error)
-    else:
-        return
-    kind = RunError if status >= 500 else InputError
-    raise kind(f"the job server at {address} did not take the job: {reason[:300]}")
-
-
-@contextmanager
-def _asked_alone(address: str) -> Generator[None, None, None]:
-    """Ray's client would prefer what the environment says to the address that it is given."""
-    before = os.environ.get(_OVERRIDE)
-    os.environ[_OVERRIDE] = address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_OVERRIDE]
-        else:
-            os.environ[_OVERRIDE] = before
-
-
-async def _follow(client: JobSubmissionClient, job: str) -> JobStatus:
-    async for lines in client.tail_job_logs(job):
-        sys.stderr.write(lines)
-    status = client.get_job_status(job)
-    while not status.is_terminal():
-        await asyncio.sleep(1)
-        status = client.get_job_status(job)
-    return status
+def _tell(package: Package, every: bool) -> None:
+    """Print what is sent, the largest first, and what is not, to stderr."""
+    print(f"{len(package.files)} files, {mib(package.size)}, of {package.root}:", file=sys.stderr)
+    shown = package.largest()
+    for name, size in shown if every else shown[:5]:
+        print(f"  {mib(size):>10}  {readable(name)}", file=sys.stderr)
+    if not every and len(shown) > 5:
+        print(f"  {'':>10}  and {len(shown) - 5} smaller ones; --dry-run shows all and sends nothing", file=sys.stderr)
+    for why, names in package.left_out.items():
+        print(f"stays here ({why}): {listed(map(readable, names))}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The family `decoder`: a language model with sinks; backbone, sinks, inter-sink bias, LoRA."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -25,9 +26,14 @@ class BackboneSpec(Section):
     path: str | None = None
     """Hugging Face id, or local folder, of a decoder with weights in safetensors."""
     revision: str | None = None
-    """Commit or tag of a hub model."""
+    """Commit or tag of a hub model; null: its newest."""
     config: dict[str, Any] | None = None
     """Fields of a transformers configuration, `model_type` among them; the vocabulary size comes from the tokenizer."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether `revision` is a commit, which is the same everywhere and for ever."""
+        return re.fullmatch("[0-9a-f]{40}", self.revision or "") is not None
 
     @model_validator(mode="after")
     def _one(self) -> "BackboneSpec":
@@ -166,7 +172,8 @@ class DecoderSpec(FamilySpec):
     lora: LoraSpec | None = None
     """null: no adapters."""
     trust_remote_code: bool = False
-    """Run the Python code that a model from the hub brings along; only for models whose code you have read."""
+    """Run the Python code that a model from the hub brings along; only for models whose code you have read, so
+    `backbone.revision` must be the commit that you read."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
@@ -176,6 +183,16 @@ class DecoderSpec(FamilySpec):
         if isinstance(value, str) and (value == "eager" or value.startswith("flash")):
             raise ValueError(f"the {value} backend drops the inter-sink bias without a word; allowed: sdpa, blocks or flex")
         return value
+
+    @model_validator(mode="after")
+    def _code_that_was_read(self) -> "DecoderSpec":
+        path = self.backbone.path
+        if self.trust_remote_code and path is not None and not Path(path).is_dir() and not self.backbone.pinned:
+            raise ValueError(
+                "trust_remote_code runs what the hub holds at the moment: set backbone.revision to the commit (40 hexadecimal "
+                "digits) whose code you have read"
+            )
+        return self
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from ctrsink.errors import InputError, RunError
 from ctrsink.run.listing import FOLDER, Step, folder_of, list_checkpoints, step_of
 from ctrsink.tables.files import DamagedTable, read_tables
 from ctrsink.tables.shares import Share
+from ctrsink.train.checkpoint.signature import distrusted, sign
 from ctrsink.train.checkpoint.tensor_file import opened, to_safetensors
 from ctrsink.train.tensors import renamed
 
@@ -128,7 +129,9 @@ def write_files(folder: str, checkpoint: Checkpoint, names: tuple[str, ...]) -> 
 
 def write_marker(folder: str, entries: dict[str, dict[str, Any]]) -> None:
     """Make the folder a checkpoint of the files in `entries`; all of them must have been written."""
-    storage.write_bytes(storage.join(folder, MARKER), json.dumps(kept.stamped(entries)).encode())
+    marker = json.dumps(kept.stamped(entries)).encode()
+    sign(folder, marker)
+    storage.write_bytes(storage.join(folder, MARKER), marker)
 
 
 def _content(checkpoint: Checkpoint, name: str) -> bytes | memoryview:
@@ -279,11 +282,14 @@ def read_marker(folder: str) -> dict[str, tuple[int, str]]:
     """Size and sha256 of each file of a checkpoint, by its path in the folder.
 
     Raises:
-        DamagedCheckpoint: there is no marker, or it is not what was written.
+        DamagedCheckpoint: there is no marker, or it is not what was written, or not signed where it must be.
         InputError: it is of a newer version.
     """
+    marker = _read(folder, MARKER)
+    if (reason := distrusted(folder, marker)) is not None:
+        raise DamagedCheckpoint(f"the checkpoint {folder} {reason}")
     try:
-        entries = kept.opened(json.loads(_read(folder, MARKER)), storage.join(folder, MARKER))
+        entries = kept.opened(json.loads(marker), storage.join(folder, MARKER))
         found = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         others = found.keys() - FILES
         shards = [name for name in others if name.startswith(f"{SHARDS}/")]
