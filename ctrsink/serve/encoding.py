@@ -1,28 +1,24 @@
 """A parsed request becomes sequences: text, tokens, signals, by the same functions as in preparation and training."""
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from ctrsink.config.data import TextSpec
 from ctrsink.dataset.events import Events
 from ctrsink.dataset.layout import Layout
 from ctrsink.dataset.shard import with_told
-from ctrsink.errors import InputError
 from ctrsink.families.facts import Wording
 from ctrsink.families.registry import family_of
 from ctrsink.features.ragged import Ragged
-from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
-from ctrsink.prepare.tokenize import encode_items, encode_own
+from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table
 from ctrsink.sequences.columns import TARGETS, Sequences
 from ctrsink.sequences.windows import Cuts
+from ctrsink.serve.items import ItemTexts
 from ctrsink.serve.load import Loaded
-from ctrsink.serve.requests import Request, item_table
+from ctrsink.serve.requests import Request
 from ctrsink.serve.told import histories_of
 
-_NO_TOKENS = np.empty(0, np.int64)
 CANDIDATES = 128  # of one sequence, behind one history
 
 
@@ -52,23 +48,23 @@ class RequestEncoder:
 
     Args:
         loaded: the model and what belongs to it.
+        items: whose tokens and vectors are remembered, at most.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.tokenizer, self.encoder, self.knowledge = loaded.tokenizer, loaded.encoder, loaded.knowledge
+    def __init__(self, loaded: Loaded, items: int) -> None:
+        self._knowledge = loaded.knowledge
         config = loaded.model.config
-        self.text = TextSpec.model_validate(config.text)
+        self._text = TextSpec.model_validate(config.text)
         self.layout = Layout.load(config.layout).serving()
-        self.family = family_of(self.layout.family)
-        # Vectors of items are those of their texts.
-        self._needs_text = self.family.reads_text or self.encoder is not None
-        names = list(template_fields(self.text.item)) if self._needs_text else []
-        if self.knowledge is not None:
-            names += [*(field.column for field in self.knowledge.fields), "id"]
-            names += [column.name for column in self.knowledge.columns if column.of == "item"]
+        self._family = family_of(self.layout.family)
+        self._items = ItemTexts(loaded, self._family.reads_text, items)
+        names = list(self._items.fields)
+        if self._knowledge is not None:
+            names += [*(field.column for field in self._knowledge.fields), "id"]
+            names += [column.name for column in self._knowledge.columns if column.of == "item"]
         self.fields = list(dict.fromkeys(names))
         """Of items, that a request must have."""
-        self.prefix = np.array(config.prefix_tokens, np.int64)
+        self._prefix = np.array(config.prefix_tokens, np.int64)
         self._feedback_texts: dict[str, int] = {text: number for number, text in enumerate(config.feedback_texts or ())}
 
     def sequences(self, request: Request) -> Sequences:
@@ -79,14 +75,11 @@ class RequestEncoder:
         """
         count = len(request.history)
         items = [*(b.item for b in request.history), *request.candidates]
-        fields = item_table(items, self.fields)
-        item_text = item_texts(self.text.item, fields) if self._needs_text else []
-        texts = self._item_tokens(fields, item_text) if self.family.reads_text else Ragged.of([_NO_TOKENS] * len(items))
-        vectors = self.encoder and self.encoder.encode(item_text)
+        texts, vectors = self._items.of(items)
         given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
-        rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
-        feedback_rows = feedback_ids(self.text, rendered, given)
-        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode_own(self.tokenizer, list(rendered))])
+        rendered = feedback_table(self._text, (), feedback_minima(self._text, given))
+        feedback_rows = feedback_ids(self._text, rendered, given)
+        feedbacks = self._items.feedbacks(rendered)
         moments = [*(b.timestamp for b in request.history), *[request.timestamp] * len(request.candidates)]
         timestamps = np.floor(moments).astype(np.int64)
         candidates = len(request.candidates)
@@ -99,23 +92,14 @@ class RequestEncoder:
             tokens=texts,
             vectors=vectors,
         )
-        histories = histories_of(request, timestamps, self.knowledge, vectors) if self.knowledge else None
+        histories = histories_of(request, timestamps, self._knowledge, vectors) if self._knowledge else None
         events = with_told(events, self.layout, histories, self._known_feedbacks(rendered)[events.feedbacks])
         # What depends on the candidate's item is no history that candidates share.
         together = 1 if self.layout.depends_on_target else CANDIDATES
         chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
         cuts = Cuts([events], np.array([len(chosen)]), np.zeros(len(chosen), np.int64), Ragged.of(chosen))
-        return self.family.encode(cuts, self.layout, Wording(feedbacks, self.prefix))
+        return self._family.encode(cuts, self.layout, Wording(feedbacks, self._prefix))
 
     def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
         """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
         return np.array([self._feedback_texts.get(text, 0) for text in rendered], np.int64)
-
-    def _item_tokens(self, fields: pa.Table, texts: list[str]) -> Ragged:
-        rendered = encode_items(self.tokenizer, self.text.item, fields, texts)
-        tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in rendered]
-        empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
-        if empty is not None:
-            item = {name: fields.column(name)[empty].as_py() for name in self.fields}
-            raise InputError(f"the text of the item {json.dumps(item, ensure_ascii=False)} is empty: fill in its fields")
-        return Ragged.of(tokens)

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -17,36 +18,69 @@ from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from ctrsink.sequences.columns import TARGETS, Sequences, spans
 from ctrsink.serve.encoding import Encoded, RequestEncoder
+from ctrsink.serve.history_cache import HistoryCache
 from ctrsink.serve.load import Loaded, load_model
+from ctrsink.serve.recalled import recalled
 from ctrsink.serve.requests import Request, parse_request
 from ctrsink.serve.told import check
 from ctrsink.stream.budget import fill
 
-TOKENS = 16384
+TOKENS, ITEMS = 16384, 100_000
 log = logging.getLogger("ctrsink.serve")
 
 
 class Scorer:
     """Click probabilities from an exported model.
 
+    `parse` and `encode` may be called from any thread, while one calls `run`.
+
     Args:
         loaded: the model and what belongs to it.
         tokens: of a micro-batch, at most; a sequence that is longer is one of its own.
+        items: whose tokens and vectors are kept, at most.
+        history_bytes: of what is kept of users' histories between their requests, at most; 0: nothing is.
+        sinks_only: keep only what candidates read of a history: several times less, but a history that grew is computed anew.
+
+    Raises:
+        InputError: `sinks_only`, and candidates read all of a history, or none is kept.
     """
 
-    def __init__(self, loaded: Loaded, tokens: int = TOKENS) -> None:
+    def __init__(
+        self, loaded: Loaded, *, tokens: int = TOKENS, items: int = ITEMS, history_bytes: int = 0, sinks_only: bool = False
+    ) -> None:
         self.model, self.tokens = loaded.model, tokens
-        self._encoding = RequestEncoder(loaded)
-        self.layout, self.fields, self.knowledge = self._encoding.layout, self._encoding.fields, loaded.knowledge
+        self.encoding = RequestEncoder(loaded, items)
+        self.layout, self.fields, self.knowledge = self.encoding.layout, self.encoding.fields, loaded.knowledge
+        self._forgets = self.model.ctr.forgets(self.layout)
+        self.caches = self._forgets or (None if history_bytes else "no memory is given for histories (history_bytes)")
+        """Why no history is kept between requests; None where they are."""
+        if sinks_only and (self.caches or not self.model.ctr.narrows(self.model.objective)):
+            reason = self.caches or "its candidates read texts of the history, too (readout.over is not sinks)"
+            raise InputError(f"sinks_only: the model is not scored from what is kept of sinks: {reason}")
+        self.histories = None if self.caches else HistoryCache(history_bytes, sinks_only)
+        """What is kept of users' histories between their requests, where something is."""
 
     @classmethod
-    def load(cls, folder: str, device: str = "cpu", base: str | None = None) -> "Scorer":
-        """The scorer of the model that `ctrsink export` wrote to `folder`, local or s3://; `base`: see load_model.
+    def load(
+        cls,
+        folder: str,
+        device: str = "cpu",
+        base: str | None = None,
+        *,
+        tokens: int = TOKENS,
+        items: int = ITEMS,
+        history_bytes: int = 0,
+        sinks_only: bool = False,
+    ) -> "Scorer":
+        """The scorer of the model that `ctrsink export` wrote to `folder`, local or s3://.
+
+        `base`: see load_model; the others: see the class.
 
         Raises:
             InputError: there is no such model, or it is damaged, or an adapter without its base.
         """
-        return cls(load_model(folder, device, base))
+        loaded = load_model(folder, device, base)
+        return cls(loaded, tokens=tokens, items=items, history_bytes=history_bytes, sinks_only=sinks_only)
 
     def score(self, request: dict[str, Any]) -> list[float]:
         """The probability of a click for each of the request's candidates, in their order; see Request for its keys.
@@ -70,7 +104,7 @@ class Scorer:
             InputError: an item has no text; the message names `where`.
         """
         try:
-            sequences = self._encoding.sequences(request)
+            sequences = self.encoding.sequences(request)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         return Encoded(sequences, where, id_text(request.user))
@@ -78,8 +112,32 @@ class Scorer:
     def run(self, requests: Sequence[Encoded]) -> list[list[float] | InputError]:
         """The probabilities of each request's candidates, in micro-batches of `tokens` tokens that requests share.
 
-        In place of those that are not finite there is an InputError, which names that request.
+        A request alone, whose candidates fit behind one history, gets the same bits whenever it is scored; others, and with kept
+        histories all, differ from that by rounding. In the place of a request that the model cannot take, or whose probabilities
+        are not finite, stands an InputError, which names it.
         """
+        try:
+            return self._run(requests)
+        except InputError as error:
+            if len(requests) > 1:
+                return [found for request in requests for found in self.run([request])]
+            return [InputError(f"{request.where}: {error}") for request in requests]
+
+    def _run(self, requests: Sequence[Encoded]) -> list[list[float] | InputError]:
+        recall = [self._recalls(request) for request in requests]
+        found = {True: iter(self._recalled(list(compress(requests, recall))))}
+        found[False] = iter(self._whole([request for request, own in zip(requests, recall, strict=True) if not own]))
+        return [_judged(next(found[own]), request.where) for request, own in zip(requests, recall, strict=True)]
+
+    def _recalls(self, request: Encoded) -> bool:
+        """Whether it is worth computing the history apart from candidates: it is kept, or all of them do not fit behind it."""
+        return self._forgets is None and (self.histories is not None or len(request.sequences) > 1)
+
+    def _recalled(self, requests: list[Encoded]) -> list[np.ndarray]:
+        return recalled(self.model, requests, self.tokens, self.histories) if requests else []
+
+    def _whole(self, requests: list[Encoded]) -> list[np.ndarray]:
+        """Logits of each request, float64 [C]."""
         if not requests:
             return []
         sequences = Sequences.joined([request.sequences for request in requests])
@@ -87,10 +145,9 @@ class Scorer:
         for rows in fill(sequences.lengths, self.tokens, sequences.padded):
             rows.sort()
             with torch.inference_mode():
-                found = self.model(_batch(sequences, rows).to(self.model.device)).double().sigmoid().cpu().numpy()
+                found = self.model(_batch(sequences, rows).to(self.model.device)).double().cpu().numpy()
             out[np.concatenate([np.arange(a, b) for a, b in spans(sequences.bounds[TARGETS], rows)])] = found
-        ends = np.cumsum([request.candidates for request in requests])
-        return [_judged(of, request.where) for of, request in zip(np.split(out, ends[:-1]), requests, strict=True)]
+        return np.split(out, np.cumsum([request.candidates for request in requests])[:-1])
 
     def probabilities(self, request: Request, where: str) -> list[float]:
         """As `score`, of a parsed request; errors name `where`, also where the model gives something that is no probability."""
@@ -110,7 +167,7 @@ class Scorer:
         if self.layout.retrieve is not None:
             raise InputError("the model retrieves behaviours (data.retrieve): which of them a sink is of is not told")
         parsed = self.parse(request, "request")
-        alone = self._encoding.sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
+        alone = self.encoding.sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
         paid = self.model.ctr.paid(_batch(alone, np.array([0])).to(self.model.device), self.model.objective)
         if paid is None:
             return []
@@ -123,7 +180,8 @@ def _batch(sequences: Sequences, rows: np.ndarray) -> Batch:
     return collate(sequences, rows, np.zeros_like(rows))
 
 
-def _judged(probabilities: np.ndarray, where: str) -> list[float] | InputError:
+def _judged(logits: np.ndarray, where: str) -> list[float] | InputError:
+    probabilities = torch.from_numpy(logits).sigmoid().numpy()
     dead = np.flatnonzero(~np.isfinite(probabilities))
     if len(dead):
         return InputError(
