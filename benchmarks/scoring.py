@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES, VOCABULARY, shape_of
 from ctrsink import strict_json
 from ctrsink.config.data import TextSpec, TokenizerSpec
 from ctrsink.config.model import BackboneSpec, BiasSpec, DecoderSpec, SinkSpec
-from ctrsink.config.stages import Objective
+from ctrsink.config.stages import Objective, ReadoutSpec
 from ctrsink.dataset.layout import Layout
 from ctrsink.families.facts import Facts
 from ctrsink.families.hf import CLASSES
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     """Seconds of either way with one shape, and how far their probabilities differ."""
     chance = np.random.default_rng(0)
-    scorer = scorer_of(shape, args.history)
+    scorer = Scorer(random_model(shape, args.history))
     tree = request_tree(chance, args.history, args.candidates)
     together = scorer.parse(tree, "request")
     apart = [scorer.parse(tree | {"candidates": [item]}, "request") for item in tree["candidates"]]
@@ -98,7 +98,7 @@ def _timed(work: Callable[[], list[float]]) -> tuple[float, list[float]]:
     return time.perf_counter() - began, result
 
 
-def scorer_of(shape: str, history: int) -> Scorer:
+def random_model(shape: str, history: int, readout: ReadoutSpec | None = None) -> Loaded:
     """A random model with sinks, and the inter-sink bias in half of its layers."""
     tokenizer = make_tokenizer(TokenizerSpec(train_vocabulary=VOCABULARY), [" ".join(WORDS)])
     layout = Layout("decoder", "per_target", history, 1, ("previous_gap",), SinkSpec().buckets)
@@ -108,13 +108,13 @@ def scorer_of(shape: str, history: int) -> Scorer:
     config = config_class(
         model=spec.model_dump(mode="json"),
         facts=dataclasses.asdict(Facts(VOCABULARY)),
-        objective=Objective().model_dump(mode="json"),
+        objective=Objective(readout=readout or ReadoutSpec()).model_dump(mode="json"),
         layout=dataclasses.asdict(layout),
         text=TextSpec(separator="").model_dump(mode="json"),
         prefix_tokens=[],
     )
     torch.manual_seed(0)
-    return Scorer(Loaded(model_class(config).eval(), tokenizer, encoder=None, knowledge=None))
+    return Loaded(model_class(config).eval(), tokenizer, encoder=None, knowledge=None)
 
 
 def request_tree(chance: np.random.Generator, history: int, candidates: int) -> dict[str, Any]:

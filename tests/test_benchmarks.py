@@ -175,6 +175,18 @@ def test_scoring_finds_the_same_probabilities_either_way(repository: Path) -> No
     assert row["largest_difference"] < 1e-5 < row["spread"]
 
 
+def test_serving_engine_finds_the_same_probabilities_every_way(repository: Path) -> None:
+    sizes = ("--history", 6, "--candidates", 5, "--requests", 2, "--alone", 2, "--threads", 1)
+    report = run_benchmark(repository, "serving_engine", "--shape", "test", *sizes)
+    found = report["models"]["test"]
+    assert min(of["core_s"] for of in found["ways"].values()) > 0
+    assert max(found["difference"].values()) < 1e-6
+    assert found["counts"] | {"known_tokens": 0, "computed_tokens": 0} == {
+        "hit": 3, "extended": 3, "missed": 3, "known_tokens": 0, "computed_tokens": 0,
+    }  # fmt: skip
+    assert 2 * found["bytes"]["sinks"] < found["bytes"]["all"]
+
+
 @pytest.mark.slow
 def test_forms_auc_tests_all_contestants_of_all_seeds(tmp_path: Path, repository: Path) -> None:
     log = tmp_path / "ml-1m"

@@ -20,7 +20,7 @@ from ctrsink.evaluate.evaluator import predict
 from ctrsink.evaluate.predictions import Predictions
 from ctrsink.export.package import export_run
 from ctrsink.serve import Scorer, request_of, score_file
-from ctrsink.serve.scorer import CANDIDATES
+from ctrsink.serve.encoding import CANDIDATES, RequestEncoder
 from ctrsink.train.restore import restore_run
 from tests.serving_fixtures import Prepared, prepared, run_spec, write_run
 
@@ -136,7 +136,7 @@ def test_many_candidates_behind_one_history_score_as_one_by_one(
     assert len(set(np.round(apart, 6))) == len({json.dumps(c) for c in request["candidates"]})
     np.testing.assert_allclose(together, apart, atol=1e-5)
     # More than are scored at once: in parts, in order.
-    monkeypatch.setattr(module_of(Scorer), "CANDIDATES", 9)
+    monkeypatch.setattr(module_of(RequestEncoder), "CANDIDATES", 9)
     np.testing.assert_allclose(scorer.score(request), apart, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """What the attention of one forward pass is given beside queries, keys and values."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -37,6 +38,19 @@ class AttentionInputs:
 
 Watch = Callable[[AttentionInputs, int, torch.Tensor, torch.Tensor, float], None]
 """Called in every layer with its number, packed query [1, H, N, d] and key [1, H_kv, N, d], and the factor of their product."""
+
+
+@dataclass
+class OwnAttention(AttentionInputs, ABC):
+    """Inputs that compute attention themselves, whatever the backend."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """See `register`."""
+
+
 I = TypeVar("I", bound=AttentionInputs)  # noqa: E741
 
 
@@ -66,6 +80,10 @@ def register(name: str, kind: type[I], attend: Callable[..., torch.Tensor], drop
         attention_inputs: AttentionInputs | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if isinstance(attention_inputs, OwnAttention):
+            layer = layer_index(module)
+            attention_inputs.followed.add(layer)
+            return attention_inputs.attend(layer, module, query, key, value, **kwargs), None
         if not isinstance(attention_inputs, kind):  # a layer that drops keywords: the model finds that it was not followed
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
         if kwargs.get("dropout") and not drops:

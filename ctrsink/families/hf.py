@@ -4,6 +4,7 @@ Importing this module registers the classes of all families with AutoConfig and 
 with them (`ctrsink.auto_classes`); it needs neither PEFT nor anything of training.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ctrsink.config.model import FIRST_FAMILY
 from ctrsink.config.stages import Objective
 from ctrsink.families.adapter import based, put, section_of
 from ctrsink.families.facts import Facts
+from ctrsink.families.protocol import Kept
 from ctrsink.families.registry import FAMILIES, family_of
 from ctrsink.sequences.batch import Batch
 
@@ -90,11 +92,19 @@ class ExportedModel(PreTrainedModel):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [T] in fp32, computed as in training: a model whose weights are bfloat16 runs under autocast."""
-        if self._narrow is not None:
-            self.ctr.mixed_precision = next(self.ctr.get_submodule(self._narrow).parameters()).dtype == torch.bfloat16
+        self._set_precision()
         logits = self.ctr(batch, self.objective).logits
         assert logits is not None
         return logits
+
+    def recall(self, batch: Batch, histories: Sequence[Kept], of: list[int]) -> tuple[torch.Tensor, Sequence[Kept]]:
+        """See CTRModule.recall."""
+        self._set_precision()
+        return self.ctr.recall(batch, self.objective, histories, of)
+
+    def _set_precision(self) -> None:
+        if self._narrow is not None:
+            self.ctr.mixed_precision = next(self.ctr.get_submodule(self._narrow).parameters()).dtype == torch.bfloat16
 
 
 def name_of(family: str) -> str:

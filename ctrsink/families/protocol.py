@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -87,6 +87,26 @@ class Plain(NamedTuple):
     """How many LoRA was merged into."""
 
 
+class Kept(ABC):
+    """What a model keeps of one history, so that later requests need not compute it again."""
+
+    known: int
+    """Rows of the history that it holds; the others are still to be computed."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Rows of the history."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int: ...
+
+    @abstractmethod
+    def narrowed(self) -> "Kept":
+        """Only what candidates read of it: it serves the same history, and cannot be continued by a longer one."""
+
+
 class CTRModule(nn.Module, ABC):
     """A model that a family builds. ZeRO-3: every rank runs every module equally often, whatever its batch holds."""
 
@@ -124,6 +144,30 @@ class CTRModule(nn.Module, ABC):
                 is a hash of it and of user and event, so that it does not depend on how a global batch is dealt out.
         """
         return batch
+
+    def forgets(self, layout: Layout) -> str | None:
+        """Why nothing can be kept of histories between requests; None where `begun` and `recall` can."""
+        return "models of this family compute a history anew for each request"
+
+    def narrows(self, objective: Objective) -> bool:
+        """Whether candidates read less of a history than its next behaviours do, see Kept.narrowed."""
+        return False
+
+    def begun(self, sequence: Sequences, before: Kept | None) -> Kept:
+        """Of the history of one sequence what is known, from what was kept of an earlier one: itself, where they are the same."""
+        raise NotImplementedError
+
+    def recall(
+        self, batch: Batch, objective: Objective, histories: Sequence[Kept], of: list[int]
+    ) -> tuple[torch.Tensor, Sequence[Kept]]:
+        """Logits [T] as of `forward`, up to rounding, and the histories, known to their ends.
+
+        Args:
+            batch: of whole sequences, on the host.
+            histories: what is known of each; a sequence is behind one of them.
+            of: the number of the history of each sequence.
+        """
+        raise NotImplementedError
 
     def look(self, batch: Batch, objective: Objective, forward: Callable[[Batch, Objective], Any]) -> dict[str, float]:
         """Numbers from inside, by one forward pass without gradients or dropout; under ZeRO-3 every rank calls it alike.

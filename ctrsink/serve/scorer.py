@@ -1,73 +1,86 @@
 """The scorer: requests to probabilities, through the same text, tokens, sequences and batches as in training."""
 
-import json
 import logging
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from ctrsink import storage, strict_json
-from ctrsink.config.data import TextSpec
-from ctrsink.dataset.events import Events
-from ctrsink.dataset.layout import Layout
-from ctrsink.dataset.shard import with_told
+from ctrsink.dataset.values import id_text
 from ctrsink.errors import InputError
-from ctrsink.families.facts import Wording
-from ctrsink.families.registry import family_of
-from ctrsink.features.ragged import Ragged
-from ctrsink.prepare.render import feedback_ids, feedback_minima, feedback_table, item_texts, template_fields
-from ctrsink.prepare.tokenize import encode_items, encode_own
 from ctrsink.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
-from ctrsink.sequences.columns import Sequences
-from ctrsink.sequences.windows import Cuts
+from ctrsink.sequences.columns import TARGETS, Sequences, spans
+from ctrsink.serve.encoding import Encoded, RequestEncoder
+from ctrsink.serve.history_cache import HistoryCache
 from ctrsink.serve.load import Loaded, load_model
-from ctrsink.serve.requests import Request, item_table, parse_request
-from ctrsink.serve.told import check, histories_of
+from ctrsink.serve.recalled import recalled
+from ctrsink.serve.requests import Request, parse_request
+from ctrsink.serve.told import check
+from ctrsink.stream.budget import fill
 
-_NO_TOKENS = np.empty(0, np.int64)
-CANDIDATES = 128  # behind one computation of the history
+TOKENS, ITEMS = 16384, 100_000
 log = logging.getLogger("ctrsink.serve")
 
 
 class Scorer:
     """Click probabilities from an exported model.
 
+    `parse` and `encode` may be called from any thread, while one calls `run`.
+
     Args:
         loaded: the model and what belongs to it.
+        tokens: of a micro-batch, at most; a sequence that is longer is one of its own.
+        items: whose tokens and vectors are kept, at most.
+        history_bytes: of what is kept of users' histories between their requests, at most; 0: nothing is.
+        sinks_only: keep only what candidates read of a history: several times less, but a history that grew is computed anew.
+
+    Raises:
+        InputError: `sinks_only`, and candidates read all of a history, or none is kept.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.model, self.tokenizer, self.encoder = loaded.model, loaded.tokenizer, loaded.encoder
-        self.knowledge = loaded.knowledge
-        config = self.model.config
-        self.text = TextSpec.model_validate(config.text)
-        self.layout = Layout.load(config.layout).serving()
-        self.family = family_of(self.layout.family)
-        # Vectors of items are those of their texts.
-        self._needs_text = self.family.reads_text or self.encoder is not None
-        names = list(template_fields(self.text.item)) if self._needs_text else []
-        if self.knowledge is not None:
-            names += [*(field.column for field in self.knowledge.fields), "id"]
-            names += [column.name for column in self.knowledge.columns if column.of == "item"]
-        self.fields = list(dict.fromkeys(names))
-        self.prefix = np.array(config.prefix_tokens, np.int64)
+    def __init__(
+        self, loaded: Loaded, *, tokens: int = TOKENS, items: int = ITEMS, history_bytes: int = 0, sinks_only: bool = False
+    ) -> None:
+        self.model, self.tokens = loaded.model, tokens
+        self.encoding = RequestEncoder(loaded, items)
+        self.layout, self.fields, self.knowledge = self.encoding.layout, self.encoding.fields, loaded.knowledge
+        self._forgets = self.model.ctr.forgets(self.layout)
+        self.caches = self._forgets or (None if history_bytes else "no memory is given for histories (history_bytes)")
+        """Why no history is kept between requests; None where they are."""
+        if sinks_only and (self.caches or not self.model.ctr.narrows(self.model.objective)):
+            reason = self.caches or "its candidates read texts of the history, too (readout.over is not sinks)"
+            raise InputError(f"sinks_only: the model is not scored from what is kept of sinks: {reason}")
+        self.histories = None if self.caches else HistoryCache(history_bytes, sinks_only)
+        """What is kept of users' histories between their requests, where something is."""
 
     @classmethod
-    def load(cls, folder: str, device: str = "cpu", base: str | None = None) -> "Scorer":
-        """The scorer of the model that `ctrsink export` wrote to `folder`, local or s3://; `base`: see load_model.
+    def load(
+        cls,
+        folder: str,
+        device: str = "cpu",
+        base: str | None = None,
+        *,
+        tokens: int = TOKENS,
+        items: int = ITEMS,
+        history_bytes: int = 0,
+        sinks_only: bool = False,
+    ) -> "Scorer":
+        """The scorer of the model that `ctrsink export` wrote to `folder`, local or s3://.
+
+        `base`: see load_model; the others: see the class.
 
         Raises:
             InputError: there is no such model, or it is damaged, or an adapter without its base.
         """
-        return cls(load_model(folder, device, base))
+        loaded = load_model(folder, device, base)
+        return cls(loaded, tokens=tokens, items=items, history_bytes=history_bytes, sinks_only=sinks_only)
 
     def score(self, request: dict[str, Any]) -> list[float]:
         """The probability of a click for each of the request's candidates, in their order; see Request for its keys.
@@ -84,23 +97,64 @@ class Scorer:
             check(request, self.knowledge, self.layout.base, where)
         return request
 
-    def probabilities(self, request: Request, where: str) -> list[float]:
-        """As `score`, of a parsed request; errors name `where`, also where the model gives something that is no probability."""
+    def encode(self, request: Request, where: str) -> Encoded:
+        """What the model reads of a parsed request; by numpy, without the model.
+
+        Raises:
+            InputError: an item has no text; the message names `where`.
+        """
         try:
-            sequences = self._sequences(request)
+            sequences = self.encoding.sequences(request)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        out: list[float] = []
-        for sequence in sequences:
+        return Encoded(sequences, where, id_text(request.user))
+
+    def run(self, requests: Sequence[Encoded]) -> list[list[float] | InputError]:
+        """The probabilities of each request's candidates, in micro-batches of `tokens` tokens that requests share.
+
+        A request alone, whose candidates fit behind one history, gets the same bits whenever it is scored; others, and with kept
+        histories all, differ from that by rounding. In the place of a request that the model cannot take, or whose probabilities
+        are not finite, stands an InputError, which names it.
+        """
+        try:
+            return self._run(requests)
+        except InputError as error:
+            if len(requests) > 1:
+                return [found for request in requests for found in self.run([request])]
+            return [InputError(f"{request.where}: {error}") for request in requests]
+
+    def _run(self, requests: Sequence[Encoded]) -> list[list[float] | InputError]:
+        recall = [self._recalls(request) for request in requests]
+        found = {True: iter(self._recalled(list(compress(requests, recall))))}
+        found[False] = iter(self._whole([request for request, own in zip(requests, recall, strict=True) if not own]))
+        return [_judged(next(found[own]), request.where) for request, own in zip(requests, recall, strict=True)]
+
+    def _recalls(self, request: Encoded) -> bool:
+        """Whether it is worth computing the history apart from candidates: it is kept, or all of them do not fit behind it."""
+        return self._forgets is None and (self.histories is not None or len(request.sequences) > 1)
+
+    def _recalled(self, requests: list[Encoded]) -> list[np.ndarray]:
+        return recalled(self.model, requests, self.tokens, self.histories) if requests else []
+
+    def _whole(self, requests: list[Encoded]) -> list[np.ndarray]:
+        """Logits of each request, float64 [C]."""
+        if not requests:
+            return []
+        sequences = Sequences.joined([request.sequences for request in requests])
+        out = np.empty(sequences.bounds[TARGETS][-1])
+        for rows in fill(sequences.lengths, self.tokens, sequences.padded):
+            rows.sort()
             with torch.inference_mode():
-                out += self.model(_batch(sequence).to(self.model.device)).double().sigmoid().tolist()
-        dead = next((i for i, probability in enumerate(out) if not math.isfinite(probability)), None)
-        if dead is not None:
-            raise InputError(
-                f"{where}: the model's probability of candidates.{dead} is not finite: its weights have overflowed, export "
-                "another checkpoint"
-            )
-        return out
+                found = self.model(_batch(sequences, rows).to(self.model.device)).double().cpu().numpy()
+            out[np.concatenate([np.arange(a, b) for a, b in spans(sequences.bounds[TARGETS], rows)])] = found
+        return np.split(out, np.cumsum([request.candidates for request in requests])[:-1])
+
+    def probabilities(self, request: Request, where: str) -> list[float]:
+        """As `score`, of a parsed request; errors name `where`, also where the model gives something that is no probability."""
+        (found,) = self.run([self.encode(request, where)])
+        if isinstance(found, InputError):
+            raise found
+        return found
 
     def nearest(self, request: dict[str, Any], candidate: int, count: int = 3) -> list[tuple[int, float]]:
         """The behaviours whose sinks a candidate attends to most: numbers in the request's history by time, and shares.
@@ -113,64 +167,28 @@ class Scorer:
         if self.layout.retrieve is not None:
             raise InputError("the model retrieves behaviours (data.retrieve): which of them a sink is of is not told")
         parsed = self.parse(request, "request")
-        (sequence,) = self._sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
-        paid = self.model.ctr.paid(_batch(sequence).to(self.model.device), self.model.objective)
+        alone = self.encoding.sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
+        paid = self.model.ctr.paid(_batch(alone, np.array([0])).to(self.model.device), self.model.objective)
         if paid is None:
             return []
         shares, slots = (paid / paid.sum().clamp(min=1e-12)).topk(min(count, len(paid)))
         first = len(parsed.history) - len(paid)
         return [(first + slot, value) for slot, value in zip(slots.tolist(), shares.tolist(), strict=True)]
 
-    def _sequences(self, request: Request) -> list[Sequences]:
-        """The history and candidates behind it, as many as may share one."""
-        count = len(request.history)
-        items = [*(b.item for b in request.history), *request.candidates]
-        fields = item_table(items, self.fields)
-        item_text = item_texts(self.text.item, fields) if self._needs_text else []
-        texts = self._item_tokens(fields, item_text) if self.family.reads_text else Ragged.of([_NO_TOKENS] * len(items))
-        vectors = self.encoder and self.encoder.encode(item_text)
-        given = np.array([np.nan if b.feedback is None else b.feedback for b in request.history], np.float32)
-        rendered = feedback_table(self.text, (), feedback_minima(self.text, given))
-        feedback_rows = feedback_ids(self.text, rendered, given)
-        feedbacks = Ragged.of([np.array(ids, np.int64) for ids in encode_own(self.tokenizer, list(rendered))])
-        moments = [*(b.timestamp for b in request.history), *[request.timestamp] * len(request.candidates)]
-        timestamps = np.floor(moments).astype(np.int64)
-        candidates = len(request.candidates)
-        events = Events(
-            texts=np.arange(count + candidates),
-            feedbacks=np.append(feedback_rows.astype(np.int64), np.zeros(candidates, np.int64)),
-            timestamps=timestamps,
-            labels=np.zeros(count + candidates, np.int8),
-            known=np.append(np.arange(count), np.full(candidates, count)),
-            tokens=texts,
-            vectors=vectors,
+
+def _batch(sequences: Sequences, rows: np.ndarray) -> Batch:
+    return collate(sequences, rows, np.zeros_like(rows))
+
+
+def _judged(logits: np.ndarray, where: str) -> list[float] | InputError:
+    probabilities = torch.from_numpy(logits).sigmoid().numpy()
+    dead = np.flatnonzero(~np.isfinite(probabilities))
+    if len(dead):
+        return InputError(
+            f"{where}: the model's probability of candidates.{dead[0]} is not finite: its weights have overflowed, export "
+            "another checkpoint"
         )
-        histories = histories_of(request, timestamps, self.knowledge, vectors) if self.knowledge else None
-        events = with_told(events, self.layout, histories, self._known_feedbacks(rendered)[events.feedbacks])
-        # What depends on the candidate's item is no history that candidates share.
-        together = 1 if self.layout.depends_on_target else CANDIDATES
-        chosen = np.split(np.arange(count, count + candidates), range(together, candidates, together))
-        cuts = (Cuts([events], np.array([1]), np.array([0]), Ragged.of([rows])) for rows in chosen)
-        wording = Wording(feedbacks, self.prefix)
-        return [self.family.encode(cut, self.layout, wording) for cut in cuts]
-
-    def _known_feedbacks(self, rendered: tuple[str, ...]) -> np.ndarray:
-        """Of the texts of a request's feedback the numbers that the data set has for them; 0, no feedback, for a new one."""
-        numbers: dict[str, int] = {text: number for number, text in enumerate(self.model.config.feedback_texts or ())}
-        return np.array([numbers.get(text, 0) for text in rendered], np.int64)
-
-    def _item_tokens(self, fields: pa.Table, texts: list[str]) -> Ragged:
-        rendered = encode_items(self.tokenizer, self.text.item, fields, texts)
-        tokens = [np.array(ids[: self.text.max_item_tokens], np.int64) for ids in rendered]
-        empty = next((i for i, ids in enumerate(tokens) if not len(ids)), None)
-        if empty is not None:
-            item = {name: fields.column(name)[empty].as_py() for name in self.fields}
-            raise InputError(f"the text of the item {json.dumps(item, ensure_ascii=False)} is empty: fill in its fields")
-        return Ragged.of(tokens)
-
-
-def _batch(sequence: Sequences) -> Batch:
-    return collate(sequence, np.array([0]), np.array([0]))
+    return probabilities.tolist()
 
 
 def score_file(folder: str, input_path: str, output: str | None = None, on_bad_request: OnBadRequest = "fail") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """CTRModel: a decoder backbone with sinks, inter-sink bias and a click head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ctrsink.attention.inputs import AttentionInputs, Watch
 from ctrsink.attention.packed import Packed
 from ctrsink.config.model import DecoderSpec, SparseSinksSpec
 from ctrsink.config.stages import Objective
+from ctrsink.dataset.layout import Layout
 from ctrsink.errors import InputError
 from ctrsink.families.decoder.bias import InterSinkBias, attach
 from ctrsink.families.decoder.cost import flop_count
@@ -21,6 +22,7 @@ from ctrsink.families.decoder.groups import group_of, trained_as
 from ctrsink.families.decoder.head import ClickHead, JointHead, LinearHead
 from ctrsink.families.decoder.look import gammas_and_shares
 from ctrsink.families.decoder.readout import read
+from ctrsink.families.decoder.recall import KeptHistory, begun, forgets, recall
 from ctrsink.families.decoder.shares import watched
 from ctrsink.families.decoder.similarity import SimilarityBias, similarity_of
 from ctrsink.families.decoder.summaries import SummaryBias
@@ -28,7 +30,7 @@ from ctrsink.families.decoder.temporal import TemporalBias
 from ctrsink.families.protocol import CTRModule, Flops, Out
 from ctrsink.features.registry import SIGNALS, signal
 from ctrsink.sequences.batch import Batch
-from ctrsink.sequences.columns import TARGETS
+from ctrsink.sequences.columns import TARGETS, Sequences
 
 BACKENDS = {"sdpa": sdpa.BACKEND, "blocks": blocks.BACKEND, "flex": flex.BACKEND}
 """Names under which transformers knows the attention of each `model.attention`."""
@@ -100,7 +102,7 @@ class CTRModel(CTRModule):
             tokens = tokens.index_add(0, read["asked_positions"], told.to(tokens.dtype))
         return tokens
 
-    def _asked_biases(self, batch: Batch, packed: Packed) -> list[torch.Tensor]:
+    def asked_biases(self, batch: Batch, packed: Packed) -> list[torch.Tensor]:
         """What each layer adds to the logits of those asked at sinks, [B, H, M, K]; none where the model has nothing to add."""
         found = similar = []
         if self.temporal:
@@ -113,17 +115,21 @@ class CTRModel(CTRModule):
         return [sum(pair) for pair in zip(found, similar, strict=True)] if found and similar else found or similar  # pyright: ignore[reportReturnType]
 
     def hidden_states(self, batch: Batch, packed: Packed, objective: Objective) -> torch.Tensor:
-        """States after the final norm, [N, D].
+        """States after the final norm, [N, D]."""
+        given = self._inputs(batch, packed, objective.readout.through_sinks)
+        given.watch = self.watch
+        given.at_asked.update(enumerate(self.asked_biases(batch, packed)))
+        embedded, position_ids, count = self.embed(batch), batch.inputs["position_ids"], packed.sequences.total
+        if (missing := given.length - count) > 0:
+            embedded, position_ids = functional.pad(embedded, (0, 0, 0, missing)), functional.pad(position_ids, (0, missing))
+        return self.through_backbone(embedded, position_ids, given)[:count]
+
+    def through_backbone(self, embedded: torch.Tensor, position_ids: torch.Tensor, given: AttentionInputs) -> torch.Tensor:
+        """Input vectors [N, D] and positions, int64 [N] -> states after the final norm, [N, D].
 
         Raises:
             RuntimeError: the backbone did not pass the attention's inputs on to it.
         """
-        given = self._inputs(batch, packed, objective.readout.through_sinks)
-        given.watch = self.watch
-        given.at_asked.update(enumerate(self._asked_biases(batch, packed)))
-        embedded, position_ids, count = self.embed(batch), batch.inputs["position_ids"], packed.sequences.total
-        if (missing := given.length - count) > 0:
-            embedded, position_ids = functional.pad(embedded, (0, 0, 0, missing)), functional.pad(position_ids, (0, missing))
         out = self.backbone(
             inputs_embeds=embedded[None],
             attention_mask=None,
@@ -136,7 +142,7 @@ class CTRModel(CTRModule):
                 f"the attention of {self.layers - len(given.followed)} of {self.layers} layers knew nothing of sinks and of "
                 f"where sequences end: {type(self.backbone).__name__} does not pass keywords on to it, or has another backend"
             )
-        return out.last_hidden_state[0, :count]
+        return out.last_hidden_state[0]
 
     def _inputs(self, batch: Batch, packed: Packed, sinks_only: bool) -> AttentionInputs:
         if self.sparse is not None:
@@ -169,6 +175,20 @@ class CTRModel(CTRModule):
             logits = self.head(states.float(), batch.inputs["readout_numbers"]) + batch.inputs["base"]
         losses = functional.binary_cross_entropy_with_logits(logits, targets.labels, reduction="none")
         return Out((losses * targets.counted).sum(), logits)
+
+    def forgets(self, layout: Layout) -> str | None:
+        return forgets(self, layout)
+
+    def narrows(self, objective: Objective) -> bool:
+        return objective.readout.through_sinks or self.window is not None
+
+    def begun(self, sequence: Sequences, before: Any) -> KeptHistory:
+        return begun(sequence, before)
+
+    def recall(
+        self, batch: Batch, objective: Objective, histories: Sequence[Any], of: list[int]
+    ) -> tuple[torch.Tensor, list[KeptHistory]]:
+        return recall(self, batch, objective, list(histories), of)
 
     def group_of(self, name: str) -> str:
         return group_of(name)
