@@ -10,6 +10,7 @@ from ctrsink import __version__, logs, strict_json
 from ctrsink.cli_arguments import add_place, add_verb, configured, count, count_or_none, step
 from ctrsink.cli_data import add_data_verbs
 from ctrsink.cli_jobs import add_job_verbs
+from ctrsink.cli_score import add_score_verb
 from ctrsink.errors import InputError, RunError, first_line
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
@@ -131,18 +132,6 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     return export_run(args.run_dir, args.to, args.dtype, args.checkpoint, args.form)
 
 
-def _score(args: argparse.Namespace) -> dict[str, Any]:
-    from ctrsink.request_lines import read_lines, require_model
-
-    lines = read_lines(args.input, args.on_bad_request)
-    require_model(args.model)
-    from ctrsink.serve.scorer import score_lines
-
-    counts = score_lines(args.model, lines, args.output, args.on_bad_request, args.base)
-    if args.output is not None or args.json:
-        return counts
-    print(", ".join(f"{key}: {value}" for key, value in counts.items()), file=sys.stderr)  # stdout is the scores'
-    return {}
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -242,14 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     export.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
 
-    score = add_verb(verbs, "score", _score, "click probabilities for requests, one JSON object a line")
-    score.add_argument("--model", required=True, metavar="DIR")
-    score.add_argument("--base", metavar="DIR", help="of an adapter; default: where it says, or the Hugging Face cache")
-    score.add_argument("--input", required=True, metavar="FILE")
-    score.add_argument("--output", metavar="FILE", help="default: stdout")
-    score.add_argument(
-        "--on-bad-request", choices=["fail", "skip"], default="fail", help="skip: its line of the output says what is wrong"
-    )
+    add_score_verb(verbs)
 
     add_job_verbs(verbs)
 

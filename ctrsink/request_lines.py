@@ -28,19 +28,30 @@ def read_lines(path: str, on_bad_request: OnBadRequest = "fail") -> list[Request
         InputError: there is no such file, or nothing in it, or a line is no JSON and bad ones are not to be skipped.
     """
     try:
-        lines = storage.read_bytes(path).split(b"\n")
+        found = parse_lines(storage.read_bytes(path), path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a file with one request a line") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
+    if not found:
         raise InputError(f"{path} is empty: give one request a line")
-    found = [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     if on_bad_request == "fail":
         for line in found:
             if line.problem is not None:
                 raise InputError(line.problem)
     return found
+
+
+def parse_lines(content: bytes, path: str, first: int = 0, last: bool = True) -> list[RequestLine]:
+    """The lines of a file, or of a piece of it whose first line has `first` lines before it.
+
+    Args:
+        last: nothing follows: empty lines at the end are no requests.
+    """
+    lines = content.split(b"\n")
+    if not lines[-1]:  # behind the last line break
+        lines.pop()
+    while last and lines and not lines[-1].strip():
+        lines.pop()
+    return [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, first + 1)]
 
 
 def require_model(uri: str) -> None:

@@ -13,7 +13,7 @@ import yaml
 from ctrsink.cli import _text
 from ctrsink.errors import InputError
 from ctrsink.run import presence
-from ctrsink.serve.scorer import score_file
+from ctrsink.serve import score_file
 from tests.command_line import call, content, good, refused
 from tests.runs import prepared_data, run_tree
 

@@ -39,6 +39,7 @@ def run_tasks(
     take: Callable[[int], tuple[float, int]] = _one_each,
     total: float | None = None,
     before: str = "",
+    unit: str = "rows",
 ) -> None:
     """Run the task on each number below `count` but those that an earlier preparation has run, and report the progress.
 
@@ -47,6 +48,7 @@ def run_tasks(
         take: called with each number in order, as soon as its result is there; gives its work and its rows.
         total: work of all numbers; None: 1 each.
         before: what it means to be run already, such as `blocks have been read`; empty: it is not said.
+        unit: what is counted.
     """
     done = task.done()
     if done and before:
@@ -59,4 +61,4 @@ def run_tasks(
                 next(running)
             yield Done(*take(number), number in done)
 
-    report(finished(), count if total is None else total, what)
+    report(finished(), count if total is None else total, what, unit)

@@ -18,7 +18,7 @@ class Done(NamedTuple):
     """By an earlier preparation: it says nothing of how fast this one is."""
 
 
-def report(done: Iterable[Done], total: float, what: str) -> None:
+def report(done: Iterable[Done], total: float, what: str, unit: str = "rows") -> None:
     """Go through `done` and log the progress towards `total` work."""
     started = last = time.monotonic()
     work = rows = fresh_work = fresh_rows = 0.0
@@ -30,12 +30,12 @@ def report(done: Iterable[Done], total: float, what: str) -> None:
         if now - last >= EVERY_S and fresh_work:
             last = now
             left = (now - started) * (total - work) / fresh_work
-            log.info("%s", progress_line(what, rows, work / total, fresh_rows / (now - started), left))
-    log.info("%s %d rows in %.1f s", what, rows, time.monotonic() - started)
+            log.info("%s", progress_line(what, rows, work / total, fresh_rows / (now - started), left, unit))
+    log.info("%s %d %s in %.1f s", what, rows, unit, time.monotonic() - started)
 
 
-def progress_line(what: str, rows: float, share: float, pace: float, left: float) -> str:
+def progress_line(what: str, rows: float, share: float, pace: float, left: float, unit: str = "rows") -> str:
     """Such as `read 12,000,000 rows (24 %), 310,000/s, 2 min 3 s left`."""
     seconds = round(left)
     wait = f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
-    return f"{what} {rows:,.0f} rows ({share:.0%}), {pace:,.0f}/s, {wait} left".replace("%", " %")
+    return f"{what} {rows:,.0f} {unit} ({share:.0%}), {pace:,.0f}/s, {wait} left".replace("%", " %")

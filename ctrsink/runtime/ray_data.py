@@ -1,13 +1,15 @@
-"""Ray Data runs the tasks of a preparation: on this machine's cores or on a cluster, repeated where a worker dies."""
+"""Ray Data runs tasks that are numbered: on this machine's cores or on a cluster, repeated where a worker dies."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ray
-from ray.data import DataContext, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 
 from ctrsink.errors import InputError, RunError
 from ctrsink.prepare.execute import Execute, Task
+from ctrsink.runtime.process import prepare_process
 from ctrsink.runtime.ray_train import connect
 
 
@@ -17,7 +19,29 @@ def ray_data(address: str | None, workers: int) -> Execute:
     Raises:
         InputError: the cluster cannot be reached.
     """
-    connect(address, workers)
+    hint = "; if memory ran out, lower prepare.workers, block_bytes or shard_events"
+    return _executing(address, workers, hint, compute=TaskPoolStrategy(size=workers), num_cpus=1)
+
+
+def ray_data_actors(address: str | None, workers: int, cpus: int, device: str) -> Execute:
+    """As `ray_data`, for tasks that keep something of size, as a model: `workers` processes run them, one task at a time each.
+
+    Args:
+        cpus: threads of each.
+        device: what each is to have; of `cuda` one.
+
+    Raises:
+        InputError: the cluster cannot be reached.
+    """
+    gpus = {"num_gpus": 1} if device == "cuda" else {}
+    actors = ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
+    hint = "; if memory ran out, lower --workers or --block-bytes"
+    return _executing(address, workers * cpus, hint, (device, cpus), compute=actors, num_cpus=cpus, **gpus)
+
+
+def _executing(address: str | None, cpus: int, hint: str, process: tuple[str, int] | None = None, **place: Any) -> Execute:
+    """Run tasks at the `place` that Ray Data's `map` takes; actors among them are prepared for a device and so many threads."""
+    connect(address, cpus)
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -26,12 +50,15 @@ def ray_data(address: str | None, workers: int) -> Execute:
         if not numbers:
             return
         rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
-        done = rows.map(_Row(task), compute=TaskPoolStrategy(size=workers), num_cpus=1)
+        # Of a class Ray makes an object in each actor, of an object in each task.
+        run: Any = _Row(task) if process is None else _Row
+        given = {} if process is None else {"fn_constructor_args": (task, process)}
+        done = rows.map(run, **given, **place)
         try:
             for row in done.iter_rows():
                 yield row["number"]
         except RayError as error:
-            raise _translate(error) from error
+            raise _translate(error, hint) from error
 
     return execute
 
@@ -39,19 +66,21 @@ def ray_data(address: str | None, workers: int) -> Execute:
 class _Row:
     """A task on a row of Ray Data."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, process: tuple[str, int] | None = None) -> None:
         self.task = task
+        if process is not None:
+            prepare_process(*process, rank=1)  # warnings only
 
     def __call__(self, row: dict[str, int]) -> dict[str, int]:
         return {"number": self.task(int(row["number"]))}
 
 
-def _translate(error: RayError) -> Exception:
+def _translate(error: RayError, hint: str) -> Exception:
     """The task's own error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):
             return type(cause)(str(cause))
         cause = cause.__cause__ or getattr(cause, "cause", None)
-    hint = "" if isinstance(error, RayTaskError) else "; if memory ran out, lower prepare.workers, block_bytes or shard_events"
-    return RunError(f"a task of the preparation failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}{hint}")
+    hint = "" if isinstance(error, RayTaskError) else hint
+    return RunError(f"a task failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}{hint}")

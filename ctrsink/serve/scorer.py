@@ -1,19 +1,14 @@
 """The scorer: requests to probabilities, through the same text, tokens, sequences and batches as in training."""
 
-import logging
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 
-from ctrsink import storage, strict_json
 from ctrsink.dataset.values import id_text
 from ctrsink.errors import InputError
-from ctrsink.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.sequences.batch import Batch
 from ctrsink.sequences.collate import collate
 from ctrsink.sequences.columns import TARGETS, Sequences, spans
@@ -26,7 +21,6 @@ from ctrsink.serve.told import check
 from ctrsink.stream.budget import fill
 
 TOKENS, ITEMS = 16384, 100_000
-log = logging.getLogger("ctrsink.serve")
 
 
 class Scorer:
@@ -189,71 +183,3 @@ def _judged(logits: np.ndarray, where: str) -> list[float] | InputError:
             "another checkpoint"
         )
     return probabilities.tolist()
-
-
-def score_file(folder: str, input_path: str, output: str | None = None, on_bad_request: OnBadRequest = "fail") -> dict[str, Any]:
-    """Score a file of requests, one JSON object a line, with the model in `folder`; see score_lines."""
-    return score_lines(folder, read_lines(input_path, on_bad_request), output, on_bad_request)
-
-
-def score_lines(
-    folder: str,
-    lines: list[RequestLine],
-    output: str | None = None,
-    on_bad_request: OnBadRequest = "fail",
-    base: str | None = None,
-) -> dict[str, Any]:
-    """Score the requests of a file with the model in `folder`; `base`: see load_model.
-
-    Writes one line per request, `{"probabilities": [...]}` and the request's `id` if it has one, to `output` (a file, local or
-    s3://) or to stdout; all at the end, so that bad input leaves nothing behind. A request that is skipped has a line too, with
-    an `error`, so that lines stay those of the input.
-
-    Returns:
-        Counts of `requests` and `candidates` scored, and how many were `skipped` where that was allowed.
-
-    Raises:
-        InputError: a request cannot be scored; the message names its line. Or none of them can.
-    """
-    scorer = Scorer.load(folder, base=base)
-    problems: dict[int, str] = {number: line.problem for number, line in enumerate(lines) if line.problem is not None}
-    requests: dict[int, Request] = {}
-    rows: dict[int, dict[str, Any]] = {}
-
-    @contextmanager
-    def judged(number: int) -> Iterator[None]:
-        try:
-            yield
-        except InputError as error:
-            if on_bad_request == "fail":
-                raise
-            problems[number] = str(error)
-
-    # Every line is checked before the first is scored: a mistake in the last one shows at once.
-    for number, line in enumerate(lines):
-        if number not in problems:
-            with judged(number):
-                requests[number] = scorer.parse(line.tree, line.where)
-    for number, request in requests.items():
-        with judged(number):
-            rows[number] = {"probabilities": scorer.probabilities(request, lines[number].where)}
-    if problems:
-        first = problems[min(problems)]
-        if not rows:
-            raise InputError(f"none of {len(lines)} requests can be scored; the first: {first}")
-        log.warning("skipped %d of %d requests; the first: %s", len(problems), len(lines), first)
-    found = [
-        _named(line.tree) | (rows[number] if number in rows else {"error": problems[number]}) for number, line in enumerate(lines)
-    ]
-    content = "".join(strict_json.dumps(row) + "\n" for row in found)
-    if output is None:
-        sys.stdout.write(content)
-    else:
-        storage.write_bytes(output, content.encode())
-    counts = {"requests": len(rows), "candidates": sum(len(requests[number].candidates) for number in rows)}
-    return counts | ({"skipped": len(problems)} if on_bad_request == "skip" else {})
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The request's id, to be returned with what it got."""
-    return {"id": tree["id"]} if isinstance(tree, dict) and tree.get("id") is not None else {}

@@ -4,9 +4,11 @@ import gzip
 import io
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 from ctrsink import storage
 from ctrsink.errors import InputError, did_you_mean, listed
+from ctrsink.storage import Info
 
 HEAD = 1 << 20  # bytes that are looked at to learn a file's columns
 
@@ -37,8 +39,8 @@ def require_there(uri: str) -> None:
         raise InputError(f"{uri} does not exist: correct the path")
 
 
-def files_at(uri: str) -> list[tuple[str, int]]:
-    """The file `uri`, or every file below the folder `uri`, by path: (URI, bytes).
+def infos_at(uri: str) -> list[tuple[str, Info]]:
+    """The file `uri`, or every file below the folder `uri`, by path: its URI, and what is known of it.
 
     Left out are empty files, and those that are hidden or in a hidden folder (a name that begins with a dot or an underscore, as
     `_SUCCESS`).
@@ -47,7 +49,7 @@ def files_at(uri: str) -> list[tuple[str, int]]:
         InputError: there is nothing to read.
     """
     try:
-        return [(uri, storage.info(uri).bytes)]
+        return [(uri, storage.info(uri))]
     except FileNotFoundError:
         found = storage.find(uri)
     if not found:
@@ -55,7 +57,12 @@ def files_at(uri: str) -> list[tuple[str, int]]:
     shown = [file for file in found if file.bytes and not any(name[0] in "._" for name in file.path.split("/"))]
     if not shown:
         raise InputError(f"{uri} is empty: the folder holds no file that has content and is not hidden")
-    return [(storage.join(uri, file.path), file.bytes) for file in shown]
+    return [(storage.join(uri, file.path), file) for file in shown]
+
+
+def files_at(uri: str) -> list[tuple[str, int]]:
+    """The same as (URI, bytes)."""
+    return [(path, info.bytes) for path, info in infos_at(uri)]
 
 
 def read_part(uri: str, start: int, end: int) -> bytes:
@@ -166,3 +173,8 @@ class RangeFile(io.RawIOBase):
         content = read_part(self._uri, self._position, end)
         self._position += len(content)
         return content
+
+    def readinto(self, buffer: Any) -> int:  # io.BufferedReader asks for it
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)

@@ -88,17 +88,25 @@ def read_jsonl(uri: str, content: bytes, keep: Sequence[str] | None = None, ids:
     return RawRows(uri, pa.table(columns), np.array(numbers, np.int64), header_lines, broken, wrong=wrong, floats=floats)
 
 
-def open_parquet(uri: str) -> pq.ParquetFile:
+def open_parquet(uri: str, buffer_bytes: int = 0) -> pq.ParquetFile:
     """A parquet file from which row groups can be read.
+
+    Args:
+        buffer_bytes: of each column that is held of a row group which is read in batches; 0: a row group is fetched whole.
 
     Raises:
         InputError: it is missing, empty or damaged.
     """
     try:
         # Nanoseconds in 64 bits end in the year 2262, those of INT96 do not: as seconds none is read as another time.
-        return pq.ParquetFile(RangeFile(uri, size_of(uri)), pre_buffer=True, coerce_int96_timestamp_unit="s")
+        return pq.ParquetFile(
+            RangeFile(uri, size_of(uri)),
+            buffer_size=buffer_bytes,
+            pre_buffer=not buffer_bytes,
+            coerce_int96_timestamp_unit="s",
+        )
     except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(uri, error) from None
+        raise damaged(uri, error) from None
 
 
 def read_row_groups(uri: str, file: pq.ParquetFile, groups: range | None = None, keep: Sequence[str] | None = None) -> RawRows:
@@ -111,7 +119,7 @@ def read_row_groups(uri: str, file: pq.ParquetFile, groups: range | None = None,
     try:
         table = file.read_row_groups(list(wanted), columns=None if keep is None else list(keep), use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(uri, error) from None
+        raise damaged(uri, error) from None
     plain = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in table.columns]
     return RawRows(uri, pa.Table.from_arrays(plain, names=table.column_names), np.arange(1, table.num_rows + 1))
 
@@ -124,5 +132,6 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _damaged(uri: str, error: Exception) -> InputError:
+def damaged(uri: str, error: Exception) -> InputError:
+    """What is told of a parquet file that cannot be read to its end."""
     return InputError(f"{uri} is not a whole parquet file: {' '.join(str(error).split())}")

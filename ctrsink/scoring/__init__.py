@@ -1,0 +1,1 @@
+"""Files of requests of any size, scored block by block into a folder of parts."""
