@@ -10,20 +10,28 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 BIN := .venv/bin
+# What pip and its helpers say goes here; VERBOSE=1 shows it, and all that the demo's libraries say.
+INSTALL_LOG := .venv/install.log
+ifdef VERBOSE
+DEMO_FLAGS := --verbose
+else
+SILENT := @
+TO_LOG := >> $(INSTALL_LOG) 2>&1 || { tail -n 20 $(INSTALL_LOG) >&2; exit 1; }
+endif
 # --no-compile: most of these files are never imported; launchers/warm_up.py compiles the others.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
 .PHONY: help demo test browser test-slow test-gpu site lint format clean
 
 help:
-	@echo 'make demo [MODEL=tiny|smollm2]  prepare MovieLens-100K, train, evaluate, export, score'
+	@echo 'make demo [MODEL=tiny|smollm2] [VERBOSE=1]  prepare MovieLens-100K, train, evaluate, export, score'
 	@echo 'make test                       every check that CI runs'
 	@echo 'make test-slow | test-gpu       the tests that take minutes | need CUDA'
 	@echo 'make site                       the documentation, in build/site'
 	@echo 'make lint | format | clean      static checks | rewrite the layout | remove .venv and caches'
 
 demo: .venv/installed
-	$(BIN)/python launchers/demo.py --model $(MODEL)
+	$(SILENT)$(BIN)/python launchers/demo.py --model $(MODEL) $(DEMO_FLAGS)
 
 test: lint browser
 	$(BIN)/pytest -m "not slow and not gpu"
@@ -64,15 +72,18 @@ clean:
 
 .venv/created:
 	@test -n "$(PYTHON)" || { echo 'ctrsink needs Python 3.11 or newer: install it, or name one with make PYTHON=/path/to/python3' >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip
+	$(SILENT)$(PYTHON) -m venv .venv
+	$(SILENT)$(PIP) --upgrade pip $(TO_LOG)
 	@touch $@
 
 .venv/installed: EXTRAS := train,gguf
 .venv/installed-dev: EXTRAS := train,study,gguf,mlflow,docs,dev
 # Torch has a line of its own, so that another index or a local build can be chosen for it alone.
 .venv/installed .venv/installed-dev: .venv/created pyproject.toml
-	$(PIP) $(foreach word,$(PIP_TORCH),'$(word)')
-	$(PIP) -e '.[$(EXTRAS)]'
-	$(BIN)/python launchers/warm_up.py > /dev/null
+	@echo 'installing torch into .venv (1 of 3, minutes; what pip says is in $(INSTALL_LOG))'
+	$(SILENT)$(PIP) $(foreach word,$(PIP_TORCH),'$(word)') $(TO_LOG)
+	@echo 'installing ctrsink with $(EXTRAS) (2 of 3, minutes)'
+	$(SILENT)$(PIP) -e '.[$(EXTRAS)]' $(TO_LOG)
+	@echo 'compiling what every process would compile (3 of 3, a minute)'
+	$(SILENT)$(BIN)/python launchers/warm_up.py > /dev/null $(if $(TO_LOG),2>> $(INSTALL_LOG) || { tail -n 20 $(INSTALL_LOG) >&2; exit 1; })
 	@touch .venv/installed $@

@@ -1,18 +1,20 @@
 """The command line, `ctrsink <verb>`: thin; every verb calls one function and prints what it returned."""
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from ctrsink import __version__, logs, strict_json
-from ctrsink.cli_arguments import add_place, add_verb, configured, count, count_or_none, step
+from ctrsink import __version__, logs, strict_json, terminal
+from ctrsink.cli_arguments import add_place, add_verb, add_verbose, configured, count, count_or_none, step
 from ctrsink.cli_data import add_data_verbs
 from ctrsink.cli_jobs import add_job_verbs
 from ctrsink.cli_score import add_score_verb
 from ctrsink.errors import InputError, RunError, first_line
 
+log = logging.getLogger("ctrsink")
 OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
 
 
@@ -25,9 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    logs.configure()
     try:
-        result = args.run(args)
+        result = _run(args)
     except InputError as error:
         return _fail(args, error, BAD_INPUT)
     except RunError as error:
@@ -43,6 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()))
     # Whoever watches the process must see that the run is not done: Kubernetes would take 0 for its end.
     return STOPPED if result.get("stopped") else OK
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """What the verb returns; what libraries say meanwhile is kept off the terminal, and shown where to find when it fails."""
+    if not args.quiet or getattr(args, "verbose", False):
+        logs.configure()
+        return args.run(args)
+    with terminal.quiet(logs.relay) as held:
+        logs.configure()
+        try:
+            return args.run(args)
+        except (InputError, KeyboardInterrupt):
+            raise
+        except Exception:
+            if (path := held.keep()) is not None:
+                log.info("what libraries said is in %s", path)
+            raise
+        finally:
+            logs.clear()
 
 
 def _fail(args: argparse.Namespace, error: object, code: int) -> int:
@@ -153,7 +173,7 @@ def _study(args: argparse.Namespace) -> dict[str, Any]:
     found = run_study(args.config, args.to)
     if args.json or "stopped" in found:
         return found
-    print(as_table(found))
+    print(as_table(found), file=terminal.out())
     return {key: found[key] for key in ("folder", "files")}
 
 
@@ -168,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "ctrsink", description="Fine-tune decoder language models for CTR prediction with sink tokens."
     )
     parser.add_argument("--version", action="version", version=__version__)
+    add_verbose(parser)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     add_data_verbs(verbs)
@@ -181,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     configured(plan)
     add_place(plan)
 
-    train = add_verb(verbs, "train", _train, "train and evaluate the run of a configuration")
+    train = add_verb(verbs, "train", _train, "train and evaluate the run of a configuration", quiet=True)
     configured(train)
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in run_dir, if there is one")
     train.add_argument("--stop-after", type=count, metavar="N", help="stop after N optimiser steps, with a checkpoint")
@@ -192,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     stop = add_verb(verbs, "stop", _stop, "ask a run that trains somewhere to save itself and stop; --resume goes on with it")
     stop.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
 
-    evaluate = add_verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set")
+    evaluate = add_verb(verbs, "evaluate", _evaluate, "measure a run's model on splits of its data set", quiet=True)
     evaluate.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     evaluate.add_argument("--split", nargs="+", choices=["train", "valid", "test"], default=["valid", "test"])
     evaluate.add_argument("--checkpoint", type=step, metavar="STEP", help="or best, by train.keep.best; default: the latest")
@@ -201,12 +222,13 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="as in training, at a place: runtime.kind=ray; before --split"
     )
 
-    looked = add_verb(verbs, "look", _look, "say where a run's model looks, and what each signal is worth to it")
+    looked = add_verb(verbs, "look", _look, "say where a run's model looks, and what each signal is worth to it", quiet=True)
     looked.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     looked.add_argument("--split", choices=["train", "valid", "test"], default="valid")
     looked.add_argument("--sequences", type=count, default=64, metavar="N", help="size of the sample (default: 64)")
 
-    report = add_verb(verbs, "report", _report, "write one page of a run or a study: a file that shows all and loads nothing")
+    page = "write one page of a run or a study: a file that shows all and loads nothing"
+    report = add_verb(verbs, "report", _report, page, quiet=True)
     report.add_argument("folder", metavar="RUN|STUDY", help="folder of a run, or of a study")
     report.add_argument("--to", required=True, metavar="FILE", help="of the page, HTML; local or s3://")
     report.add_argument("--split", choices=["train", "valid", "test"], help="default: a study's own, else test")
@@ -218,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         help="sample of the look into a run (default: 64); 0: no look",
     )
 
-    export = add_verb(verbs, "export", _export, "write the model of a run as a folder that scores by itself")
+    export = add_verb(verbs, "export", _export, "write the model of a run as a folder that scores by itself", quiet=True)
     export.add_argument("--run", dest="run_dir", required=True, metavar="RUN_DIR")
     export.add_argument("--to", required=True, metavar="URI")
     export.add_argument(
@@ -235,7 +257,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_job_verbs(verbs)
 
-    study = add_verb(verbs, "study", _study, "train variants with several seeds and compare them; goes on where it was")
+    study = add_verb(
+        verbs, "study", _study, "train variants with several seeds and compare them; goes on where it was", quiet=True
+    )
     study.add_argument("--config", required=True, metavar="FILE", help="of the study")
     study.add_argument("--to", metavar="DIR", help="folder of the study, local or s3:// (default: its key folder)")
 

@@ -9,12 +9,19 @@ from ctrsink.estimate.devices import GPUS
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
 
-def add_verb(verbs: Any, name: str, run: Verb, help_text: str) -> argparse.ArgumentParser:
-    """A verb that calls `run`, with what all verbs take."""
+def add_verb(verbs: Any, name: str, run: Verb, help_text: str, quiet: bool = False) -> argparse.ArgumentParser:
+    """A verb that calls `run`, with what all verbs take; `quiet`: what libraries say meanwhile is kept off the terminal."""
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text, description=help_text)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, quiet=quiet)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    add_verbose(parser)
     return parser
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Before the verb or behind it."""
+    shown = "show what libraries say, which else goes into a file"
+    parser.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=shown)
 
 
 def configured(parser: argparse.ArgumentParser) -> None:

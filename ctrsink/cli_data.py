@@ -18,8 +18,8 @@ def add_data_verbs(verbs: Any) -> None:
     sizes = ("100k", "1m", "latest-small", "10m", "20m", "25m", "32m")
     get.add_argument("name", choices=[f"movielens-{size}" for size in sizes])
     get.add_argument("--to", required=True, metavar="DIR")
-    prepare = add_verb(data, "prepare", _data_prepare, "turn the raw log of a configuration into tokenised shards")
-    append = add_verb(data, "append", _data_append, "add a newer log to a data set, as shards of their own")
+    prepare = add_verb(data, "prepare", _data_prepare, "turn the raw log of a configuration into tokenised shards", quiet=True)
+    append = add_verb(data, "append", _data_append, "add a newer log to a data set, as shards of their own", quiet=True)
     for verb in (prepare, append):
         configured(verb)
         verb.add_argument("--to", metavar="URI", help="folder of the data set, local or s3:// (default: data.uri)")

@@ -2,9 +2,9 @@
 
 import argparse
 import os
-import sys
 from typing import Any
 
+from ctrsink import terminal
 from ctrsink.cli_arguments import add_verb, count
 from ctrsink.errors import InputError
 
@@ -13,7 +13,8 @@ BLOCK_BYTES = 4 << 20
 
 def add_score_verb(verbs: Any) -> None:
     """Add it to the parser's `verbs`."""
-    score = add_verb(verbs, "score", _score, "click probabilities for requests: of a file at once, or by blocks into a folder")
+    scored = "click probabilities for requests: of a file at once, or by blocks into a folder"
+    score = add_verb(verbs, "score", _score, scored, quiet=True)
     score.add_argument("--model", required=True, metavar="DIR", help="that `ctrsink export` wrote; local or s3://, as all places")
     score.add_argument("--base", metavar="DIR", help="of an adapter; default: where it says, or the Hugging Face cache")
     score.add_argument(
@@ -28,7 +29,7 @@ def add_score_verb(verbs: Any) -> None:
     score.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     blocks = score.add_argument_group(
         "by blocks",
-        "into a folder, in bounded memory, again from where it was interrupted: for a folder, a pattern, Parquet, .gz",
+        "into a folder, in bounded memory, going on where it was interrupted: of a folder, a pattern, Parquet or .gz",
     )
     blocks.add_argument("--parts", choices=["parquet", "jsonl"], help="of the output (default: as the first file of the input)")
     blocks.add_argument("--block-bytes", type=count, default=BLOCK_BYTES, metavar="N", help="of a part (default: 4 MiB)")
@@ -53,7 +54,7 @@ def _score(args: argparse.Namespace) -> dict[str, Any]:
     counts = score_lines(args.model, lines, output, args.on_bad_request, args.device, args.base)
     if output is not None or args.json:
         return counts
-    print(", ".join(f"{key}: {value}" for key, value in counts.items()), file=sys.stderr)  # stdout is the scores'
+    print(", ".join(f"{key}: {value}" for key, value in counts.items()), file=terminal.err())  # stdout is the scores'
     return {}
 
 

@@ -3,18 +3,21 @@
 import argparse
 import io
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from ctrsink import logs, storage, strict_json
+from ctrsink import logs, storage, strict_json, terminal
 from ctrsink.config import RunSpec, load_run
 from ctrsink.config.model import DecoderSpec
 from ctrsink.dataset.reader import Dataset
@@ -31,6 +34,7 @@ from ctrsink.serve.requests import request_of
 from ctrsink.studies.report import write_report
 from ctrsink.text_table import aligned
 
+log = logging.getLogger("ctrsink.demo")
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
     "tiny": {"LM-CTR": "configs/lm-ctr.yaml", "CTR-Sink": "configs/ctr-sink.yaml"},
@@ -43,12 +47,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(CONFIGS), default="tiny")
     parser.add_argument("--folder", default=None, help="where everything is written (default: runs/demo-MODEL)")
+    parser.add_argument("--verbose", action="store_true", help="show what libraries say, which else goes into a file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for both runs")
     args = parser.parse_args()
     os.chdir(ROOT)
-    logs.configure()
+    folder = args.folder or f"runs/demo-{args.model}"
+    said = Path(folder, "libraries.log")
+    said.unlink(missing_ok=True)
     try:
-        run_demo(args.model, args.folder or f"runs/demo-{args.model}", args.overrides)
+        with nullcontext() if args.verbose else terminal.quiet(logs.relay, said):
+            logs.configure()
+            if not args.verbose:
+                log.info("what libraries say is in %s; --verbose shows it here", said)
+            run_demo(args.model, folder, args.overrides)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -79,22 +90,24 @@ def run_demo(model: str, folder: str, overrides: list[str]) -> None:
     table = as_table(rows)
     report = {"seed": sink.seed, "rows": rows, "seconds": time.monotonic() - started, "example": example}
     storage.write_bytes(f"{folder}/demo.json", strict_json.dumps(report, indent=1).encode())
-    print("\n" + table)
-    print("\n" + verdict(rows[-1], rows[-2]))
+    logs.clear()
+    say = partial(print, file=terminal.out())
+    say("\n" + table)
+    say("\n" + verdict(rows[-1], rows[-2]))
     for label, result in results.items():
         for split, metrics in result["evaluation"].items():
             if (found := no_better_than_the_mean(metrics)) is not None:
-                print(f"{label} on {split}: {found}")
-    print(f"\nOne user's candidates, scored by the exported model ({example['history']} behaviours of history):")
+                say(f"{label} on {split}: {found}")
+    say(f"\nOne user's candidates, scored by the exported model ({example['history']} behaviours of history):")
     for title, probability, label in example["candidates"]:
-        print(f"  {probability:.3f}  {'liked    ' if label else 'not liked'}  {title}")
-    print(f"\nWhat {example['candidates'][0][0]} was scored by, of the user's past (share of its attention to sinks):")
+        say(f"  {probability:.3f}  {'liked    ' if label else 'not liked'}  {title}")
+    say(f"\nWhat {example['candidates'][0][0]} was scored by, of the user's past (share of its attention to sinks):")
     for title, feedback, share in example["nearest"]:
-        print(f"  {share:6.1%}  rated {feedback:g}  {title}")
-    print(f"\nseed {sink.seed}, {report['seconds']:.0f} s in all")
+        say(f"  {share:6.1%}  rated {feedback:g}  {title}")
+    say(f"\nseed {sink.seed}, {report['seconds']:.0f} s in all")
     for name, place in [("runs", folder), ("export", export), ("figures", figures), ("requests", f"{folder}/requests.jsonl")]:
-        print(f"{name + ':':10}{place}")
-    print(f"\nAll that CTR-Sink's run left, on one page for a browser: {page}")
+        say(f"{name + ':':10}{place}")
+    say(f"\nAll that CTR-Sink's run left, on one page for a browser: {page}")
 
 
 def get_ready(model: str, spec: RunSpec) -> None:
@@ -175,7 +188,7 @@ def score_one_user(dataset: Dataset, model: str, folder: str, count: int = 8) ->
     source, output = f"{folder}/requests.jsonl", f"{folder}/scores.jsonl"
     storage.write_bytes(source, (json.dumps(request) + "\n").encode())
     verb = [sys.executable, "-m", "ctrsink", "score", "--model", model, "--input", source, "--output", output]
-    if subprocess.run(verb, check=False).returncode:
+    if subprocess.run(verb, check=False, stdout=terminal.out(), stderr=terminal.err()).returncode:
         raise RunError(f"{' '.join(verb)} failed")
     probabilities = json.loads(storage.read_bytes(output))["probabilities"]
     titles = items["title"].to_pylist()

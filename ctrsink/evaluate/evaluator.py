@@ -14,6 +14,7 @@ from ctrsink.evaluate.prediction_file import PredictionFile, table_of
 from ctrsink.evaluate.predictions import Predictions, predicted
 from ctrsink.families.protocol import Out
 from ctrsink.families.registry import source_of
+from ctrsink.progress import Progress
 from ctrsink.sequences.batch import Batch
 from ctrsink.stream.evaluation import Share, drawn, share_of
 
@@ -79,8 +80,9 @@ def evaluate_splits(
         started = time.monotonic()
         share, count = _whole(dataset, split, layout, spec, topology)
         parts = predicted(forward, share, split, topology)
+        progress = Progress(log, f"measured {split}", count, "impressions")
         with PredictionFile() as file:
-            metrics = (_in_memory if count <= EXACT else _in_sums)(_written(parts, file, dataset))
+            metrics = (_in_memory if count <= EXACT else _in_sums)(_written(parts, file, dataset, progress))
             out[split] = from_first(metrics, topology)
             if topology.is_first:
                 file.put(run_dir, split, {"step": step, **out[split]})
@@ -96,9 +98,10 @@ def _whole(dataset: Dataset, split: str, layout: Layout, spec: EvaluateSpec, top
     return share, int(source.impressions(ids).sum())
 
 
-def _written(parts: Iterator[Predictions], file: PredictionFile, dataset: Dataset) -> Iterator[Predictions]:
+def _written(parts: Iterator[Predictions], file: PredictionFile, dataset: Dataset, progress: Progress) -> Iterator[Predictions]:
     for part in parts:
         file.add(table_of(dataset, part))
+        progress.add(len(part.labels), len(part.labels))
         yield part
 
 
@@ -121,6 +124,7 @@ def _in_sums(parts: Iterator[Predictions]) -> dict[str, float] | None:
 
 
 def _tell(split: str, metrics: dict[str, float], seconds: float) -> None:
-    log.info("%s: AUC %.4f, %d impressions, %.1f s", split, metrics["auc"], metrics["impressions"], seconds)
+    done = {"progress": (f"measured {split}", 1.0)}
+    log.info("%s: AUC %.4f, %d impressions, %.1f s", split, metrics["auc"], metrics["impressions"], seconds, extra=done)
     if (found := no_better_than_the_mean(metrics)) is not None:
         log.warning("%s: the model is %s: train it longer, or look at data and learning rates", split, found)

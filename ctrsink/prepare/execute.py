@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
-from ctrsink.prepare.progress import Done, report
+from ctrsink.progress import Progress
 
 log = logging.getLogger("ctrsink.data")
 Task: TypeAlias = Callable[[int], int]
@@ -44,7 +44,7 @@ def run_tasks(
     """Run the task on each number below `count` but those that an earlier preparation has run, and report the progress.
 
     Args:
-        what: what the progress is said to be, see report.
+        what: what the progress is said to be, see Progress.
         take: called with each number in order, as soon as its result is there; gives its work and its rows.
         total: work of all numbers; None: 1 each.
         before: what it means to be run already, such as `blocks have been read`; empty: it is not said.
@@ -55,10 +55,9 @@ def run_tasks(
         log.info("going on: %d of %d %s before", len(done), count, before)
     running = execute(task, [number for number in range(count) if number not in done])
 
-    def finished() -> Iterator[Done]:
-        for number in range(count):
-            if number not in done:
-                next(running)
-            yield Done(*take(number), number in done)
-
-    report(finished(), count if total is None else total, what, unit)
+    progress = Progress(log, what, count if total is None else total, unit)
+    for number in range(count):
+        if number not in done:
+            next(running)
+        progress.add(*take(number), number in done)
+    progress.end()

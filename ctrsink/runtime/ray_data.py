@@ -1,5 +1,7 @@
 """Ray Data runs tasks that are numbered: on this machine's cores or on a cluster, repeated where a worker dies."""
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,7 +9,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 
-from ctrsink.errors import InputError, RunError
+from ctrsink import logs
+from ctrsink.errors import InputError, RunError, first_line
 from ctrsink.prepare.execute import Execute, Task
 from ctrsink.runtime.process import prepare_process
 from ctrsink.runtime.ray_train import connect
@@ -45,14 +48,15 @@ def _executing(address: str | None, cpus: int, hint: str, process: tuple[str, in
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
 
     def execute(task: Task, numbers: Sequence[int]) -> Iterator[int]:
         if not numbers:
             return
         rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
-        # Of a class Ray makes an object in each actor, of an object in each task.
-        run: Any = _Row(task) if process is None else _Row
-        given = {} if process is None else {"fn_constructor_args": (task, process)}
+        # Of a class Ray makes an object in each actor.
+        run: Any = _Row(task, logs.of_workers()) if process is None else _Row
+        given = {} if process is None else {"fn_constructor_args": (task, logs.of_workers(), process)}
         done = rows.map(run, **given, **place)
         try:
             for row in done.iter_rows():
@@ -66,12 +70,14 @@ def _executing(address: str | None, cpus: int, hint: str, process: tuple[str, in
 class _Row:
     """A task on a row of Ray Data."""
 
-    def __init__(self, task: Task, process: tuple[str, int] | None = None) -> None:
-        self.task = task
+    def __init__(self, task: Task, log_format: str, process: tuple[str, int] | None = None) -> None:
+        self.task, self.log_format = task, log_format
         if process is not None:
-            prepare_process(*process, rank=1)  # warnings only
+            prepare_process(*process)
 
     def __call__(self, row: dict[str, int]) -> dict[str, int]:
+        os.environ[logs.FORMAT_VARIABLE] = self.log_format
+        logs.configure(logging.WARNING)
         return {"number": self.task(int(row["number"]))}
 
 
@@ -79,8 +85,9 @@ def _translate(error: RayError, hint: str) -> Exception:
     """The task's own error."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, InputError):
-            return type(cause)(str(cause))
-        cause = cause.__cause__ or getattr(cause, "cause", None)
+        # Ray makes an error that is of both types, and adds lines of its own to the message.
+        if isinstance(cause, InputError | RunError) and not isinstance(cause, RayError):
+            return type(cause)(first_line(cause))
+        cause = getattr(cause, "cause", None) or cause.__cause__
     hint = "" if isinstance(error, RayTaskError) else hint
     return RunError(f"a task failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}{hint}")

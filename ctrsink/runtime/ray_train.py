@@ -126,7 +126,7 @@ def _on_workers(
             "spec": spec.model_dump(mode="json"),
             "facts": asdict(facts),
             "work": work,
-            "log_format": os.environ.get(logs.FORMAT_VARIABLE, "text"),
+            "log_format": logs.of_workers(),
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=math.ceil(runtime.collective_timeout_s)),
         scaling_config=ScalingConfig(
@@ -278,7 +278,10 @@ def told_of(causes: dict[int, BaseException], place: Path, runtime: RuntimeSpec)
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     waited_for = flight.take(place, _fixed(runtime)) if isinstance(cause, PeerLost) or not isinstance(cause, RunError) else None
     told = f"; {waited_for}" if waited_for else ""
-    return RunError(f"worker {rank} failed: {type(cause).__name__}: {lines[-1] if lines else cause}{told}")
+    # Behind this line Ray says at length what can be done, and who uses the memory.
+    memory = next((line.strip() for line in lines if "running low on memory" in line), None)
+    line = memory or (lines[-1] if lines else str(cause))
+    return RunError(f"worker {rank} failed: {type(cause).__name__}: {line}{told}")
 
 
 def _fixed(runtime: RuntimeSpec) -> int | None:

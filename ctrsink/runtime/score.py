@@ -25,12 +25,10 @@ def score_on_ray(job: ScoreJob, address: str | None, workers: int, cpus: int) ->
     """
     request_files(job.input)
     joined = cluster_address(address)
-    if joined and not all(storage.is_remote(place) for place in (job.model, job.input, job.to)):
-        for name, place in (("--model", job.model), ("--input", job.input), ("--output", job.to)):
-            if not storage.is_remote(place) and storage.absolute(place) != place:
-                raise InputError(
-                    f"{name} {place} is relative, which means nothing on a cluster: use s3://, or an absolute shared folder"
-                )
+    for name, place in (("--model", job.model), ("--input", job.input), ("--output", job.to)):
+        if joined and not storage.is_remote(place) and storage.absolute(place) != place:
+            hint = "use s3://, or an absolute path of a folder that all nodes share"
+            raise InputError(f"{name} {place} is relative, which means nothing on a cluster: {hint}")
     stay_on_loopback(address)
     from ctrsink.runtime.ray_data import ray_data_actors
 

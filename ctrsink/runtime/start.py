@@ -9,6 +9,7 @@ from ctrsink.errors import InputError, RunError
 from ctrsink.families.facts import Facts
 from ctrsink.run.folder import claim, identities, release, require_new
 from ctrsink.run.presence import held
+from ctrsink.runtime.library_log import kept, take_back
 from ctrsink.runtime.preflight import check
 from ctrsink.runtime.process import stay_on_loopback
 from ctrsink.runtime.reach import cluster_address
@@ -30,10 +31,12 @@ def start(spec: RunSpec, resume: bool = False, stop_after: int | None = None) ->
     with held(spec.run_dir) as last_held:
         new = claim(spec, resume, identities(spec, read_manifest(spec.data.uri)))
         try:
-            return _train(spec, facts, stop_after)
+            with kept(spec.run_dir):
+                return _train(spec, facts, stop_after)
         except BaseException:
             with suppress(InputError, RunError, OSError):  # what ended the run is told
                 if new and last_held():
+                    take_back(spec.run_dir)
                     release(spec.run_dir)
             raise
 

@@ -74,6 +74,7 @@ class ScoreJob:
             "model": model,
             "device": self.device,
             "block_bytes": self.block_bytes,
+            "parts": self.form,
         }
 
     def _told(self, parts: Parts, total: Counts, count: int) -> dict[str, Any]:

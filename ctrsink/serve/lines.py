@@ -1,13 +1,12 @@
 """Lines of requests become rows of scores: those of a whole file here, those of a block of one in ctrsink.scoring."""
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ctrsink import storage, strict_json
+from ctrsink import storage, strict_json, terminal
 from ctrsink.errors import InputError
 from ctrsink.request_lines import OnBadRequest, RequestLine, read_lines
 from ctrsink.serve.requests import Request
@@ -106,7 +105,7 @@ def score_lines(
     tell_skipped(scored.requests, len(scored.problems), scored.problems[:1])
     content = as_jsonl(scored.rows)
     if output is None:
-        sys.stdout.write(content.decode())
+        terminal.out().write(content.decode())
     else:
         storage.write_bytes(output, content)
     counts = {"requests": scored.requests, "candidates": scored.candidates}

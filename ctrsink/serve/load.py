@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -66,8 +67,10 @@ def load_model(uri: str, device: str = "cpu", base: str | None = None) -> Loaded
 
     Raises:
         InputError: `uri` holds no exported model, one of another format, or one that is damaged; or an adapter whose base is not
-            to be had, or another.
+            to be had, or another; or there is no such device.
     """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch sees no GPU here: leave it out, or install a torch for CUDA")
     with _local_copy(uri) as folder:
         config = _read_config(uri, folder)
         try:

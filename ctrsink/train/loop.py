@@ -321,7 +321,9 @@ class Trainer:
         whole |= {**row, **rates, **self.saver.seconds()}
         if self.telemetry is not None:
             self.telemetry.add(whole)
-            log.info(progress_line(whole, last), extra={"fields": whole})
+            # A row with a validation stays on the terminal, others follow one another in one place.
+            share = 1.0 if last is None or "valid/auc" in row else self.controller.step / last
+            log.info(progress_line(whole, last), extra={"fields": whole, "progress": ("train", share)})
 
     def _trained(self) -> Audit:
         """What all ranks have trained on since the run began."""
