@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-MARK = "\x1e"
-"""Stands before what a worker logged: a line of ours."""
+MARK = "\x1f"
+"""Stands before what a worker logged: a line of ours. (What separates units; Python takes 1c to 1e for ends of lines.)"""
 Relay = Callable[[str], None]
 
 

@@ -102,7 +102,7 @@ def test_files_of_every_kind_score_as_one_small_file(
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["requests"] == 25
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(block_bytes=st.integers(1, 30_000), group=st.integers(1, 30), order=st.randoms(use_true_random=False))
 def test_blocks_hold_every_request_once_whoever_reads_them(
     lines_of: list[str], tmp_path_factory: pytest.TempPathFactory, block_bytes: int, group: int, order: Any

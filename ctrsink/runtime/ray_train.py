@@ -111,6 +111,7 @@ def _on_workers(
         raise InputError(
             f"run_dir {spec.run_dir} is relative, which means nothing on a cluster: use s3://, or an absolute shared folder"
         )
+    log.info("starting %s workers on Ray", spec.runtime.workers if _fixed(spec.runtime) else "elastic")
     connect(spec.runtime.address, _local_cpus(spec))
     spec = _without_working_folder(spec)
     runtime = spec.runtime
