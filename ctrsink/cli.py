@@ -2,9 +2,9 @@
 
 import argparse
 import logging
-import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ctrsink import __version__, logs, strict_json, terminal
@@ -27,48 +27,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    with ExitStack() as until:
+        if args.quiet and not getattr(args, "verbose", False):
+            until.enter_context(terminal.quiet(logs.relay))
+        logs.configure()
+        try:
+            return _run(args)
+        finally:
+            logs.clear()
+            if argv is None:  # the process ends now: what libraries say meanwhile goes where the rest went
+                until.pop_all()
+                terminal.finish()
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the verb and print what it returned, or why it failed; returns the exit code."""
     try:
-        result = _run(args)
+        result = args.run(args)
     except InputError as error:
         return _fail(args, error, BAD_INPUT)
     except RunError as error:
+        _tell_where()
         return _fail(args, error, FAILED)
     except KeyboardInterrupt:
         return _fail(args, "interrupted", INTERRUPTED)
     except Exception as error:
-        traceback.print_exc()
+        _tell_where()
+        traceback.print_exc(file=terminal.err())
         return _fail(args, f"{type(error).__name__}: {first_line(error)}", FAILED)
+    logs.clear()
     if args.json:
-        print(strict_json.dumps(result))
+        print(strict_json.dumps(result), file=terminal.out())
     elif result:
-        print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()))
+        print("\n".join(f"{key}: {_text(value)}" for key, value in result.items()), file=terminal.out())
     # Whoever watches the process must see that the run is not done: Kubernetes would take 0 for its end.
     return STOPPED if result.get("stopped") else OK
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
-    """What the verb returns; what libraries say meanwhile is kept off the terminal, and shown where to find when it fails."""
-    if not args.quiet or getattr(args, "verbose", False):
-        logs.configure()
-        return args.run(args)
-    with terminal.quiet(logs.relay) as held:
-        logs.configure()
-        try:
-            return args.run(args)
-        except (InputError, KeyboardInterrupt):
-            raise
-        except Exception:
-            if (path := held.keep()) is not None:
-                log.info("what libraries said is in %s", path)
-            raise
-        finally:
-            logs.clear()
+def _tell_where() -> None:
+    """Keep what libraries said, where it is not kept anyway, and say where it is."""
+    if (path := terminal.keep()) is not None:
+        log.info("what libraries said is in %s", path)
 
 
 def _fail(args: argparse.Namespace, error: object, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    logs.clear()
+    print(f"error: {error}", file=terminal.err())
     if args.json:
-        print(strict_json.dumps({"error": str(error), "exit_code": code}))
+        print(strict_json.dumps({"error": str(error), "exit_code": code}), file=terminal.out())
     return code
 
 
@@ -150,8 +156,6 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from ctrsink.export.package import export_run
 
     return export_run(args.run_dir, args.to, args.dtype, args.checkpoint, args.form)
-
-
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:

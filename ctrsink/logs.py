@@ -73,6 +73,7 @@ class TerminalHandler(logging.StreamHandler[TextIO]):
         self._phase = ""
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.stream = terminal.err()
         if not self.stream.isatty():
             super().emit(record)
             return

@@ -82,6 +82,20 @@ def take_back(path: Path) -> None:
         path.unlink()
 
 
+def keep() -> Path | None:
+    """Let the temporary file stay; None: there is none, or nothing in it."""
+    if _held is None or not _held.temporary or not _held.path.stat().st_size:
+        return None
+    _held.temporary = False
+    return _held.path
+
+
+def finish() -> None:
+    """The process is about to end, and the terminal stays quiet until then."""
+    if _held is not None:
+        _held.drop_empty()
+
+
 class Held:
     """Both descriptors while they lead into a file, which is `path`."""
 
@@ -105,7 +119,7 @@ class Held:
 
         What stood in a temporary one goes along.
         """
-        before, temporary = self.path, self._temporary
+        before, temporary = self.path, self.temporary
         self.path = self._open(path)
         if temporary:
             _append(before, self.path)
@@ -114,25 +128,23 @@ class Held:
 
     def close(self) -> None:
         """Give the terminal back."""
+        self.drop_empty()
         sys.stdout, sys.stderr = self._streams
         if self._faults:
             faulthandler.disable()
-        for number, (stream, saved) in enumerate(zip((self.out, self.err), self._saved, strict=True), 1):
-            stream.flush()
+        for number, saved in enumerate(self._saved, 1):
             os.dup2(saved, number)
             os.close(saved)
-        if self._temporary or not self.path.stat().st_size:
+
+    def drop_empty(self) -> None:
+        """Remove the file, if it is a temporary one or nothing is in it; what is still written then is lost."""
+        for stream in (self.out, self.err):
+            stream.flush()
+        if self.temporary or not self.path.stat().st_size:
             self.path.unlink()
 
-    def keep(self) -> Path | None:
-        """Let the temporary file stay; None: nothing is in it, or it is none."""
-        if not self._temporary or not self.path.stat().st_size:
-            return None
-        self._temporary = False
-        return self.path
-
     def _open(self, path: Path | None) -> Path:
-        self._temporary = path is None
+        self.temporary = path is None
         if path is None:
             handle, name = tempfile.mkstemp(prefix="ctrsink-libraries-", suffix=".log")
             path = Path(name)

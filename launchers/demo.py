@@ -59,7 +59,10 @@ def main() -> int:
             logs.configure()
             if not args.verbose:
                 log.info("what libraries say is in %s; --verbose shows it here", said)
-            run_demo(args.model, folder, args.overrides)
+            try:
+                run_demo(args.model, folder, args.overrides)
+            finally:
+                logs.clear()
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -34,5 +34,7 @@ def score_on_ray(job: ScoreJob, address: str | None, workers: int, cpus: int) ->
 
     # Ray's workers run in folders of their own.
     base = None if job.base is None else storage.absolute(job.base)
-    whole = replace(job, base=base, model=storage.absolute(job.model), input=storage.absolute(job.input), to=storage.absolute(job.to))
+    whole = replace(
+        job, base=base, model=storage.absolute(job.model), input=storage.absolute(job.input), to=storage.absolute(job.to)
+    )
     return whole.run(ray_data_actors(address, workers, cpus, job.device))
