@@ -16,7 +16,8 @@ Every verb, its options and what they say. This page is made from the code by `d
 
 `ctrsink VERB --help` prints the same. Overrides (`section.key=value`) change single keys of
 [the configuration](configuration.md). Every verb takes `--json` besides: the last line of stdout is then one JSON object, for
-errors too. What it ends with: [exit codes](architecture.md#exit-codes).
+errors too; and `--verbose`, which shows [what libraries say](watching.md#on-the-terminal). What it ends with:
+[exit codes](architecture.md#exit-codes).
 
 | verb | what it does |
 | --- | --- |
@@ -41,7 +42,7 @@ def _verbs(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, ar
 
 
 def _section(name: str, verb: argparse.ArgumentParser) -> str:
-    taken = [action for action in verb._actions if action.dest not in ("help", "json") and action.help != argparse.SUPPRESS]
+    taken = [action for action in verb._actions if action.dest not in ("help", "json", "verbose") and action.help != argparse.SUPPRESS]
     parts = [f"ctrsink {name}", *(_usage(action) for action in taken)]
     # Breaks are for between arguments, not within one: no line ends at a space that is none to textwrap.
     line = " ".join(part.replace(" ", "\xa0") for part in parts)
