@@ -42,7 +42,8 @@ def _verbs(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, ar
 
 
 def _section(name: str, verb: argparse.ArgumentParser) -> str:
-    taken = [action for action in verb._actions if action.dest not in ("help", "json", "verbose") and action.help != argparse.SUPPRESS]
+    everywhere = ("help", "json", "verbose")
+    taken = [action for action in verb._actions if action.dest not in everywhere and action.help != argparse.SUPPRESS]
     parts = [f"ctrsink {name}", *(_usage(action) for action in taken)]
     # Breaks are for between arguments, not within one: no line ends at a space that is none to textwrap.
     line = " ".join(part.replace(" ", "\xa0") for part in parts)
