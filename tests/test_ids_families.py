@@ -243,3 +243,10 @@ def test_what_can_be_learned_is_learned(name: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, 0.25), (0.02, 0.02)])
+def test_tables_begin_as_wide_as_they_are_told(given: float | None, found: float) -> None:
+    spec = DinSpec(family="din", embedding_size=16, embedding_std=given, rows=2000, **SIGNALS)
+    weight = family_of("din").build(spec, FACTS, 0).embedding.table("item_id").weight
+    assert weight.std().item() == pytest.approx(found, rel=0.02)

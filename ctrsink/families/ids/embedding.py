@@ -26,7 +26,7 @@ class SignalTables(nn.Module):
         super().__init__()
         self.width, self.id_dropout = spec.embedding_size, spec.id_dropout
         self.rows = rows = {name: _rows(name, spec) for name in spec.categories}
-        std = 1 / math.sqrt(spec.embedding_size)
+        std = spec.embedding_std or 1 / math.sqrt(spec.embedding_size)
 
         def table(rows: int, sharded: bool) -> nn.Module:
             return ShardedEmbedding(rows, self.width, std=std) if sharded else nn.Embedding(rows, self.width)
