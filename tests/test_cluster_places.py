@@ -131,7 +131,7 @@ def test_the_task_of_skypilot_keeps_clear_of_skypilots_own_ray() -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
     assert "--resume" in script
     assert "auto" not in script
-    assert not re.search(r"=(6380|8265|8076|52365)\b|/tmp/ray_skypilot", script)  # SkyPilot's ports and Ray's defaults
+    assert not re.search(r"=(6380|8265|8266|8076|52365)\b|/tmp/ray_skypilot", script)  # SkyPilot's ports and Ray's defaults
     ports = [int(port) for port in re.findall(r"-port=(\d+)", script)]
     assert len(ports) == len(set(ports)) == 11
     run = load_run(
@@ -151,6 +151,7 @@ def test_clusters_of_ray_up_are_valid_and_their_workers_have_a_role(cloud: str) 
     role = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[cloud]
     for name, kind in workers:
         assert kind["node_config"][role] != head[1]["node_config"][role], name
+        assert kind["resources"] == ({"CPU": 16, "GPU": 1} if cloud == "gcp" else {}), name  # AWS alone is asked for them
     spot = [
         re.search("(?i)spot", json.dumps(kind["node_config"])) is not None for _, kind in tree["available_node_types"].items()
     ]

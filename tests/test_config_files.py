@@ -62,3 +62,15 @@ def test_every_fragment_belongs_to_a_run(path: Path, tmp_path: Path) -> None:
         except InputError as error:
             errors.append(str(error))
     pytest.fail(f"{path} merges into no run: {errors}")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in FRAGMENTS if p.parent.name == "model" and "backbone:" in p.read_text("utf-8")), ids=name_of
+)
+def test_every_backbone_takes_the_place_of_another(path: Path, tmp_path: Path) -> None:
+    """Over the run that the README begins with, and every scale over both."""
+    for scale in ("cpu-1", "gpu-16-zero3", "gpu-64", "gpu-128-full"):
+        both = tmp_path / f"{scale}.yaml"
+        layers = [CONFIGS / "ctr-sink.yaml", path, CONFIGS / f"scale/{scale}.yaml"]
+        both.write_text(yaml.safe_dump({"include": list(map(str, layers))}), "utf-8")
+        assert dump_run(load_run(both)).count("backbone:") >= 1

@@ -11,11 +11,17 @@ from ctrsink.families.protocol import CTRModule
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor], copied: bool = True) -> None:
-    """Put checkpointed values into `model`, in fp32.
+def load_parameters(
+    model: nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    copied: bool = True,
+    dtype_of: Callable[[str], torch.dtype] | None = None,
+) -> None:
+    """Put checkpointed values into `model`.
 
     Args:
         copied: each into memory of its own; else they are the model's from then on.
+        dtype_of: what a parameter is held in, by its name; by default what the checkpoint has, fp32.
 
     Raises:
         InputError: a name does not exist there, or has another shape.
@@ -25,7 +31,7 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor], co
         if name not in named or named[name].shape != value.shape:
             found = tuple(named[name].shape) if name in named else "absent"
             raise InputError(f"the checkpoint does not fit the model: {name} is {tuple(value.shape)} there and {found} here")
-        named[name].data = value.clone() if copied else value
+        named[name].data = value.to(value.dtype if dtype_of is None else dtype_of(name), copy=copied)
 
 
 def stored(module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:

@@ -13,7 +13,7 @@ from ctrsink.config import RunSpec
 from ctrsink.config.stages import StageSpec
 from ctrsink.dist import Topology
 from ctrsink.families.facts import Facts
-from ctrsink.families.parameters import load_parameters, set_trainable
+from ctrsink.families.parameters import load_parameters, set_trainable, trained_in
 from ctrsink.families.protocol import CTRModule
 from ctrsink.families.registry import family_of
 from ctrsink.train.deepspeed_import import deepspeed
@@ -40,7 +40,14 @@ def built(
     if spec.train.zero_stage == 3:
         return _sharded(spec, stage, facts, topology, precision, parameters).to(topology.device).train()
     model = family_of(spec.model.family).build(spec.model, facts, spec.seed, precision)
-    load_parameters(model, parameters)
+    narrow = trained_in(model, stage.trainable, spec.train.weights)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if model.trained_as(name, stage.trainable) is None else narrow
+
+    # Narrow before they meet the device, and one after the other: neither host nor device has room for all in fp32.
+    load_parameters(model, parameters, dtype_of=dtype_of)
+    set_trainable(model, stage.trainable, spec.train.weights)
     return model.to(topology.device).train()
 
 

@@ -99,6 +99,8 @@ def backbone_config(spec: DecoderSpec, vocabulary: int) -> PretrainedConfig:
         return config
     assert source.path is not None  # BackboneSpec has exactly one of the two
     try:
+        if spec.trust_remote_code:
+            _require_own_code(source.path, source.revision or "main")
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision or "main", trust_remote_code=spec.trust_remote_code
         )
@@ -106,6 +108,18 @@ def backbone_config(spec: DecoderSpec, vocabulary: int) -> PretrainedConfig:
         raise InputError(f"model.backbone.path {source.path}: {_one_line(error)}") from None
     check_config(config, own_fields=False)
     return config
+
+
+def _require_own_code(path: str, revision: str) -> None:
+    """Raise InputError where a model names code of another repository, which no revision of this one holds fast."""
+    fields, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+    for name, places in (fields.get("auto_map") or {}).items():
+        for place in [places] if isinstance(places, str) else places or []:
+            if "--" in str(place):
+                raise InputError(
+                    f"model.backbone.path {path} takes its code ({name}) from another repository, {place.split('--')[0]}, at no "
+                    "commit: make a copy with the code that you have read, and leave out trust_remote_code elsewhere"
+                )
 
 
 def _backbone(spec: DecoderSpec, vocabulary: int, dtype: torch.dtype) -> Any:

@@ -24,7 +24,7 @@ from ctrsink.errors import InputError, RunError
 from ctrsink.run.listing import FOLDER, Step, folder_of, list_checkpoints, step_of
 from ctrsink.tables.files import DamagedTable, read_tables
 from ctrsink.tables.shares import Share
-from ctrsink.train.checkpoint.signature import distrusted, sign
+from ctrsink.train.checkpoint.signature import KEY, distrusted, is_asked, sign
 from ctrsink.train.checkpoint.tensor_file import opened, to_safetensors
 from ctrsink.train.tensors import renamed
 
@@ -161,7 +161,11 @@ def latest_checkpoint(run_dir: str, before: int | None = None, reader: Topology 
             finished = finished or storage.exists(storage.join(folder, MARKER))
             log.warning("%s; looking for one before it", error)
     if finished:
-        raise InputError(f"{run_dir} has no whole checkpoint left: restore one, or delete {FOLDER}/ there to start anew")
+        keyed = f"set {KEY} to the key that signed them, unset it if you trust all who may write there, " if is_asked() else ""
+        raise InputError(
+            f"{run_dir} has no whole checkpoint left (the warnings above say why): {keyed}restore one, or delete {FOLDER}/ there "
+            "to start anew"
+        )
     return None
 
 

@@ -14,6 +14,11 @@ KEY = "CTRSINK_CHECKPOINT_KEY"
 NAME = "complete.hmac"
 
 
+def is_asked() -> bool:
+    """Whether there is a key, so that whoever else may write to the run's folder is not trusted."""
+    return bool(os.environ.get(KEY))
+
+
 def sign(folder: str, marker: bytes) -> None:
     """Write the signature of a marker that is about to be written, where there is a key."""
     if key := os.environ.get(KEY):
