@@ -69,7 +69,7 @@ clean:
 	@touch $@
 
 .venv/installed: EXTRAS := train,gguf
-.venv/installed-dev: EXTRAS := train,study,gguf,mlflow,docs,dev
+.venv/installed-dev: EXTRAS := train,serve,study,gguf,mlflow,docs,dev
 # Torch has a line of its own, so that another index or a local build can be chosen for it alone.
 .venv/installed .venv/installed-dev: .venv/created pyproject.toml
 	$(PIP) $(foreach word,$(PIP_TORCH),'$(word)')

@@ -10,6 +10,7 @@ from typing import Any
 from ctrsink import __version__, logs, strict_json
 from ctrsink.cli_arguments import add_place, add_verb, configured, count, count_or_none, step
 from ctrsink.cli_data import add_data_verbs
+from ctrsink.cli_serve import add_serve_verb
 from ctrsink.errors import InputError, RunError, first_line
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
@@ -256,6 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--on-bad-request", choices=["fail", "skip"], default="fail", help="skip: its line of the output says what is wrong"
     )
+
+    add_serve_verb(verbs)
 
     submit = add_verb(verbs, "submit", _submit, "run `train` as a job on a Ray cluster and follow it")
     configured(submit)
