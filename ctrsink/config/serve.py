@@ -70,6 +70,8 @@ class ServeSpec(Section):
     without a pause."""
     device: str = "cpu"
     """As PyTorch names it: `cpu`, `cuda`, `cuda:1`."""
+    base: str | None = None
+    """Local folder of the base of models that are adapters; null: where each says, or the Hugging Face cache."""
     watch_seconds: float = Field(default=2.0, gt=0)
     """Between two looks at the pointer."""
     drain_seconds: float = Field(default=2.0, ge=0)

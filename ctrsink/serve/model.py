@@ -44,7 +44,7 @@ class Model:
         _require_device(spec.device)
         with local_copy(folder) as copy:
             version = f"{folder.rstrip('/').rpartition('/')[2] or 'model'}@{_digest(copy)[:12]}"
-            model = cls(folder, version, cls._scorer(load_folder(folder, copy, spec.device), spec))
+            model = cls(folder, version, cls._scorer(load_folder(folder, copy, spec.device, spec.base), spec))
         loaded = time.monotonic()
         model._warm_up()
         warm = time.monotonic()
