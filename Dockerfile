@@ -29,7 +29,7 @@ COPY pyproject.toml ./
 # hadolint ignore=DL3013
 RUN mkdir ctrsink \
     && touch README.md LICENSE ctrsink/__init__.py \
-    && pip install --no-cache-dir ".[train]"
+    && pip install --no-cache-dir ".[train,serve]"
 
 COPY README.md LICENSE ./
 COPY ctrsink ./ctrsink

@@ -77,7 +77,7 @@ clean:
 	@touch $@
 
 .venv/installed: EXTRAS := train,gguf
-.venv/installed-dev: EXTRAS := train,study,gguf,mlflow,docs,dev
+.venv/installed-dev: EXTRAS := train,serve,study,gguf,mlflow,docs,dev
 # Torch has a line of its own, so that another index or a local build can be chosen for it alone.
 .venv/installed .venv/installed-dev: .venv/created pyproject.toml
 	@echo 'installing torch into .venv (1 of 3, minutes; what pip says is in $(INSTALL_LOG))'

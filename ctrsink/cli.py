@@ -12,6 +12,7 @@ from ctrsink.cli_arguments import add_place, add_verb, add_verbose, configured, 
 from ctrsink.cli_data import add_data_verbs
 from ctrsink.cli_jobs import add_job_verbs
 from ctrsink.cli_score import add_score_verb
+from ctrsink.cli_serve import add_serve_verb
 from ctrsink.errors import InputError, RunError, first_line
 
 log = logging.getLogger("ctrsink")
@@ -259,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_score_verb(verbs)
 
+    add_serve_verb(verbs)
     add_job_verbs(verbs)
 
     study = add_verb(

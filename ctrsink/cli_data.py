@@ -37,6 +37,12 @@ def add_data_verbs(verbs: Any) -> None:
         "--favourite-days", type=float, default=3.0, metavar="D", help="that a taste lasts, in the mean (default: 3)"
     )
     synth.add_argument("--hidden", action="store_true", help="titles and genres say nothing: what is alike shows in clicks alone")
+    served = add_verb(
+        data, "served", _data_served, "make an event log of what a service logged and of the clicks that came of it"
+    )
+    served.add_argument("--log", required=True, metavar="URI", help="folder that `ctrsink serve --log-requests` wrote")
+    served.add_argument("--clicks", required=True, metavar="FILE", help="a table with the columns request and item")
+    served.add_argument("--to", required=True, metavar="DIR")
     inspect = add_verb(data, "inspect", _data_inspect, "say what is in a prepared data set")
     inspect.add_argument("uri", metavar="URI")
     inspect.add_argument("--figures", metavar="DIR", help="draw figures into this folder, as PNG")
@@ -112,6 +118,12 @@ def _data_synth(args: argparse.Namespace) -> dict[str, Any]:
         | {key: truth[key] for key in ("events", "users", "items")}
         | {"test_auc": truth["splits"]["test"]["auc"]}
     )
+
+
+def _data_served(args: argparse.Namespace) -> dict[str, Any]:
+    from ctrsink.prepare.served import join_clicks
+
+    return join_clicks(args.log, args.clicks, args.to)
 
 
 def _data_inspect(args: argparse.Namespace) -> dict[str, Any]:

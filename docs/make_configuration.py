@@ -11,7 +11,7 @@ import annotated_types as bounds
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ctrsink.config import RunSpec, StudySpec
+from ctrsink.config import RunSpec, ServeSpec, StudySpec
 
 _SIGNS = {bounds.Ge: "≥", bounds.Gt: ">", bounds.Le: "≤", bounds.Lt: "<"}
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any value"}
@@ -19,8 +19,9 @@ _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 _HEAD = """\
 # Configuration
 
-Every key of a run, and at the end those of [a study](#a-study), which [studies.md](studies.md) explains. This page is made from
-the code by `docs/make_configuration.py`; do not edit it by hand.
+Every key of a run, and at the end those of [a study](#a-study), which [studies.md](studies.md) explains, and of
+[a service](#a-service), which [serving.md](serving.md) does. This page is made from the code by `docs/make_configuration.py`; do
+not edit it by hand.
 
 A run is a YAML file that `ctrsink train --config FILE` and the other verbs take. Three rules put it together:
 
@@ -39,7 +40,7 @@ A configuration holds no credentials: those of `s3://` come from the environment
 def page() -> str:
     """The whole page, in Markdown."""
     parts = [_HEAD]
-    for name, root in {"A run": RunSpec, "A study": StudySpec}.items():
+    for name, root in {"A run": RunSpec, "A study": StudySpec, "A service": ServeSpec}.items():
         for key, section in _sections(root, ""):
             rows = [_row(key, name, field) for name, field in section.model_fields.items()]
             table = "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])

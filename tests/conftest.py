@@ -22,6 +22,7 @@ os.environ.update(
 
 if TYPE_CHECKING:
     from cluster.local.seaweed import SeaweedServer
+    from tests.serve_fixtures import Exported
     from tests.services.faulty_proxy import FaultyProxy
     from tests.services.ray_cluster import RayCluster
 
@@ -87,6 +88,14 @@ def proxy(between: "FaultyProxy", monkeypatch: pytest.MonkeyPatch) -> "FaultyPro
     monkeypatch.setenv("CTRSINK_STORAGE_DEADLINE_S", "20")
     between.plant()
     return between
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> "Exported":
+    """Two exported models that take the same requests."""
+    from tests.serve_fixtures import exported
+
+    return exported(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="session")

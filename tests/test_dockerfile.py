@@ -62,8 +62,8 @@ def test_pins_agree_with_pyproject(image: list[Instruction], repository: Path) -
         (only,) = pin.specifier
         assert only.operator == "=="
         assert only.version in ranges[pin.name]
-    assert ".[train]" in quoted
-    assert "train" in project["optional-dependencies"]
+    assert ".[train,serve]" in quoted
+    assert {"train", "serve"} <= project["optional-dependencies"].keys()
 
 
 def test_commands_are_valid_shell(image: list[Instruction]) -> None:

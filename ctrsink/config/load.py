@@ -10,6 +10,7 @@ from ctrsink.config.base import Section
 from ctrsink.config.explain import explain
 from ctrsink.config.model import FIRST_FAMILY
 from ctrsink.config.run import RunSpec
+from ctrsink.config.serve import ServeSpec
 from ctrsink.config.study import StudySpec
 from ctrsink.config.tree import MOST_BYTES, check_tree, cut, dotted, read_yaml, write_yaml
 from ctrsink.errors import InputError
@@ -76,6 +77,15 @@ def load_study(path: str | os.PathLike[str]) -> tuple[StudySpec, dict[str, RunSp
         except InputError as error:
             raise InputError(f"{path}: variants.{name}: {error}") from None
     return study, runs
+
+
+def load_serve(tree: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> ServeSpec:
+    """What a service runs with: a plain mapping, and over it `overrides` of the form `section.key=value`.
+
+    Raises:
+        InputError: a key or a value is wrong.
+    """
+    return _parse(ServeSpec, _overridden(tree, overrides), "serve")
 
 
 def _parse(section: type[T], tree: dict[str, Any], origin: str) -> T:

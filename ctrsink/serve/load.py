@@ -69,17 +69,22 @@ def load_model(uri: str, device: str = "cpu", base: str | None = None) -> Loaded
         InputError: `uri` holds no exported model, one of another format, or one that is damaged; or an adapter whose base is not
             to be had, or another; or there is no such device.
     """
+    with local_copy(uri) as folder:
+        return load_folder(uri, folder, device, base)
+
+
+def load_folder(uri: str, folder: Path, device: str = "cpu", base: str | None = None) -> Loaded:
+    """As `load_model`, where a copy of `uri` lies in the local `folder`."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch sees no GPU here: leave it out, or install a torch for CUDA")
-    with _local_copy(uri) as folder:
-        config = _read_config(uri, folder)
-        try:
-            model = _model(uri, folder, config, base)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise InputError(f"the model {uri} is damaged ({first_line(error)}): export it again") from None
-        encoder = _encoder(uri, folder, model.config.encoder, device)
-        knowledge = _knowledge(uri, folder, model.config.knowledge)
+    config = _read_config(uri, folder)
+    try:
+        model = _model(uri, folder, config, base)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"the model {uri} is damaged ({first_line(error)}): export it again") from None
+    encoder = _encoder(uri, folder, model.config.encoder, device)
+    knowledge = _knowledge(uri, folder, model.config.knowledge)
     if fingerprint(tokenizer) != model.config.tokenizer_fingerprint:
         raise InputError(f"the tokenizer in {uri} is not the one the model was trained with: export it again")
     model.to(device)  # pyright: ignore[reportArgumentType]
@@ -162,7 +167,8 @@ def _problem(config: dict[str, Any], family: str) -> str | None:
 
 
 @contextmanager
-def _local_copy(uri: str) -> Iterator[Path]:
+def local_copy(uri: str) -> Iterator[Path]:
+    """The folder `uri` itself, or a copy of one on S3 that lasts as long as the block."""
     if not storage.is_remote(uri):
         yield Path(uri.removeprefix("file://"))
         return
