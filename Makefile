@@ -33,8 +33,9 @@ help:
 demo: .venv/installed
 	$(SILENT)$(BIN)/python launchers/demo.py --model $(MODEL) $(DEMO_FLAGS)
 
+# Two processes: a file's tests stay together, and each process has one Ray cluster and one S3 server.
 test: lint browser
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 # The one on PATH, or that CTRSINK_CHROMIUM names, or Playwright's; else root installs Debian's, and others Playwright's.
 browser: .venv/installed-dev

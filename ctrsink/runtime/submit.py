@@ -46,11 +46,11 @@ def submit(
             the job server cannot be reached or refuses us, or has another work of that id.
         RunError: the job server failed, or the job ended otherwise than well.
     """
-    if not dry_run:
-        require_server(address)
+    spec = load_run(config, overrides)
     if submission_id is not None:
         require_id(submission_id)
-    spec = load_run(config, overrides)
+    if not dry_run:
+        require_server(address)
     root = Path(working_dir).resolve()
     package = survey(root)
     inside = _require_sent(package, config)
