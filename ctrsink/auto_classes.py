@@ -27,13 +27,14 @@ class _Afterwards(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != AUTO:
             return None
-        sys.meta_path.remove(self)
         found = PathFinder.find_spec(fullname, path, target)
         if found is not None and found.loader is not None:
             loader: Any = found.loader
             execute = loader.exec_module
 
             def execute_both(module: ModuleType) -> None:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 execute(module)
                 importlib.import_module(OURS)
 

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,6 +14,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         OSError: `target` exists and is not an empty folder.
     """
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -25,4 +26,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         beside.replace(target)  # an empty folder of that name gives way
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):  # others may have put something there
+            for parent in made:
+                parent.rmdir()
         raise

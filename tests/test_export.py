@@ -17,6 +17,7 @@ from ctrsink.errors import InputError
 from ctrsink.evaluate.prediction_file import FOLDER
 from ctrsink.export import forms
 from ctrsink.export.package import export_run, portable
+from ctrsink.export.published import published
 from ctrsink.families.decoder.merge import merged_weights
 from ctrsink.families.registry import family_of, source_of
 from ctrsink.prepare.tokenize import fingerprint, load_tokenizer
@@ -168,6 +169,12 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(data: Prepared, tmp_
     with pytest.raises(InputError, match="is not empty"):
         export_run(spec.run_dir, str(tmp_path / "full"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    (tmp_path / "full" / "link").symlink_to(tmp_path / "nowhere")
+    for name, kind in (("notes.txt", "file"), ("link", "link")):
+        with pytest.raises(InputError, match=f"is a {kind}: choose"):
+            export_run(spec.run_dir, str(tmp_path / "full" / name))
+    with pytest.raises(InputError, match="an adapter is stored in fp32"):
+        export_run(spec.run_dir, str(tmp_path / "above" / "out"), "bf16", form="adapter")
     tokenizer = next(iter(Path(data.uri, "tokenizer").iterdir()))
     content = tokenizer.read_bytes()
     tokenizer.write_bytes(content + b" ")
@@ -191,6 +198,33 @@ def test_run_and_export_on_s3(data: Prepared, tmp_path: Path, s3_server: object)
     dataset = Dataset(data.uri)
     assert layout_on(spec.data, spec.model, dataset.manifest) == scorer.layout
     assert len(scorer.score(ctrsink.serve.request_of(dataset, 0, 3, [0, 1, 2]))) == 3
+
+
+def test_what_others_put_on_s3_meanwhile_stays(s3_server: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    to = f"s3://{BUCKET}/export/shared"
+
+    def put(notes: bool) -> None:
+        with published(to) as folder:
+            (folder / "config.json").write_text("{}")
+            (folder / "weights").write_text("ours")
+            if notes:
+                storage.write_bytes(storage.join(to, "notes.txt"), b"mine")
+
+    with pytest.raises(InputError, match="is not empty"):
+        put(True)
+    assert storage.list_files(to) == ["notes.txt"]
+    storage.delete(to)
+    upload_dir = storage.upload_dir
+
+    def fail(source: Path, uri: str) -> None:
+        upload_dir(source, uri)
+        storage.write_bytes(storage.join(uri, "notes.txt"), b"mine")
+        raise InputError("no more space")
+
+    monkeypatch.setattr(storage, "upload_dir", fail)
+    with pytest.raises(InputError, match="no more space"):
+        put(False)
+    assert storage.list_files(to) == ["notes.txt"]
 
 
 def test_a_pretrained_base_that_was_trained_whole_is_exported(data: Prepared, tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_auto_model_loads_an_adapter_with_its_base(ran: RunSpec, tmp_path: Path)
     with torch.no_grad():
         found = AutoModel.from_pretrained(tmp_path / "out")(batch)
         torch.testing.assert_close(found, run.model(batch, run.objective).logits, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="has no option dtype"):
+        AutoModel.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
 
 
 def test_a_base_elsewhere_is_named_and_another_one_is_refused(ran: RunSpec, base: Path, tmp_path: Path) -> None:

@@ -58,3 +58,11 @@ def test_a_folder_from_when_the_type_said_less_is_loaded_as_before(exported: Pat
         assert len(Scorer.load(str(exported)).score(request_of(dataset, 0, 5, [0, 1]))) == 2
     finally:
         path.write_bytes(now)
+
+
+def test_asking_for_the_spec_of_the_auto_classes_loses_nothing(exported: Path, repository: Path) -> None:
+    program = "import ctrsink, importlib.util\nimportlib.util.find_spec('transformers.models.auto.modeling_auto')\n"
+    program += f"from transformers import AutoModel\nprint(type(AutoModel.from_pretrained({str(exported)!r})).__name__)"
+    environment = os.environ | {"PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.split()) == (0, ["CTRSinkModel"]), done.stderr

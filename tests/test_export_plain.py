@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaFo
 from ctrsink.config import RunSpec, parse_run
 from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
+from ctrsink.export.forms import plain
 from ctrsink.export.package import export_run
 from ctrsink.families.decoder.plain import prompts
 from ctrsink.families.registry import source_of
@@ -35,9 +38,10 @@ def ran(data: Prepared, folder: Path, trainable: tuple[str, ...] = ("head", "lor
     return spec
 
 
-def test_transformers_alone_gives_the_same_logits(data: Prepared, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("examples", "history"), [("per_target", 4), ("per_target", 0), ("per_user", 2)])
+def test_transformers_alone_gives_the_same_logits(data: Prepared, tmp_path: Path, examples: str, history: int) -> None:
     """In a process that never imports this library, by the code of the model card."""
-    spec = ran(data, tmp_path)
+    spec = ran(data, tmp_path, examples=examples, history=history)
     done = export_run(spec.run_dir, str(tmp_path / "out"), form="plain")
     assert done["difference"] <= 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
@@ -122,3 +126,27 @@ def test_bf16_is_a_plain_decoder_too(data: Prepared, tmp_path: Path) -> None:
     assert 0 < done["difference"] < 0.05
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert len(Scorer.load(str(tmp_path / "out")).score(request_of(Dataset(data.uri), 1, 5, [0, 1]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"item": "{title}<eos>{year}"}, "text.item has control tokens"),
+        ({"item": "{title}<pad>"}, "text.item ends in the padding token <pad>"),
+        ({"feedback": " {feedback}", "separator": "<pad>"}, "text.separator ends in the padding token <pad>"),
+    ],
+)
+def test_a_template_that_the_card_cannot_ask_by_is_refused(data: Prepared, tmp_path: Path, text: Any, message: str) -> None:
+    spec = ran(data, tmp_path)
+    run = restore_run(spec.run_dir)
+    manifest = run.dataset.manifest
+    run.dataset.manifest = manifest.model_copy(update={"text": manifest.text.model_copy(update=text)})
+    with pytest.raises(InputError, match=message):
+        plain(run, tmp_path, "fp32")
+
+
+def test_retrieved_behaviours_are_refused(data: Prepared, tmp_path: Path) -> None:
+    run = restore_run(ran(data, tmp_path).run_dir)
+    run = replace(run, layout=replace(run.layout, retrieve=2))
+    with pytest.raises(InputError, match=r"not those that data.retrieve finds"):
+        plain(run, tmp_path, "fp32")

@@ -238,6 +238,7 @@ BAD = [
     (change("history", [7]), "history.0: Input should be a mapping of keys .got 7."),
     (without_year, "history.1.item has no field 'year'"),
     (late, "history.2.timestamp .* is later than the request's"),
+    (change("user", "\ud800"), "user: "),
     (lambda _: [1, 2], "Input should be a mapping of keys"),
 ]
 
@@ -329,6 +330,9 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
         ("config.json", lambda b: edited(b, facts={"vocabulary": "many"}), "damaged .facts: "),
         ("config.json", lambda b: within(b, "objective", kind="clik"), "damaged .objective: kind: 'clik' is not allowed"),
         ("config.json", lambda b: edited(b, base={"precision": "fp32"}), "damaged .base: "),
+        ("config.json", lambda b: edited(b, family=None), "damaged .missing key family"),
+        ("config.json", lambda b: edited(b, names=5), "damaged .names: "),
+        ("config.json", lambda b: edited(b, names={"(": "x"}), "is damaged"),
     ):  # fmt: skip
         folder = tmp_path / "copy"
         folder.mkdir(exist_ok=True)
@@ -343,3 +347,16 @@ def test_a_folder_that_is_no_whole_model_is_refused(data: Prepared, model: str, 
 def test_request_of_names_an_event_that_is_not_there(data: Prepared) -> None:
     with pytest.raises(InputError, match="there is no event 99"):
         request_of(Dataset(data.uri), 0, 99)
+
+
+@pytest.mark.parametrize("device", ["mps", "foo"])
+def test_a_device_that_torch_cannot_use_is_refused(model: str, device: str) -> None:
+    with pytest.raises(InputError, match=f"--device {device}: torch cannot use it"):
+        Scorer.load(model, device)
+
+
+def test_a_bf16_model_tells_the_nearest_behaviours_before_it_scored(data: Prepared, tmp_path: Path) -> None:
+    spec = run_spec(data, str(tmp_path / "run"))
+    write_run(spec)
+    export_run(spec.run_dir, str(tmp_path / "out"), "bf16")
+    assert len(Scorer.load(str(tmp_path / "out")).nearest(request_of(Dataset(data.uri), 0, 5, [0]), 0, 2)) == 2

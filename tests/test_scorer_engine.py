@@ -347,3 +347,20 @@ def test_threads_encode_while_one_runs(any_scorer: Scorer, pool: Pool, folders: 
             threads.map(lambda tree: scorer.encode(scorer.parse(tree, "r"), "r"), trees), expected, strict=True
         ):
             np.testing.assert_allclose(scorer.run([found])[0], right, atol=1e-6)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_a_request_that_is_run_again_after_an_error_is_counted_once(
+    pool: Pool, lasting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer.load(lasting, history_bytes=2**30)
+    recall = scorer.model.recall
+
+    def alone_only(batch: Any, histories: Any, of: Any) -> Any:
+        if len(histories) > 1:
+            raise InputError("too long")
+        return recall(batch, histories, of)
+
+    monkeypatch.setattr(scorer.model, "recall", alone_only)
+    run(scorer, *(pool.request([(0, 1)], [1, 2], user) for user in "ab"))
+    assert scorer.histories is not None
+    assert scorer.histories.counts.missed == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ctrsink.errors import InputError
 from ctrsink.export.prompt import how_to_prompt
@@ -16,7 +17,7 @@ from ctrsink.families.adapter import CONFIG, OWN, WEIGHTS, fingerprint
 from ctrsink.families.hf import CLASSES, ExportedConfig
 from ctrsink.families.parameters import DTYPES
 from ctrsink.families.registry import family_of
-from ctrsink.prepare.tokenize import load_tokenizer
+from ctrsink.prepare.tokenize import has_control_tokens, load_tokenizer
 from ctrsink.sequences.batch import Batch
 from ctrsink.serve.knowledge import Knowledge
 from ctrsink.serve.load import load_model
@@ -95,7 +96,9 @@ def adapter(run: TrainedRun, folder: Path, dtype: str) -> Written:
 def plain(run: TrainedRun, folder: Path, dtype: str) -> Written:
     """A model of transformers' own, LoRA merged in fp32; what a request needs stands in its configuration, which keeps it."""
     family, manifest = family_of(run.spec.model.family), run.dataset.manifest
-    padding: Any = load_tokenizer(run.dataset.uri, manifest).pad_token_id
+    tokenizer = load_tokenizer(run.dataset.uri, manifest)
+    _require_prompt(run, tokenizer)
+    padding: Any = tokenizer.pad_token_id
     found = family.plain(run.model, run.spec.model, run.objective, padding)
     known, items = knowledge_of(run)
     config = config_of(run, found.section, dtype, known)
@@ -106,11 +109,23 @@ def plain(run: TrainedRun, folder: Path, dtype: str) -> Written:
     parameters = sum(source.shape.numel() for source in sources.values())
     facts = [f"A plain `{found.config['architectures'][0]}` of {parameters:,} parameters in {dtype}, for transformers alone."]
     told = found.config | {"dtype": str(kind).removeprefix("torch."), "ctrsink": _plain(config)}
-    use = how_to_prompt(manifest.text, list(manifest.prefix_tokens), run.layout.history)
+    use = how_to_prompt(manifest.text, list(manifest.prefix_tokens), run.layout.serving().history)
     return Written(told, family.plain_logits, items, parameters, found.layers, facts, use)
 
 
 FORMS: dict[str, Callable[[TrainedRun, Path, str], Written]] = {"merged": merged, "adapter": adapter, "plain": plain}
+
+
+def _require_prompt(run: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what the card's code cannot ask for, and prompts whose last token transformers would take for padding."""
+    text, padding = run.dataset.manifest.text, tokenizer.pad_token
+    if run.layout.retrieve is not None:
+        raise InputError("the prompt of a plain decoder holds the newest behaviours, not those that data.retrieve finds")
+    for name, template in (("item", text.item), ("feedback", text.feedback), ("separator", text.separator)):
+        if padding and template.endswith(str(padding)):
+            raise InputError(f"text.{name} ends in the padding token {padding}, behind which a plain decoder reads no logit")
+    if has_control_tokens(tokenizer, text.item):
+        raise InputError("text.item has control tokens, which the prompt of a plain decoder reads as letters")
 
 
 def _plain(config: ExportedConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def item_tokens(item):
 
 def click_probability(history, candidate):
     ids = list(PREFIX)
-    for behaviour in history[-NEWEST:]:
+    for behaviour in history[max(0, len(history) - NEWEST) :]:
         feedback = behaviour["feedback"]
         said = "" if feedback is None else FEEDBACK.format(feedback=feedback)
         ids += item_tokens(behaviour["item"]) + tokens(said + SEPARATOR, own=True)
@@ -34,8 +34,9 @@ def click_probability(history, candidate):
 click_probability([{"item": {...}, "feedback": 4.0}], {...})
 ```
 
-Behaviours stand in order of time; one without feedback has the separator alone. Each text is tokenised by itself: the tokens of
-the whole as one text may be others. `ctrsink score --model path/to/this/folder` gives the same probabilities."""
+An item's fields must be strings, empty where a value is missing. Behaviours stand in order of time; one without feedback has
+the separator alone. Each text is tokenised by itself: the tokens of the whole as one text may be others.
+`ctrsink score --model path/to/this/folder` gives the same probabilities."""
 
 
 def how_to_prompt(text: TextSpec, prefix: list[int], history: int) -> str:

@@ -14,6 +14,8 @@ CONFIG_NAME = "config.json"
 
 def require_free(to: str) -> None:
     """Raise InputError where something is at `to` already."""
+    if not storage.is_remote(to) and ((path := storage.local_path(to)).is_symlink() or path.is_file()):
+        raise InputError(f"{to} is a {'link' if path.is_symlink() else 'file'}: choose a new folder for the exported model")
     if storage.exists(to) and (storage.list_files(to) or storage.list_dirs(to)):
         raise InputError(f"{to} is not empty: choose a new folder for the exported model")
 
@@ -33,9 +35,12 @@ def published(to: str) -> Iterator[Path]:
         yield folder
         config = (folder / CONFIG_NAME).read_bytes()
         (folder / CONFIG_NAME).unlink()
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        require_free(to)  # others may have written there meanwhile
         try:
             storage.upload_dir(folder, to)
             storage.write_bytes(storage.join(to, CONFIG_NAME), config)
         except BaseException:
-            storage.delete(to)
+            for name in (CONFIG_NAME, *names):
+                storage.delete(storage.join(to, name))
             raise

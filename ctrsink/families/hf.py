@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig
 
 from ctrsink.config.model import FIRST_FAMILY
 from ctrsink.config.stages import Objective
+from ctrsink.errors import InputError
 from ctrsink.families.adapter import based, put, section_of
 from ctrsink.families.facts import Facts
 from ctrsink.families.protocol import Kept
@@ -19,6 +20,11 @@ from ctrsink.families.registry import FAMILIES, family_of
 from ctrsink.sequences.batch import Batch
 
 FORMAT = "ctrsink-model/4"
+# Options of from_pretrained that change nothing of an adapter: beside its configuration those of fetching and of running code.
+_UNCHANGING = (
+    "adapter_kwargs", "cache_dir", "code_revision", "config", "force_download", "local_files_only", "proxies", "revision",
+    "token", "trust_remote_code", "use_safetensors",
+)  # fmt: skip
 
 
 class ExportedConfig(PretrainedConfig):
@@ -85,6 +91,8 @@ class ExportedModel(PreTrainedModel):
         if found.base is None:
             given |= {"key_mapping": found.names} if found.names else {}
             return super().from_pretrained(pretrained_model_name_or_path, *args, **given)
+        if unread := sorted(name for name in given if not name.startswith("_") and name not in _UNCHANGING):
+            raise InputError(f"an adapter is read in fp32, on its base, and has no option {unread[0]}: leave it out")
         found.model = family_of(found.family).on_base(section_of(found), base).model_dump(mode="json")
         model = cls(found)
         put(model.ctr, found, pretrained_model_name_or_path)
@@ -101,6 +109,11 @@ class ExportedModel(PreTrainedModel):
         """See CTRModule.recall."""
         self._set_precision()
         return self.ctr.recall(batch, self.objective, histories, of)
+
+    def paid(self, batch: Batch) -> torch.Tensor | None:
+        """See CTRModule.paid."""
+        self._set_precision()
+        return self.ctr.paid(batch, self.objective)
 
     def _set_precision(self) -> None:
         if self._narrow is not None:

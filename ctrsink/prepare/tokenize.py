@@ -120,6 +120,11 @@ def encode_items(tokenizer: PreTrainedTokenizerBase, template: str, items: pa.Ta
     return found
 
 
+def has_control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether control tokens stand in an item's template itself."""
+    return len(list(_pieces(tokenizer, template))) > 1
+
+
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase, prefix: str) -> list[int]:
     """The start of every sequence: BOS if the tokenizer puts one by itself and `prefix` does not, then the tokens of `prefix`."""
     start: list[int] = tokenizer("a")["input_ids"][:1]  # pyright: ignore[reportAssignmentType, reportIndexIssue]

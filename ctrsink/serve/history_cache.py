@@ -21,12 +21,12 @@ class Counts:
     computed_tokens: int = 0
     """... and that were not."""
 
-    def add(self, begun: Kept) -> None:
-        self.hit += begun.known == begun.tokens > 0
-        self.extended += 0 < begun.known < begun.tokens
-        self.missed += begun.known == 0
-        self.known_tokens += begun.known
-        self.computed_tokens += begun.tokens - begun.known
+    def add(self, known: int, tokens: int) -> None:
+        self.hit += known == tokens > 0
+        self.extended += 0 < known < tokens
+        self.missed += known == 0
+        self.known_tokens += known
+        self.computed_tokens += tokens - known
 
 
 class HistoryCache:

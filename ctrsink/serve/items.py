@@ -75,5 +75,5 @@ class ItemTexts:
             if (empty := next((i for i, ids in enumerate(tokens) if not len(ids)), None)) is not None:
                 item = {name: text(items[empty][name]) or "" for name in self.fields}
                 raise InputError(f"the text of the item {json.dumps(item, ensure_ascii=False)} is empty: fill in its fields")
-        vectors = [None] * len(items) if self._encoder is None else self._encoder.encode(texts)
+        vectors = [None] * len(items) if self._encoder is None else [vector.copy() for vector in self._encoder.encode(texts)]
         return list(zip(tokens, vectors, strict=True))

@@ -1,6 +1,7 @@
 """An exported folder becomes a model and its tokenizer, checked: a folder that would score wrongly is refused."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from ctrsink.prepare.encoder import FOLDER, Encoder, folder_fingerprint
 from ctrsink.prepare.tokenize import fingerprint
 from ctrsink.serve.knowledge import FILE, Knowledge
 
-_NEEDED = ("model", "facts", "objective", "layout", "text", "prefix_tokens", "tokenizer_fingerprint")
+_NEEDED = ("family", "model", "facts", "objective", "layout", "text", "prefix_tokens", "tokenizer_fingerprint")
 _SECTIONS: dict[str, Any] = {
     "model": ModelSpec,
     "facts": Facts,
@@ -41,6 +42,7 @@ _SECTIONS: dict[str, Any] = {
     "feedback_texts": list[str],
     "knowledge": dict[str, Any],
     "encoder": dict[str, Any],
+    "names": dict[str, str],
     "base": Base,
 }
 _FAMILIES = {kind: family for family in FAMILIES for kind in (model_type_of(family), name_of(family))}
@@ -77,11 +79,15 @@ def load_folder(uri: str, folder: Path, device: str = "cpu", base: str | None = 
     """As `load_model`, where a copy of `uri` lies in the local `folder`."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch sees no GPU here: leave it out, or install a torch for CUDA")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {device}: torch cannot use it ({first_line(error)}): leave it out") from None
     config = _read_config(uri, folder)
     try:
         model = _model(uri, folder, config, base)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, re.error, SafetensorError) as error:
         raise InputError(f"the model {uri} is damaged ({first_line(error)}): export it again") from None
     encoder = _encoder(uri, folder, model.config.encoder, device)
     knowledge = _knowledge(uri, folder, model.config.knowledge)

@@ -22,6 +22,7 @@ def recalled(model: ExportedModel, requests: Sequence[Encoded], tokens: int, cac
         cache: where histories stay until the user's next request; None: nowhere.
     """
     histories, of_request = _begun(model, requests, cache)
+    begun = [(history.known, history.tokens) for history in histories]
     parts = [part for request in requests for part in map(request.sequences.__getitem__, range(len(request.sequences)))]
     of = [history for request, history in zip(requests, of_request, strict=True) for _ in range(len(request.sequences))]
     costs = np.array([int(part.lengths[0]) - histories[history].tokens for part, history in zip(parts, of, strict=True)])
@@ -39,6 +40,9 @@ def recalled(model: ExportedModel, requests: Sequence[Encoded], tokens: int, cac
             histories[h] = history
         out.append(logits.double().cpu().numpy())
     found = np.split(np.concatenate(out), np.cumsum([request.candidates for request in requests])[:-1])
+    if cache is not None:  # only now: what failed is run again, and would be counted twice
+        for known, of_all in begun:
+            cache.counts.add(known, of_all)
     for request, logits, h in zip(requests, found, of_request, strict=True):
         if cache is not None and np.isfinite(logits).all():
             cache.put(request.user, histories[h])
@@ -57,8 +61,6 @@ def _begun(model: ExportedModel, requests: Sequence[Encoded], cache: HistoryCach
             kept = model.ctr.begun(first, None if cache is None else cache.get(request.user))
             number = len(histories)
             histories.append(kept)
-            if cache is not None:
-                cache.counts.add(kept)
             if request.user is not None:
                 latest[request.user] = number
         numbers.append(number)

@@ -17,7 +17,7 @@ from ctrsink.serve.history_cache import HistoryCache
 from ctrsink.serve.load import Loaded, load_model
 from ctrsink.serve.recalled import recalled
 from ctrsink.serve.requests import Request, parse_request
-from ctrsink.serve.told import check
+from ctrsink.serve.told import check, check_id
 from ctrsink.stream.budget import fill
 
 TOKENS, ITEMS = 16384, 100_000
@@ -87,6 +87,7 @@ class Scorer:
     def parse(self, tree: Any, where: str) -> Request:
         """See parse_request and told.check."""
         request = parse_request(tree, self.fields, where)
+        check_id(request.user, f"{where}: user")
         if self.knowledge is not None:
             check(request, self.knowledge, self.layout.base, where)
         return request
@@ -162,7 +163,7 @@ class Scorer:
             raise InputError("the model retrieves behaviours (data.retrieve): which of them a sink is of is not told")
         parsed = self.parse(request, "request")
         alone = self.encoding.sequences(parsed.model_copy(update={"candidates": (parsed.candidates[candidate],)}))
-        paid = self.model.ctr.paid(_batch(alone, np.array([0])).to(self.model.device), self.model.objective)
+        paid = self.model.paid(_batch(alone, np.array([0])).to(self.model.device))
         if paid is None:
             return []
         shares, slots = (paid / paid.sum().clamp(min=1e-12)).topk(min(count, len(paid)))

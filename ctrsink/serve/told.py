@@ -107,7 +107,7 @@ def check(request: Request, knowledge: Knowledge, base: str | None, where: str) 
     named = [(f"history.{i}", b.item) for i, b in enumerate(request.history)]
     received = [(column.signal, column.kind == "count") for column in knowledge.columns if column.received]
     for key, item in [*named, *((f"candidates.{i}", item) for i, item in enumerate(request.candidates))]:
-        _check_id(item.get("id"), f"{where}: {key}.id")
+        check_id(item.get("id"), f"{where}: {key}.id")
         _check_keys(item, knowledge, f"{where}: {key}")
         for column in knowledge.columns:
             if not column.received:
@@ -125,9 +125,8 @@ def check(request: Request, knowledge: Knowledge, base: str | None, where: str) 
             raise InputError(
                 f"{where}: candidates.{i} has no {base}, the logit that the model adds to: give it, or null where there is none"
             )
-    _check_id(request.user, f"{where}: user")
     for i, behaviour in enumerate(request.history):
-        _check_id(behaviour.request, f"{where}: history.{i}.request")
+        check_id(behaviour.request, f"{where}: history.{i}.request")
     if knowledge.labelled:
         for i, behaviour in enumerate(request.history):
             if "label" not in behaviour.model_fields_set:
@@ -154,7 +153,8 @@ def _check_cell(column: Column, item: Item, where: str) -> None:
         raise InputError(f"{where}.{_key(column)} is no number that float32 holds: {item[_key(column)]!r}")
 
 
-def _check_id(value: Any, where: str) -> None:
+def check_id(value: Any, where: str) -> None:
+    """Raise InputError, naming `where`, unless `value` is an id or None."""
     try:
         id_text(value)
     except ValueError as error:
