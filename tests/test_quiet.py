@@ -133,6 +133,31 @@ def test_local_runs_and_prepared_data_leave_no_empty_file(config: Path, tmp_path
     assert not path.exists() or path.stat().st_size
 
 
+def test_the_real_error_comes_though_somebody_deleted_the_file(tmp_path: Path) -> None:
+    before = sys.stdout, sys.stderr
+    with pytest.raises(RuntimeError, match="the real reason"), terminal.quiet(print) as held:
+        held.path.unlink()
+        assert terminal.keep() is None
+        with terminal.kept_in(tmp_path / "a.log"):
+            (tmp_path / "a.log").unlink()
+        held.path.unlink()
+        raise RuntimeError("the real reason")
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_the_terminal_stays_quiet_until_the_process_ends(tmp_path: Path) -> None:
+    program = (
+        "import atexit, os, sys; from ctrsink import cli, terminal\n"
+        "atexit.register(lambda: (os.write(1, b'at the end'), print('at the end'), print('ours', file=terminal.err())))\n"
+        "sys.exit(cli.main())\n"
+    )
+    command = [sys.executable, "-c", program, "score", "--model", tmp_path / "none", "--input", tmp_path / "none.jsonl"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[1:] == ["ours"]
+
+
 BAR = """
 import logging
 from ctrsink import logs

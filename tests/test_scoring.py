@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
 from ctrsink.prepare.execute import in_process
+from ctrsink.runtime.score import score_on_ray
 from ctrsink.scoring.blocks import cut_files
 from ctrsink.scoring.files import request_files
 from ctrsink.scoring.job import ScoreJob
+from ctrsink.scoring.parts import Parts
 from ctrsink.scoring.reader import Reader
 from ctrsink.serve import request_of, score_file
+from ctrsink.serve.scorer import Scorer
 from tests.command_line import call, content, good, refused
 from tests.services.ray_cluster import RayCluster
 from tests.serving_fixtures import prepared, run_spec, write_run
@@ -206,7 +211,7 @@ def test_a_bad_request_is_named_by_its_line_in_the_file(model: str, lines: list[
     (tmp_path / "none.jsonl").write_text("{\n[]\n")
     none = ["score", "--model", model, "--input", tmp_path / "none.jsonl", "--output", f"{tmp_path}/no/"]
     refused(call(*none), "none.jsonl, line 1: not a JSON object")
-    assert not list((tmp_path / "no").rglob("*.*"))
+    assert not (tmp_path / "no").exists()
 
 
 def test_parquet_of_pandas_and_spark_is_read(model: str, lines: list[str], expected: Rows, tmp_path: Path) -> None:
@@ -298,6 +303,42 @@ def test_relative_places_mean_nothing_on_a_cluster(model: str, lines: list[str],
     (tmp_path / "in.jsonl").write_text(lines[0])
     score = ["score", "--model", model, "--input", "in.jsonl", "--output", "out/", "--on", "ray"]
     refused(call(*score, "--address", ray_cluster.gcs_address), "--input in.jsonl is relative, which means nothing on a cluster")
+
+
+def test_an_absolute_place_may_go_over_a_link_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "shared")
+    (tmp_path / "shared" / "in.jsonl").write_text("{}")
+    here = f"{tmp_path}/link"
+    monkeypatch.setattr("ctrsink.runtime.ray_data.ray_data_actors", lambda *of: in_process)
+    monkeypatch.setattr(ScoreJob, "run", lambda job, execute: {"to": job.to})
+    job = ScoreJob(f"file://{here}/model/", f"{here}/./in.jsonl", f"{here}/out")
+    assert score_on_ray(job, "auto", 1, 1) == {"to": f"{tmp_path}/shared/out"}
+    with pytest.raises(InputError, match="--base base is relative"):
+        score_on_ray(replace(job, base="base"), "auto", 1, 1)
+
+
+def test_a_write_that_failed_does_not_lock_the_folder(tmp_path: Path) -> None:
+    parts = Parts(str(tmp_path / "out"), "jsonl")
+    assert parts.claim({"a": 1})
+    storage.write_bytes(f"{parts.to}/_counts/part-000000.json", b"{}")
+    (tmp_path / "out" / "_scores.json").unlink()
+    assert parts.claim({"a": 1})
+    parts.forget()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_exported_anew_is_loaded_anew(
+    model: str, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = [], Scorer.load
+    monkeypatch.setattr(Scorer, "load", lambda *of: (loaded.append(of), load(*of))[1])
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text(lines[0])
+    for number in range(2):
+        ScoreJob(str(tmp_path / "model"), str(tmp_path / "in.jsonl"), str(tmp_path / f"out{number}")).run(in_process)
+        os.utime(tmp_path / "model" / "config.json", (1, 1))
+    assert len(loaded) == 2
 
 
 def test_a_file_that_is_gone_or_shorter_is_told(model: str, lines: list[str], tmp_path: Path) -> None:

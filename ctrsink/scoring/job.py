@@ -46,7 +46,7 @@ class ScoreJob:
         parts, settings = Parts(self.to, self.form), self._settings(files)
         blocks = cut_files(files, self.block_bytes)
         new = parts.claim(settings)
-        task = ScoreBlocks(self, files, blocks, parts)
+        task = ScoreBlocks(self, files, blocks, parts, tuple(map(tuple, settings["model"])))
         total = Counts()
 
         def take(number: int) -> tuple[float, int]:
@@ -97,6 +97,8 @@ class ScoreBlocks:
     files: list[RequestFile]
     blocks: list[Block]
     parts: Parts
+    model: tuple[tuple[Any, ...], ...]
+    """The model's files: one that was exported anew at the same place is loaded anew."""
 
     def done(self) -> set[int]:
         """Blocks that are scored."""
@@ -107,7 +109,7 @@ class ScoreBlocks:
         from ctrsink.serve.lines import as_jsonl, score_requests
 
         block, reader = self.blocks[number], _reader(tuple(self.files))
-        scorer = _scorer(self.job.model, self.job.device, self.job.base)
+        scorer = _scorer(self.job.model, self.job.device, self.job.base, self.model)
         lines = reader.read(block)
         try:
             found = score_requests(scorer, lines, self.job.on_bad_request, lambda where: reader.place(where, block))
@@ -126,7 +128,7 @@ def _reader(files: tuple[RequestFile, ...]) -> Reader:
 
 
 @lru_cache(maxsize=1)
-def _scorer(model: str, device: str, base: str | None) -> "Scorer":
+def _scorer(model: str, device: str, base: str | None, files: tuple[tuple[Any, ...], ...]) -> "Scorer":
     from ctrsink.serve.scorer import Scorer
 
     return Scorer.load(model, device, base)
