@@ -135,13 +135,18 @@ def test_local_runs_and_prepared_data_leave_no_empty_file(config: Path, tmp_path
 
 def test_the_real_error_comes_though_somebody_deleted_the_file(tmp_path: Path) -> None:
     before = sys.stdout, sys.stderr
-    with pytest.raises(RuntimeError, match="the real reason"), terminal.quiet(print) as held:
-        held.path.unlink()
-        assert terminal.keep() is None
-        with terminal.kept_in(tmp_path / "a.log"):
-            (tmp_path / "a.log").unlink()
-        held.path.unlink()
-        raise RuntimeError("the real reason")
+
+    def fails() -> None:
+        with terminal.quiet(print) as held:
+            held.path.unlink()
+            assert terminal.keep() is None
+            with terminal.kept_in(tmp_path / "a.log"):
+                (tmp_path / "a.log").unlink()
+            held.path.unlink()
+            raise RuntimeError("the real reason")
+
+    with pytest.raises(RuntimeError, match="the real reason"):
+        fails()
     assert (sys.stdout, sys.stderr) == before
 
 
