@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ctrsink import logs, terminal
+from ctrsink.runtime import library_log
 from tests.command_line import Result, call, good, refused
 from tests.runs import prepared_data, run_tree
 from tests.services.ray_cluster import RayCluster
@@ -148,6 +149,18 @@ def test_the_real_error_comes_though_somebody_deleted_the_file(tmp_path: Path) -
     with pytest.raises(RuntimeError, match="the real reason"):
         fails()
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_of_a_run_on_s3_that_made_no_step_it_is_kept_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[str] = []
+    monkeypatch.setattr("ctrsink.storage.read_bytes", lambda uri: uri.encode())
+    monkeypatch.setattr("ctrsink.storage.delete", gone.append)
+    with terminal.quiet(print):
+        library_log.take_back("s3://b/run")
+        path = terminal.keep()
+    assert path is not None
+    assert path.read_text() == gone[0] == "s3://b/run/libraries.log"
+    path.unlink()
 
 
 def test_the_terminal_stays_quiet_until_the_process_ends(tmp_path: Path) -> None:
