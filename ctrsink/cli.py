@@ -17,6 +17,7 @@ from ctrsink.errors import InputError, RunError, first_line
 
 log = logging.getLogger("ctrsink")
 OK, FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
+_until_the_end: list[ExitStack] = []  # what nobody holds is closed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             logs.clear()
             if argv is None:  # the process ends now: what libraries say meanwhile goes where the rest went
-                until.pop_all()
+                _until_the_end.append(until.pop_all())
                 terminal.finish()
 
 

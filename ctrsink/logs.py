@@ -130,7 +130,7 @@ def relay(line: str) -> None:
     try:
         sent, _ = json.JSONDecoder().raw_decode(line)
         record = logging.makeLogRecord(sent)
-    except ValueError:  # cut off
+    except (ValueError, TypeError):  # cut off
         record = logging.makeLogRecord({"name": "ctrsink", "levelno": logging.INFO, "levelname": "INFO", "msg": line})
     logging.getLogger(record.name).handle(record)
 

@@ -84,7 +84,7 @@ def take_back(path: Path) -> None:
 
 def keep() -> Path | None:
     """Let the temporary file stay; None: there is none, or nothing in it."""
-    if _held is None or not _held.temporary or not _held.path.stat().st_size:
+    if _held is None or not _held.temporary or not _size(_held.path):
         return None
     _held.temporary = False
     return _held.path
@@ -121,27 +121,29 @@ class Held:
         """
         before, temporary = self.path, self.temporary
         self.path = self._open(path)
-        if temporary:
+        if temporary and _size(before):
             _append(before, self.path)
-        if temporary or not before.stat().st_size:
-            before.unlink()
+        if temporary or not _size(before):
+            before.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the terminal back."""
-        self.drop_empty()
         sys.stdout, sys.stderr = self._streams
-        if self._faults:
-            faulthandler.disable()
-        for number, saved in enumerate(self._saved, 1):
-            os.dup2(saved, number)
-            os.close(saved)
+        try:
+            self.drop_empty()
+        finally:
+            if self._faults:
+                faulthandler.disable()
+            for number, saved in enumerate(self._saved, 1):
+                os.dup2(saved, number)
+                os.close(saved)
 
     def drop_empty(self) -> None:
         """Remove the file, if it is a temporary one or nothing is in it; what is still written then is lost."""
         for stream in (self.out, self.err):
             stream.flush()
-        if self.temporary or not self.path.stat().st_size:
-            self.path.unlink()
+        if self.temporary or not _size(self.path):
+            self.path.unlink(missing_ok=True)
 
     def _open(self, path: Path | None) -> Path:
         self.temporary = path is None
@@ -207,6 +209,14 @@ def _own(stream: TextIO, number: int, saved: int) -> TextIO:
     except (OSError, ValueError):
         return stream
     return open(saved, "w", 1, stream.encoding, "backslashreplace", closefd=False)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where somebody has deleted it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _append(source: Path, target: Path) -> None:

@@ -27,3 +27,13 @@ def test_text_lines_are_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     logs.configure()
     logging.getLogger("ctrsink").warning("look here")
     assert capsys.readouterr().err.endswith("WARNING look here\n")
+
+
+@pytest.mark.parametrize("sent", ["[1]", "7", '"text"', "{cut"])
+def test_a_line_that_is_no_record_is_shown_as_it_is(
+    sent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CTRSINK_LOG_FORMAT", raising=False)
+    logs.configure()
+    logs.relay(sent)
+    assert capsys.readouterr().err.endswith(f"INFO {sent}\n")

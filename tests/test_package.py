@@ -22,14 +22,23 @@ def fill(root: Path, *names: str, **texts: str) -> None:
 
 
 def test_each_reason_is_told_with_the_names(tmp_path: Path) -> None:
-    fill(tmp_path, "run.yaml", "code/a.py", ".git/config", "code/__pycache__/a.pyc", "runs/a/metrics.jsonl", "w.safetensors")
+    fill(
+        tmp_path,
+        "run.yaml",
+        "code/a.py",
+        ".hg/hgrc",
+        ".git/config",
+        "code/__pycache__/a.pyc",
+        "runs/a/metrics.jsonl",
+        "w.safetensors",
+    )
     fill(tmp_path, ".netrc", "storage.env", "KEYS/ID_RSA", "draft.py", **{".gitignore": "draft*\n"})
     (tmp_path / "elsewhere").symlink_to("/etc")
     package = survey(tmp_path)
     assert list(package.files) == [".gitignore", "code/a.py", "run.yaml"]
     assert package.left_out == {
-        "tools": [".git", "code/__pycache__"],
-        "credentials": [".netrc", "KEYS/ID_RSA", "storage.env"],
+        "tools": [".hg", "code/__pycache__"],
+        "credentials": [".git", ".netrc", "KEYS/ID_RSA", "storage.env"],
         "ignored": ["draft.py"],
         "links": ["elsewhere"],
         "data, weights and runs": ["runs", "w.safetensors"],
@@ -41,6 +50,13 @@ def test_a_rule_of_the_user_brings_data_back_and_no_secret(tmp_path: Path) -> No
     fill(tmp_path, "a.csv", "b.csv", "sub/c.csv", "sub/d.txt", ".env", **{".rayignore": "!*.csv\n!.env\nb.csv\n"})
     (tmp_path / "sub/.rayignore").write_text("/d.txt\n")
     assert list(survey(tmp_path).files) == [".rayignore", "a.csv", "sub/.rayignore", "sub/c.csv"]
+
+
+def test_what_programs_keep_credentials_in_is_not_sent(tmp_path: Path) -> None:
+    names = [".envrc", ".env~", "prod.env.bak", ".vault-token", ".cache/huggingface/token", ".dockercfg", ".htpasswd", ".my.cnf"]
+    names += [".kaggle/kaggle.json", ".streamlit/secrets.toml", "secrets.toml", "credentials.yaml", "kubeconfig.yaml", "a.ppk"]
+    fill(tmp_path, *names, ".git/config", "sub/kubeconfig", "secret.py")
+    assert list(survey(tmp_path).files) == ["secret.py"]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ctrsink import logs, terminal
+from ctrsink.runtime import library_log
 from tests.command_line import Result, call, good, refused
 from tests.runs import prepared_data, run_tree
 from tests.services.ray_cluster import RayCluster
@@ -131,6 +132,48 @@ def test_local_runs_and_prepared_data_leave_no_empty_file(config: Path, tmp_path
     good("train", "--config", config, f"run_dir={tmp_path}/run")
     path = tmp_path / "run" / "libraries.log"
     assert not path.exists() or path.stat().st_size
+
+
+def test_the_real_error_comes_though_somebody_deleted_the_file(tmp_path: Path) -> None:
+    before = sys.stdout, sys.stderr
+
+    def fails() -> None:
+        with terminal.quiet(print) as held:
+            held.path.unlink()
+            assert terminal.keep() is None
+            with terminal.kept_in(tmp_path / "a.log"):
+                (tmp_path / "a.log").unlink()
+            held.path.unlink()
+            raise RuntimeError("the real reason")
+
+    with pytest.raises(RuntimeError, match="the real reason"):
+        fails()
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_of_a_run_on_s3_that_made_no_step_it_is_kept_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[str] = []
+    monkeypatch.setattr("ctrsink.storage.read_bytes", lambda uri: uri.encode())
+    monkeypatch.setattr("ctrsink.storage.delete", gone.append)
+    with terminal.quiet(print):
+        library_log.take_back("s3://b/run")
+        path = terminal.keep()
+    assert path is not None
+    assert path.read_text() == gone[0] == "s3://b/run/libraries.log"
+    path.unlink()
+
+
+def test_the_terminal_stays_quiet_until_the_process_ends(tmp_path: Path) -> None:
+    program = (
+        "import atexit, os, sys; from ctrsink import cli, terminal\n"
+        "atexit.register(lambda: (os.write(1, b'at the end'), print('at the end'), print('ours', file=terminal.err())))\n"
+        "sys.exit(cli.main())\n"
+    )
+    command = [sys.executable, "-c", program, "score", "--model", tmp_path / "none", "--input", tmp_path / "none.jsonl"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[1:] == ["ours"]
 
 
 BAR = """

@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from ctrsink.dataset.reader import Dataset
 from ctrsink.errors import InputError
 from ctrsink.export.package import export_run
 from ctrsink.prepare.execute import in_process
+from ctrsink.runtime.score import score_on_ray
 from ctrsink.scoring.blocks import cut_files
 from ctrsink.scoring.files import request_files
 from ctrsink.scoring.job import ScoreJob
 from ctrsink.scoring.reader import Reader
 from ctrsink.serve import request_of, score_file
+from ctrsink.serve.scorer import Scorer
 from tests.command_line import call, content, good, refused
 from tests.services.ray_cluster import RayCluster
 from tests.serving_fixtures import prepared, run_spec, write_run
@@ -206,7 +210,7 @@ def test_a_bad_request_is_named_by_its_line_in_the_file(model: str, lines: list[
     (tmp_path / "none.jsonl").write_text("{\n[]\n")
     none = ["score", "--model", model, "--input", tmp_path / "none.jsonl", "--output", f"{tmp_path}/no/"]
     refused(call(*none), "none.jsonl, line 1: not a JSON object")
-    assert not list((tmp_path / "no").rglob("*.*"))
+    assert not (tmp_path / "no").exists()
 
 
 def test_parquet_of_pandas_and_spark_is_read(model: str, lines: list[str], expected: Rows, tmp_path: Path) -> None:
@@ -300,6 +304,19 @@ def test_relative_places_mean_nothing_on_a_cluster(model: str, lines: list[str],
     refused(call(*score, "--address", ray_cluster.gcs_address), "--input in.jsonl is relative, which means nothing on a cluster")
 
 
+def test_a_model_exported_anew_is_loaded_anew(
+    model: str, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = [], Scorer.load
+    monkeypatch.setattr(Scorer, "load", lambda *of: (loaded.append(of), load(*of))[1])
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text(lines[0])
+    for number in range(2):
+        ScoreJob(str(tmp_path / "model"), str(tmp_path / "in.jsonl"), str(tmp_path / f"out{number}")).run(in_process)
+        os.utime(tmp_path / "model" / "config.json", (1, 1))
+    assert len(loaded) == 2
+
+
 def test_a_file_that_is_gone_or_shorter_is_told(model: str, lines: list[str], tmp_path: Path) -> None:
     mixed = write_mixed(tmp_path / "in", lines)
     files = request_files(str(mixed))
@@ -309,3 +326,61 @@ def test_a_file_that_is_gone_or_shorter_is_told(model: str, lines: list[str], tm
     for block in blocks:
         with pytest.raises(InputError, match=r"shorter|not a whole|is empty"):
             Reader(files).read(block)
+
+
+def test_parts_of_several_files_are_one_table(model: str, lines: list[str], tmp_path: Path) -> None:
+    write_mixed(tmp_path / "in", lines)
+    good("score", "--model", model, "--input", tmp_path / "in", "--output", f"{tmp_path}/out/", "--parts", "parquet")
+    assert pq.read_table(tmp_path / "out").column("id").to_pylist() == [str(number) for number in range(25)]
+    good("score", "--model", model, "--input", tmp_path / "in" / "c.parquet", "--output", f"{tmp_path}/c/")
+    assert pq.read_table(tmp_path / "c").column("id").to_pylist() == list(range(15, 22))
+
+
+def test_what_a_request_holds_does_not_end_the_job(model: str, lines: list[str], tmp_path: Path) -> None:
+    half = json.dumps(json.loads(lines[0]) | {"id": "\ud800"})
+    (tmp_path / "in.jsonl").write_text("\n".join([half, lines[1]]))
+    score = ["score", "--model", model, "--input", tmp_path / "in.jsonl", "--output", f"{tmp_path}/out/", "--parts", "parquet"]
+    refused(call(*score), "in.jsonl, line 1: id '\\ud800' has half of a pair of surrogates")
+    assert good(*score, "--on-bad-request", "skip")["skipped"] == 1
+    pq.write_table(pa.table({"id": [1], "history": [7]}), tmp_path / "in.parquet")
+    refused(call(*score[:3], "--input", tmp_path / "in.parquet", "--output", f"{tmp_path}/no/"), "in.parquet, row 1: history")
+
+
+def test_an_interrupted_reader_starts_anew(lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    files = request_files(str(tmp_path))
+    blocks, reader = cut_files(files, 3000), Reader(files)
+
+    def interrupted(*of: object) -> None:
+        raise KeyboardInterrupt
+
+    reader.read(blocks[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("ctrsink.scoring.reader.parse_lines", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reader.read(blocks[1])
+    assert reader._packed is None
+    assert reader.read(blocks[1]) == Reader(files).read(blocks[1])
+
+
+def test_places_of_a_job(model: str, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = write_mixed(tmp_path / "in", lines)
+    for to in ("in", "in/out"):
+        with pytest.raises(InputError, match="lies in the input"):
+            ScoreJob(model, str(mixed), str(tmp_path / to)).run(in_process)
+    job = ScoreJob(model, f"{mixed}/a.jsonl", str(tmp_path / "out"))
+
+    def changing(task: Any, numbers: Any) -> Any:
+        for number in in_process(task, numbers):
+            (mixed / "a.jsonl").write_text(lines[0])
+            yield number
+
+    with pytest.raises(InputError, match="input changed while it was scored"):
+        job.run(changing)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    monkeypatch.chdir(mixed)
+    again = replace(job, to=str(tmp_path / "again"))
+    again.run(in_process)
+    replace(again, input="a.jsonl").run(in_process)
+    with pytest.raises(InputError, match=r"--address 127\.0\.0\.1:1: Connection refused"):
+        score_on_ray(job, "127.0.0.1:1", 1, 1)

@@ -40,6 +40,10 @@ def take_back(run_dir: str) -> None:
     """Take the file out of the folder of a run that never made a step: whoever reads why it failed finds it elsewhere."""
     place = storage.join(run_dir, NAME)
     if storage.is_remote(run_dir):
+        with suppress(FileNotFoundError), tempfile.TemporaryDirectory(prefix="ctrsink-libraries-") as folder:
+            path = Path(folder, NAME)
+            path.write_bytes(storage.read_bytes(place))
+            terminal.take_back(path)
         storage.delete(place)
     else:
         terminal.take_back(storage.local_path(place))

@@ -10,14 +10,15 @@ from pathspec import GitIgnoreSpec
 from ctrsink.errors import InputError
 
 SECRETS = (
-    ".env", ".env.*", "*.env", ".aws", ".azure", ".boto", ".config", ".databrickscfg", ".docker", ".git-credentials", ".gnupg",
-    ".huggingface", ".kube", ".netrc", ".npmrc", ".pgpass", ".pypirc", ".ray", ".s3cfg", ".ssh", "*.key", "*.pem", "*.p12",
-    "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.tfstate", "*.tfstate.*", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
-    "rclone.conf", "credentials", "credentials.json", "secrets.yaml", "secrets.yml", "service-account*.json",
+    ".env", ".env.*", "*.env", "*.env.*", ".env~", ".envrc", ".aws", ".azure", ".boto", ".cache", ".config", ".databrickscfg",
+    ".docker", ".dockercfg", ".git", ".git-credentials", ".gnupg", ".htpasswd", ".huggingface", ".kaggle", ".kube", ".my.cnf",
+    ".netrc", ".npmrc", ".pgpass", ".pypirc", ".ray", ".s3cfg", ".ssh", ".streamlit", ".vault-token", "*.key", "*.pem", "*.p12",
+    "*.pfx", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.tfstate", "*.tfstate.*", "id_rsa*", "id_dsa*", "id_ecdsa*",
+    "id_ed25519*", "kubeconfig*", "rclone.conf", "credentials", "credentials.*", "secrets.*", "service-account*.json",
 )  # fmt: skip
 """Files and folders that programs keep credentials in, as .gitignore would name them; the cluster has its own."""
 TOOLS = (
-    ".git", ".hg", ".svn", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", ".*_cache", ".hypothesis", ".tox",
+    ".hg", ".svn", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", ".*_cache", ".hypothesis", ".tox",
     ".ipynb_checkpoints", ".idea", ".vscode", "*.egg-info", ".DS_Store",
 )  # fmt: skip
 """What programs of a developer leave in a folder."""

@@ -12,15 +12,15 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 
 _SETTINGS = 4
 
 
-def cluster_address(given: str | None) -> str | None:
-    """Where the cluster is that a run joins: `given` (runtime.address), else RAY_ADDRESS, else None: one is started here.
+def cluster_address(given: str | None, named: str = "runtime.address") -> str | None:
+    """Where the cluster is that a run joins: `given` (to messages `named`), else RAY_ADDRESS, else None: one is started here.
 
     Raises:
         InputError: as `require_cluster`.
     """
     address = given or os.environ.get("RAY_ADDRESS") or None
     if address:
-        require_cluster(address, "runtime.address" if given else "RAY_ADDRESS")
+        require_cluster(address, named if given else "RAY_ADDRESS")
     return address
 
 

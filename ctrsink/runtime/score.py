@@ -24,9 +24,9 @@ def score_on_ray(job: ScoreJob, address: str | None, workers: int, cpus: int) ->
         InputError: the cluster cannot be reached, or a path means nothing there; see ScoreJob.run.
     """
     request_files(job.input)
-    joined = cluster_address(address)
-    for name, place in (("--model", job.model), ("--input", job.input), ("--output", job.to)):
-        if joined and not storage.is_remote(place) and storage.absolute(place) != place:
+    joined = cluster_address(address, "--address")
+    for name, place in (("--model", job.model), ("--base", job.base), ("--input", job.input), ("--output", job.to)):
+        if joined and place and not storage.is_remote(place) and not storage.local_path(place).is_absolute():
             hint = "use s3://, or an absolute path of a folder that all nodes share"
             raise InputError(f"{name} {place} is relative, which means nothing on a cluster: {hint}")
     stay_on_loopback(address)

@@ -9,6 +9,7 @@ TO/_SUCCESS                   written last: the sums of these
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ class Parts:
         path = storage.join(self.to, SETTINGS)
         stamped = strict_json.dumps(kept.stamped(settings), indent=1).encode()
         if not storage.exists(path):
-            if storage.exists(self.to) and (storage.list_files(self.to) or storage.list_dirs(self.to)):
+            # Counts without a part are what a write that failed leaves.
+            if storage.exists(self.to) and (storage.list_files(self.to) or set(storage.list_dirs(self.to)) - {COUNTS}):
                 raise InputError(f"{self.to} holds something else than scores: choose another folder")
             if storage.create(path, stamped):
                 return True
@@ -95,7 +97,11 @@ class Parts:
 
     def forget(self) -> None:
         """Take back a claim under which nothing was scored."""
-        storage.delete(storage.join(self.to, SETTINGS))
+        for name in (COUNTS, SETTINGS):
+            storage.delete(storage.join(self.to, name))
+        if not storage.is_remote(self.to):
+            with suppress(OSError):  # there is something else in it
+                storage.local_path(self.to).rmdir()
 
     def succeed(self, counts: Counts) -> None:
         """Say that all parts are there."""

@@ -19,6 +19,14 @@ _COLUMN_BUFFER = 1 << 18  # bytes
 _BATCH = 64  # rows
 
 
+def common_id_type(files: list[RequestFile]) -> pa.DataType:
+    """That of all requests' ids, as rows of Parquet are to hold it: text, unless all files are Parquet and agree."""
+    if any(file.kind != "parquet" for file in files):
+        return pa.string()
+    kinds = {id_type(open_parquet(file.uri).schema_arrow) for file in files}
+    return kinds.pop() if len(kinds) == 1 else pa.string()
+
+
 class Reader:
     """Requests of the blocks of `files`; blocks in ascending order cost one pass over what cannot be read from its middle."""
 
@@ -34,6 +42,13 @@ class Reader:
         Raises:
             InputError: the file is gone, damaged, or another one by now.
         """
+        try:
+            return self._read(block)
+        except BaseException:  # what was interrupted is not where it says: whoever tries again starts anew
+            self._packed = self._rows = None
+            raise
+
+    def _read(self, block: Block) -> list[RequestLine]:
         file = self._files[block.file]
         if file.kind == "parquet":
             rows = self._table(block).read(block.start, block.end)
@@ -45,10 +60,6 @@ class Reader:
         else:
             content = read_part(file.uri, block.start, block.end)
         return parse_lines(content, file.uri, block.line or 0, block.last)
-
-    def id_type(self, block: Block) -> pa.DataType:
-        """That of the requests' ids, as rows of Parquet are to hold it."""
-        return self._table(block).id_type if self._files[block.file].kind == "parquet" else pa.string()
 
     def place(self, where: str, block: Block) -> str:
         """`where` with the number that the line has in its file."""
@@ -101,7 +112,6 @@ class _Rows:
     def __init__(self, file: RequestFile) -> None:
         self.file, self._position = file, 0
         self._opened = open_parquet(file.uri, _COLUMN_BUFFER)
-        self.id_type = id_type(self._opened.schema_arrow)
         metadata = self._opened.metadata
         self._groups = [0]
         for number in range(metadata.num_row_groups):

@@ -40,7 +40,8 @@ def trees(table: pa.RecordBatch, uri: str) -> list[dict[str, Any]]:
         raise InputError(f"{uri}: a row cannot be read: {' '.join(str(error).split())}") from None
     for row in rows:
         _seconds(row)
-        for behaviour in row.get("history") or ():
+        history = row.get("history")
+        for behaviour in history if isinstance(history, list) else ():
             if isinstance(behaviour, dict):
                 _seconds(behaviour)
     return rows

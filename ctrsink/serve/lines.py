@@ -57,6 +57,7 @@ def score_requests(
         with judged(number):
             if line.problem is not None:
                 raise InputError(line.problem)
+            _check_id(line)
             requests[number] = scorer.parse(line.tree, line.where)
     for number, request in requests.items():
         with judged(number):
@@ -126,4 +127,18 @@ def tell_skipped(requests: int, skipped: int, first: list[str]) -> None:
 
 def _named(tree: Any) -> dict[str, Any]:
     """The request's id, to be returned with what it got."""
-    return {"id": tree["id"]} if isinstance(tree, dict) and tree.get("id") is not None else {}
+    name = tree.get("id") if isinstance(tree, dict) else None
+    return {"id": name} if name is not None and _is_writable(name) else {}
+
+
+def _check_id(line: RequestLine) -> None:
+    if isinstance(line.tree, dict) and not _is_writable(line.tree.get("id")):
+        raise InputError(f"{line.where}: id {line.tree['id']!a} has half of a pair of surrogates: give text")
+
+
+def _is_writable(name: Any) -> bool:
+    """Whether an id can be written as UTF-8; of what is no text JSON's escapes can."""
+    try:
+        return not isinstance(name, str) or bool(name.encode() or True)
+    except UnicodeEncodeError:
+        return False
