@@ -8,6 +8,7 @@ import pytest
 from ctrsink import storage
 from ctrsink.errors import InputError
 from ctrsink.prepare.execute import in_process
+from ctrsink.runtime.ray_data import require_place
 from ctrsink.runtime.score import score_on_ray
 from ctrsink.scoring.job import ScoreJob
 from ctrsink.scoring.parts import Parts
@@ -34,3 +35,12 @@ def test_a_write_that_failed_does_not_lock_the_folder(tmp_path: Path) -> None:
     assert parts.claim({"a": 1})
     parts.forget()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_has_no_place_anywhere_is_told(monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    require_place(2, 0, joined=False)
+    with pytest.raises(InputError, match=r"a worker needs 1 GPU \(0\) of what the cluster has"):
+        require_place(1, 1, joined=False)
+    require_place(4, 1, joined=True)
+    assert "a worker needs 4 CPU (2) and 1 GPU (0) of what the cluster has (in brackets): waiting" in heard.text

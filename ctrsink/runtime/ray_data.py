@@ -15,6 +15,8 @@ from ctrsink.prepare.execute import Execute, Task
 from ctrsink.runtime.process import prepare_process
 from ctrsink.runtime.ray_train import connect
 
+log = logging.getLogger("ctrsink.data")
+
 
 def ray_data(address: str | None, workers: int) -> Execute:
     """At most `workers` tasks at a time, a core each, on the cluster at `address` or one that is started here.
@@ -45,6 +47,7 @@ def ray_data_actors(address: str | None, workers: int, cpus: int, device: str) -
 def _executing(address: str | None, cpus: int, hint: str, process: tuple[str, int] | None = None, **place: Any) -> Execute:
     """Run tasks at the `place` that Ray Data's `map` takes; actors among them are prepared for a device and so many threads."""
     connect(address, cpus)
+    require_place(place.get("num_cpus", 0), place.get("num_gpus", 0), joined=bool(address or os.environ.get("RAY_ADDRESS")))
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -65,6 +68,29 @@ def _executing(address: str | None, cpus: int, hint: str, process: tuple[str, in
             raise _translate(error, hint) from error
 
     return execute
+
+
+def require_place(cpus: float, gpus: float, joined: bool) -> None:
+    """A task that has no place anywhere would be waited for without a word and without end.
+
+    Args:
+        joined: the cluster was there before, and may grow: then it is only warned.
+
+    Raises:
+        InputError: no cluster that was started here has such a place.
+    """
+    has = ray.cluster_resources()
+    lack = [
+        f"{wanted:g} {name} ({has.get(name, 0):g})"
+        for name, wanted in (("CPU", cpus), ("GPU", gpus))
+        if has.get(name, 0) < wanted
+    ]
+    if not lack:
+        return
+    told = f"a worker needs {' and '.join(lack)} of what the cluster has (in brackets)"
+    if not joined:
+        raise InputError(f"{told}: ask for less, or name a cluster that has it")
+    log.warning("%s: waiting for a node that brings it", told)
 
 
 class _Row:

@@ -36,7 +36,7 @@ def trees(table: pa.RecordBatch, uri: str) -> list[dict[str, Any]]:
     """
     try:
         rows = table.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise InputError(f"{uri}: a row cannot be read: {' '.join(str(error).split())}") from None
     for row in rows:
         _seconds(row)
