@@ -55,8 +55,9 @@ def test_a_rule_of_the_user_brings_data_back_and_no_secret(tmp_path: Path) -> No
 def test_what_programs_keep_credentials_in_is_not_sent(tmp_path: Path) -> None:
     names = [".envrc", ".env~", "prod.env.bak", ".vault-token", ".cache/huggingface/token", ".dockercfg", ".htpasswd", ".my.cnf"]
     names += [".kaggle/kaggle.json", ".streamlit/secrets.toml", "secrets.toml", "credentials.yaml", "kubeconfig.yaml", "a.ppk"]
-    fill(tmp_path, *names, ".git/config", "sub/kubeconfig", "secret.py")
-    assert list(survey(tmp_path).files) == ["secret.py"]
+    code = ["credentials.py", "environment.env.py", "secrets.py"]
+    fill(tmp_path, *names, ".git/config", "sub/kubeconfig", *code)
+    assert list(survey(tmp_path).files) == code
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,11 +10,14 @@ from pathspec import GitIgnoreSpec
 from ctrsink.errors import InputError
 
 SECRETS = (
-    ".env", ".env.*", "*.env", "*.env.*", ".env~", ".envrc", ".aws", ".azure", ".boto", ".cache", ".config", ".databrickscfg",
+    ".env", ".env.*", "*.env", "*.env.bak", "*.env.old", ".env~", ".envrc", ".aws", ".azure", ".boto", ".cache", ".config",
+    ".databrickscfg",
     ".docker", ".dockercfg", ".git", ".git-credentials", ".gnupg", ".htpasswd", ".huggingface", ".kaggle", ".kube", ".my.cnf",
     ".netrc", ".npmrc", ".pgpass", ".pypirc", ".ray", ".s3cfg", ".ssh", ".streamlit", ".vault-token", "*.key", "*.pem", "*.p12",
     "*.pfx", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.tfstate", "*.tfstate.*", "id_rsa*", "id_dsa*", "id_ecdsa*",
-    "id_ed25519*", "kubeconfig*", "rclone.conf", "credentials", "credentials.*", "secrets.*", "service-account*.json",
+    "id_ed25519*", "kubeconfig*", "rclone.conf", "credentials", "service-account*.json",
+    "credentials.json", "credentials.yaml", "credentials.yml", "credentials.toml", "credentials.ini",
+    "secrets.json", "secrets.yaml", "secrets.yml", "secrets.toml", "secrets.ini",
 )  # fmt: skip
 """Files and folders that programs keep credentials in, as .gitignore would name them; the cluster has its own."""
 TOOLS = (
